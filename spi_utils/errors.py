@@ -1,0 +1,37 @@
+"""The errors this package raises for things a user can mend.
+
+Every message says what was wrong, where, what was expected, and what to do next.
+Programming mistakes keep Python's own exceptions.
+"""
+
+
+class SPIError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ModelError(SPIError):
+    """A model source can't be resolved, read or used (unknown id, bad shard, wrong architecture)."""
+
+
+class AnalysisError(SPIError):
+    """A weight matrix or a whole analysis can't be carried out as asked."""
+
+
+class PlanError(SPIError):
+    """A plan can't be made, read, or applied to this model."""
+
+
+class CheckpointError(SPIError):
+    """A quantized checkpoint can't be written, or isn't what was planned."""
+
+
+class EvaluationError(SPIError):
+    """A text, a window or a variant can't be evaluated."""
+
+
+class PublishError(SPIError):
+    """A run may not, or could not, be published."""
+
+
+class RunError(SPIError):
+    """A run directory or one of its files is missing, corrupt, or belongs to something else."""
