@@ -1,0 +1,374 @@
+"""The run directory: where each stage finds what the ones before it made.
+
+A stage reads only this directory and its parameters, so any stage can run again alone, on another machine,
+after a disconnect. Every write is atomic. `run.json` holds the model's identity, and for every finished stage
+its parameters, its outputs' hashes, versions, device, times and memory peaks; no other file holds a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spi_utils.errors import RunError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SCHEMA = 1
+# The notebook that a reader must run when a stage's output is missing.
+NOTEBOOKS = {
+    "analyze": "01_analyze",
+    "visualize": "02_visualize",
+    "quantize": "03_quantize",
+    "evaluate": "04_evaluate",
+    "publish": "05_publish",
+}
+LAYER_KEYS = ("name", "type", "depth", "role", "rows", "cols", "numel", "quantizable", "status")
+PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
+HASH_ALWAYS_BELOW = 64_000_000  # bytes; larger outputs are recognised by their size when a stage is skipped
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the names of what lies in it."""
+
+    path: Path
+
+    layers_csv = property(lambda self: self.path / "layers.csv")
+    spectra = property(lambda self: self.path / "spectra.safetensors")
+    plan_json = property(lambda self: self.path / "plan.json")
+    evaluation_json = property(lambda self: self.path / "evaluation.json")
+    model_dir = property(lambda self: self.path / "model")
+    figures = property(lambda self: self.path / "figures")
+    explorer = property(lambda self: self.path / "explorer.html")
+    report = property(lambda self: self.path / "report.html")
+    publish = property(lambda self: self.path / "publish")
+    notebooks = property(lambda self: self.path / "notebooks")
+    partial = property(lambda self: self.path / "partial")
+    info_json = property(lambda self: self.path / "run.json")
+
+
+@dataclass
+class Stage:
+    """What `stage` hands to its body: is there anything to do, and where to note what was measured."""
+
+    name: str
+    fingerprint: str
+    finished: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, **values: Any) -> None:
+        """Note measured or derived values (JSON-able) for `run.json["stages"][name]`."""
+        self.notes.update(values)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed.
+
+    Raises:
+        RunError: the disk is full or not writable; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"could not write {path}: {error.strerror or error}. Free some space or choose another "
+            "`run_dir`; nothing that was there has been changed."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically: two-space indent, keys in the order given, NaN refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(
+    path: str | Path, schema: int | None = None, what: str = "file", stage: str = ""
+) -> dict[str, Any]:
+    """Read a JSON object, and check its `schema` number where one is given.
+
+    Raises:
+        RunError: missing, truncated or of another schema; says which notebook makes the file again.
+    """
+    path = Path(path)
+    first = f" Run notebook {stage} first." if stage else ""
+    again = f" Run notebook {stage} again with force=True." if stage else ""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no {what} here.{first}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: this {what} is truncated or not JSON ({error}).{again}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}.{again}")
+    if schema is not None and value.get("schema") != schema:
+        held = value.get("schema")
+        raise RunError(f"{path}: this {what} has schema {held!r}, this version reads {schema}.{again}")
+    return value
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, in hex."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+# --- the directory ---------------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    """A model's name as a folder: the last part of an id, lower case, `[a-z0-9.-]` only."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-.") or "model"
+
+
+def run_path(run_dir: str | Path, model_slug: str) -> Path:
+    """`run_dir`, or `runs/<model slug>` below the working directory for "auto"."""
+    return Path("runs") / model_slug if str(run_dir) == "auto" else Path(run_dir)
+
+
+def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
+    """Make a run directory for a model, or reopen one that belongs to the same model.
+
+    Args:
+        run_dir: the directory; made if missing.
+        identity: `ModelSource.identity()`.
+
+    Raises:
+        RunError: the directory holds a run of another model, or foreign files.
+    """
+    run = Run(Path(run_dir))
+    if run.info_json.exists():
+        held = run_info(run)["model"]
+        if held["sha256"] != identity["sha256"]:
+            raise RunError(
+                f"{run.path} holds a run of {held['id']} (weights {held['sha256'][:12]}), not of "
+                f"{identity['id']} (weights {identity['sha256'][:12]}). Choose another `run_dir`."
+            )
+        return run
+    if run.path.exists() and any(run.path.iterdir()):
+        strangers = {p.name for p in run.path.iterdir()} - {"notebooks"}
+        if strangers:
+            raise RunError(
+                f"{run.path} is not a run directory, yet it holds {', '.join(sorted(strangers)[:3])}. "
+                "Choose an empty or a new `run_dir`."
+            )
+    write_json(run.info_json, {"schema": SCHEMA, "model": dict(identity), "stages": {}})
+    return run
+
+
+def existing_run(run_dir: str | Path) -> Run:
+    """Open a run directory that an analysis made.
+
+    Raises:
+        RunError: there is none; says which notebook makes it.
+    """
+    run = Run(Path(run_dir))
+    run_info(run)
+    return run
+
+
+def run_info(run: Run) -> dict[str, Any]:
+    """The content of `run.json`."""
+    return read_json(run.info_json, SCHEMA, "run record", NOTEBOOKS["analyze"])
+
+
+def layers_fingerprint(run: Run) -> str:
+    """SHA-256 of `layers.csv`."""
+    _require(run.layers_csv, "layer table", "analyze")
+    return sha256_file(run.layers_csv)
+
+
+def read_layers(run: Run) -> pd.DataFrame:
+    """The layer table, a row a layer in model order.
+
+    Raises:
+        RunError: missing or truncated.
+    """
+    _require(run.layers_csv, "layer table", "analyze")
+    try:
+        layers = pd.read_csv(run.layers_csv, float_precision="round_trip")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{run.layers_csv}: truncated or no table ({error}). Run notebook 01_analyze again."
+        ) from error
+    missing = [column for column in LAYER_KEYS if column not in layers]
+    if missing:
+        raise RunError(
+            f"{run.layers_csv}: no column {', '.join(missing)}. "
+            "Run notebook 01_analyze again with force=True."
+        )
+    return layers.astype({"quantizable": bool})
+
+
+def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
+    """Singular values of every analysed layer: name -> 1-D float64, descending."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    _require(run.spectra, "spectra", "analyze")
+    try:
+        return load_file(run.spectra)
+    except SafetensorError as error:
+        raise RunError(
+            f"{run.spectra}: truncated or corrupt ({error}). Run notebook 01_analyze again."
+        ) from error
+
+
+def _require(path: Path, what: str, made_by: str) -> None:
+    if not path.exists():
+        raise RunError(f"{path}: there is no {what} here. Run notebook {NOTEBOOKS[made_by]} first.")
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stage(
+    run: Run, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], *, force: bool = False
+) -> Iterator[Stage]:
+    """Run a stage once for given inputs.
+
+    The body finds `finished` true when the same inputs gave the same, still intact outputs before; it then
+    only reads them. Otherwise it makes `outputs` (names in the run directory), and on leaving without an
+    exception the stage is entered in `run.json`. Unfinished work of a killed body stays in
+    `run.partial / name`, which belongs to these inputs alone: it is emptied first when they changed.
+
+    Args:
+        inputs: everything that the outputs depend on, JSON-able: parameters, hashes of files read.
+        outputs: files and folders that the body must leave in the run directory.
+        force: do it again whatever is there.
+
+    Raises:
+        RunError: an output is missing after the body ran.
+    """
+    info = run_info(run)
+    mark = fingerprint({"stage": name, "model": info["model"]["sha256"], "inputs": inputs})
+    held = info["stages"].get(name)
+    same = held is not None and held["fingerprint"] == mark and _intact(run, held)
+    current = Stage(name, mark, finished=same and not force)
+    if current.finished:
+        yield current
+        return
+    _claim_partial(run, name, mark, force)
+    started = time.monotonic()
+    yield current
+    missing = [output for output in outputs if not (run.path / output).exists()]
+    if missing:
+        raise RunError(f"stage {name} ended without writing {', '.join(missing)} in {run.path}.")
+    entry = {
+        "fingerprint": mark,
+        "inputs": dict(inputs),
+        "outputs": {
+            str(p.relative_to(run.path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in _files(run, outputs)
+        },
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
+        "environment": environment(),
+        **current.notes,
+    }
+    info = run_info(run)
+    info["stages"][name] = json.loads(json.dumps(entry, default=str))
+    write_json(run.info_json, info)
+    shutil.rmtree(run.partial / name, ignore_errors=True)
+    if run.partial.exists() and not any(run.partial.iterdir()):
+        run.partial.rmdir()
+
+
+def _files(run: Run, outputs: Sequence[str]) -> list[Path]:
+    paths = [run.path / output for output in outputs]
+    return sorted(p for path in paths for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+
+
+def _intact(run: Run, entry: Mapping[str, Any]) -> bool:
+    for name, held in entry["outputs"].items():
+        path = run.path / name
+        if not path.exists() or path.stat().st_size != held["bytes"]:
+            return False
+        if held["bytes"] < HASH_ALWAYS_BELOW and sha256_file(path) != held["sha256"]:
+            return False
+    return True
+
+
+def _claim_partial(run: Run, name: str, mark: str, force: bool) -> None:
+    """Leave only pieces that these inputs made in the stage's folder for unfinished work."""
+    folder = run.partial / name
+    owner = folder / "fingerprint"
+    if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(mark)
+
+
+def peak_rss_bytes() -> int:
+    """The process' peak resident memory so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and GPU of this process, as `run.json` and the report show them."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": _gpu_name(),
+        "versions": versions,
+    }
+
+
+def _gpu_name() -> str | None:
+    import sys
+
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None
