@@ -1,0 +1,269 @@
+"""Number formats a weight matrix can be kept in: their exact bytes, and their exact quantize-dequantize.
+
+One row of `FORMATS` per format. The numbers need no torch; the functions import it when called.
+
+A new format is one row: its size in bytes, how to pack a matrix, how to unpack it, and which checkpoint
+writers can hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from spi_utils.errors import AnalysisError, PlanError
+from spi_utils.nf4 import BLOCK, CHUNK, NF4_LEVELS, TINY, check_finite, nf4_codes, nf4_levels
+
+if TYPE_CHECKING:
+    import torch
+
+NESTED_BLOCK = 256  # absmaxes that share one second-level absmax (double quantization)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table of formats.
+
+    `bits_per_weight` is nominal (large matrices); `size(rows, cols, double_quant, dtype)` is exact, in bytes.
+    `writers` names the checkpoint writers that can hold the format. `pack` and `unpack` do the arithmetic.
+    """
+
+    name: str
+    bits_per_weight: float
+    writers: frozenset[str]
+    size: Callable[[int, int, bool, str], int]
+    pack: Callable[[torch.Tensor, bool], Packed]
+    unpack: Callable[[Packed, torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix: everything that its dequantized values depend on, and nothing else.
+
+    `codes` are uint8 (two 4-bit codes a byte) for nf4, int8 (rows, cols) for int8, the weight itself for
+    16bit. `scales` are a float32 absmax for each block (nf4; uint8 codes of it with double quantization) or
+    row (int8). `nested` holds double quantization's second level: absmax float32, its 256 levels, offset.
+    """
+
+    fmt: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    codes: torch.Tensor
+    scales: torch.Tensor | None = None
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
+# --- the public functions -------------------------------------------------------------------------------
+
+
+def format_row(fmt: str) -> Format:
+    """The table's row for a format's name; PlanError with the nearest name if there is none."""
+    if fmt in FORMATS:
+        return FORMATS[fmt]
+    near = get_close_matches(fmt, FORMATS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise PlanError(f"Unknown format {fmt!r}; the formats are {', '.join(FORMATS)}.{hint}")
+
+
+def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, dtype: str = "float16") -> int:
+    """Bytes that the saved file's tensors hold for a (rows, cols) matrix, quantization state included.
+
+    Exact, with one exception: with `double_quant` bitsandbytes writes the absmax offset as decimal digits
+    whose number depends on the weights; the estimate is then within 10 bytes.
+    """
+    return format_row(fmt).size(rows, cols, double_quant, dtype)
+
+
+def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> Packed:
+    """Quantize a 2-D float16, bfloat16 or float32 weight (rows = out_features, cols = in_features).
+
+    nf4: codes and absmax are bit-equal to `bitsandbytes.functional.quantize_4bit` on the same device.
+    int8: absmax per row, round half to even, as `bitsandbytes.functional.int8_vectorwise_quant`.
+    Raises AnalysisError for a wrong shape or dtype, or for weights that are not finite.
+    """
+    _check_weight(weight)
+    return format_row(fmt).pack(weight, double_quant)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The (rows, cols) matrix that the codes stand for, computed in float32, in `dtype` (default float32)."""
+    import torch
+
+    return FORMATS[packed.fmt].unpack(packed, dtype or torch.float32)
+
+
+def relative_error(weight: torch.Tensor, fmt: str) -> float:
+    """‖Q(W) − W‖_F / ‖W‖_F, summed in float64; 0 for an all-zero matrix."""
+    import torch
+
+    _check_weight(weight)
+    error = total = 0.0
+    # Whole rows in multiples of BLOCK: every quantization block lies in one part, so parts are exact.
+    step = max(BLOCK, 16 * CHUNK // weight.shape[1] // BLOCK * BLOCK)
+    for start in range(0, weight.shape[0], step):
+        part = weight[start : start + step]
+        diff = dequantize(quantize(part, fmt)).sub_(part)
+        error += torch.linalg.vector_norm(diff, dtype=torch.float64).item() ** 2
+        total += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
+    return math.sqrt(error / total) if total else 0.0
+
+
+def bitsandbytes_state(packed: Packed) -> Any:
+    """The `bitsandbytes.functional.QuantState` of an nf4 matrix, as bitsandbytes itself would make it."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    if packed.nested is None:
+        offset, second = None, None
+    else:
+        absmax2, levels, offset = packed.nested
+        second = QuantState(absmax=absmax2, code=levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return QuantState(
+        absmax=packed.scales,
+        shape=torch.Size(packed.shape),
+        code=nf4_levels(packed.codes.device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=packed.dtype,
+        offset=offset,
+        state2=second,
+    )
+
+
+def _check_weight(weight: torch.Tensor) -> None:
+    import torch
+
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise AnalysisError(f"Only a non-empty 2-D weight can be quantized; got shape {tuple(weight.shape)}.")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise AnalysisError(
+            f"Only float16, bfloat16 and float32 weights can be quantized; got {weight.dtype}."
+        )
+
+
+# --- 16bit ----------------------------------------------------------------------------------------------
+
+
+def _size_16bit(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+    return 2 * rows * cols
+
+
+def _pack_16bit(weight: torch.Tensor, double_quant: bool) -> Packed:
+    return Packed("16bit", _shape(weight), weight.dtype, weight)
+
+
+def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    return packed.codes.to(dtype, copy=True)
+
+
+# --- int8: absmax per row -------------------------------------------------------------------------------
+
+
+def _size_int8(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+    return rows * cols + 4 * rows
+
+
+def _pack_int8(weight: torch.Tensor, double_quant: bool) -> Packed:
+    import torch
+
+    absmax = weight.abs().amax(dim=1).float()
+    check_finite(absmax)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        factor = 127.0 / absmax[rows, None].clamp(min=TINY)
+        codes[rows] = (weight[rows].float() * factor).round_().clamp_(-127, 127).to(torch.int8)
+    return Packed("int8", _shape(weight), weight.dtype, codes, absmax)
+
+
+def _unpack_int8(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    assert packed.scales is not None
+    return (packed.codes.float() * packed.scales[:, None]).mul_(1 / 127).to(dtype)
+
+
+# --- nf4 ------------------------------------------------------------------------------------------------
+
+
+def _size_nf4(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+    blocks = math.ceil(rows * cols / BLOCK)
+    state: dict[str, object] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": dtype,
+        "shape": [rows, cols],
+    }
+    size = math.ceil(rows * cols / 2) + 4 * len(NF4_LEVELS)
+    if double_quant:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+        size += blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256
+        size += len("0.04123456789012345") - len("0.0")  # a float32's digits, as json writes them
+    else:
+        size += 4 * blocks
+    return size + len(json.dumps(state))
+
+
+def _pack_nf4(weight: torch.Tensor, double_quant: bool) -> Packed:
+    from bitsandbytes import functional
+
+    if weight.device.type != "cpu":
+        codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        absmax = state.absmax
+        check_finite(absmax)
+    else:
+        codes, absmax = nf4_codes(weight)
+    if not double_quant:
+        return Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
+    with _one_thread():  # the mean's last bit would depend on the number of threads
+        offset = absmax.mean()
+    scales, second = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return Packed("nf4", _shape(weight), weight.dtype, codes, scales, (second.absmax, second.code, offset))
+
+
+def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """bitsandbytes' own dequantization: level · absmax in float32, then rounded to `dtype`."""
+    import torch
+    from bitsandbytes import functional
+
+    state = bitsandbytes_state(packed)
+    state.dtype = dtype
+    numel = packed.shape[0] * packed.shape[1]
+    if packed.shape[1] % 2:  # bitsandbytes' fast path wants an even width; blocks ignore rows anyway
+        state.shape = torch.Size((1, numel + numel % 2))
+    values = functional.dequantize_4bit(packed.codes, state)
+    return values.reshape(-1)[:numel].reshape(packed.shape)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+_BOTH = frozenset({"bitsandbytes", "compressed-tensors"})
+_STOCK = frozenset({"bitsandbytes"})
+_MIXED = frozenset({"compressed-tensors"})
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("16bit", 16.0, _BOTH, _size_16bit, _pack_16bit, _unpack_16bit),
+        Format("nf4", 4.5, _STOCK, _size_nf4, _pack_nf4, _unpack_nf4),
+        Format("int8", 8.0, _MIXED, _size_int8, _pack_int8, _unpack_int8),
+    )
+}

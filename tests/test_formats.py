@@ -1,0 +1,222 @@
+"""Formats against bitsandbytes itself and against closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from scipy.stats import norm
+
+from spi_utils.errors import AnalysisError, PlanError
+from spi_utils.formats import (
+    FORMATS,
+    bitsandbytes_state,
+    dequantize,
+    format_row,
+    layer_bytes,
+    quantize,
+    relative_error,
+)
+from spi_utils.nf4 import NF4_LEVELS
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def gaussian(rows, cols, dtype=torch.float32, scale=0.02, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, cols, generator=generator) * scale).to(dtype)
+
+
+def assert_as_bitsandbytes(weight, double_quant=False):
+    packed = quantize(weight, "nf4", double_quant=double_quant)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+    assert torch.equal(packed.codes, codes)
+    ours, theirs = bitsandbytes_state(packed).as_dict(packed=True), state.as_dict(packed=True)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    return packed, codes, state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 128), (33, 40), (7, 9), (1, 1), (3, 64), (1, 65), (300, 1031)])
+def test_nf4_is_bitsandbytes_bit_for_bit(dtype, shape):
+    assert_as_bitsandbytes(gaussian(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_on_every_16_bit_pattern_and_around_every_midpoint(dtype):
+    every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()].float().sort().values  # neighbours share a block: many ratios to absmax
+    levels = torch.tensor(NF4_LEVELS)
+    midpoints = ((levels[:-1] + levels[1:]) / 2).repeat_interleave(64)
+    inf = torch.full_like(midpoints, torch.inf)
+    near = torch.stack([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)], 1).reshape(-1)
+    blocks = torch.cat([torch.ones(near.numel(), 1), near[:, None].expand(-1, 63)], 1)  # absmax 1: exact ties
+    for values in (every[None], blocks, blocks * 0.0371):
+        assert_as_bitsandbytes(values.to(dtype).contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_with_zero_denormal_and_huge_blocks(dtype):
+    weight = gaussian(8, 64, dtype)
+    weight[0] = 0
+    weight[1] = torch.finfo(dtype).smallest_normal / 8  # denormal
+    weight[2] = torch.finfo(dtype).max * gaussian(1, 64, scale=0.3).clamp(-1, 1)[0].to(dtype)
+    weight[3] = torch.finfo(dtype).tiny
+    packed, *_ = assert_as_bitsandbytes(weight)
+    assert dequantize(packed)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_double_quantization_is_bitsandbytes_whatever_the_threads(threads):
+    before = torch.get_num_threads()
+    weight = gaussian(640, 4096, torch.float16)  # 40,960 absmaxes: torch would sum them in parallel
+    torch.set_num_threads(threads)
+    packed = quantize(weight, "nf4", double_quant=True)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    expected = assert_as_bitsandbytes(weight, double_quant=True)[0]
+    torch.set_num_threads(before)
+    assert torch.equal(packed.codes, expected.codes)
+    assert packed.nested[2] == expected.nested[2]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (10, 9)])
+def test_dequantized_values_are_bitsandbytes_own(shape, out, double_quant):
+    packed, codes, state = assert_as_bitsandbytes(gaussian(*shape, torch.float16), double_quant)
+    scales = state.absmax
+    if double_quant:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    pairs = codes.reshape(-1).int()
+    index = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1)[: shape[0] * shape[1]]
+    expected = torch.tensor(NF4_LEVELS)[index] * scales.repeat_interleave(64)[: len(index)]
+    assert torch.equal(dequantize(packed, out), expected.to(out).view(shape))
+    if shape[1] % 2 == 0:
+        state.dtype = out
+        assert torch.equal(dequantize(packed, out), bnb.dequantize_4bit(codes, state))
+
+
+def test_the_levels_are_bitsandbytes_and_quantiles_of_a_normal():
+    assert torch.equal(torch.tensor(NF4_LEVELS), bnb.get_4bit_type("nf4", device="cpu"))
+    offset = 0.9677083  # QLoRA's choice of the outermost quantile
+    positive = norm.ppf(torch.linspace(offset, 0.5, 9)[:-1].numpy())
+    assert torch.allclose(torch.tensor(NF4_LEVELS[8:]), torch.tensor(positive[::-1] / positive[0]).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_absmax_per_row(dtype):
+    weight = gaussian(48, 80, dtype)
+    weight[5] = 0
+    packed = quantize(weight, "int8")
+    rows = weight.double().abs().amax(1)
+    assert torch.equal(packed.scales.double(), rows)
+    expected = (weight.double() * 127 / rows.clamp(min=1e-38)[:, None]).round()
+    # float32 may round a value that lies on a half the other way; nothing else may differ
+    differs = packed.codes.double() != expected
+    assert differs.sum() <= 3
+    error = (dequantize(packed).double() - weight.double()).abs()
+    assert (error <= rows[:, None] / 254 * (1 + 1e-5)).all()
+    assert dequantize(packed)[5].abs().max() == 0
+
+
+def test_int8_is_bitsandbytes_vectorwise_quantization():
+    weight = gaussian(64, 96, torch.float16)
+    packed = quantize(weight, "int8")
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight)
+    assert torch.equal(packed.codes, codes)
+    assert torch.equal(packed.scales, scales)
+    assert torch.allclose(dequantize(packed), bnb.int8_vectorwise_dequant(codes, scales), rtol=1e-6)
+
+
+def test_16bit_is_the_weight_and_a_copy():
+    weight = gaussian(4, 6, torch.bfloat16)
+    values = dequantize(quantize(weight, "16bit"), torch.bfloat16)
+    assert torch.equal(values, weight)
+    assert values.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_relative_error_by_parts_is_that_of_the_whole(fmt):
+    weight = gaussian(1100, 4100, torch.float16)  # more than one part, and a partial last block
+    difference = dequantize(quantize(weight, fmt)).double() - weight.double()
+    expected = (difference.norm() / weight.double().norm()).item()
+    assert relative_error(weight, fmt) == pytest.approx(expected, rel=1e-9)
+
+
+def test_relative_errors_have_their_known_sizes():
+    weight = gaussian(512, 512)
+    assert 0.09 < relative_error(weight, "nf4") < 0.095  # METHOD: about .092 for a Gaussian matrix
+    peak = weight.abs().amax(1, keepdim=True).double()
+    rounding = (peak / 127 / math.sqrt(12)).expand_as(weight).norm() / weight.double().norm()
+    assert relative_error(weight, "int8") == pytest.approx(rounding.item(), rel=0.02)
+    assert relative_error(weight, "16bit") == 0
+    assert relative_error(torch.zeros(3, 5), "nf4") == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2560, 32), (64, 64), (7, 9), (320, 1000)])
+def test_nf4_bytes_are_those_bitsandbytes_saves(shape, dtype):
+    weight = gaussian(*shape, getattr(torch, dtype))
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    tensors = [codes, *state.as_dict(packed=True).values()]
+    assert layer_bytes("nf4", *shape, dtype=dtype) == sum(t.nbytes for t in tensors)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    tensors = [codes, *state.as_dict(packed=True).values()]
+    double = layer_bytes("nf4", *shape, double_quant=True, dtype=dtype)
+    assert abs(double - sum(t.nbytes for t in tensors)) <= 10
+
+
+def test_bytes_of_the_other_formats_and_nominal_bits():
+    assert layer_bytes("16bit", 10, 20) == 400
+    packed = quantize(gaussian(10, 20), "int8")
+    assert layer_bytes("int8", 10, 20) == packed.codes.nbytes + packed.scales.nbytes == 240
+    for name, row in FORMATS.items():
+        bits = 8 * layer_bytes(name, 8192, 8192) / 8192**2
+        assert bits == pytest.approx(row.bits_per_weight, rel=1e-3)
+    double = 8 * layer_bytes("nf4", 8192, 8192, double_quant=True) / 8192**2
+    assert double == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)  # 4.127
+
+
+def test_writers():
+    assert {name for name, row in FORMATS.items() if "bitsandbytes" in row.writers} == {"16bit", "nf4"}
+    assert "compressed-tensors" in format_row("int8").writers
+
+
+def test_numbers_need_no_torch():
+    code = (
+        "import sys, json; from spi_utils.formats import FORMATS, layer_bytes;"
+        "print(json.dumps([layer_bytes('nf4', 64, 64), 'torch' in sys.modules, sorted(FORMATS)]))"
+    )
+    size, has_torch, names = json.loads(subprocess.check_output([sys.executable, "-c", code]))
+    assert size == layer_bytes("nf4", 64, 64)
+    assert not has_torch
+    assert names == ["16bit", "int8", "nf4"]
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [(0, 0), (2, 8)])
+def test_weights_that_are_not_finite_are_refused(fmt, bad, where):
+    weight = gaussian(3, 33)
+    weight[where] = bad
+    with pytest.raises(AnalysisError, match="NaN or infinity"):
+        quantize(weight, fmt)
+
+
+def test_wrong_weights_and_names_are_refused():
+    with pytest.raises(AnalysisError, match="2-D"):
+        quantize(torch.zeros(4), "nf4")
+    with pytest.raises(AnalysisError, match="2-D"):
+        relative_error(torch.zeros(0, 4), "nf4")
+    with pytest.raises(AnalysisError, match="float64"):
+        quantize(torch.zeros(4, 4, dtype=torch.float64), "nf4")
+    with pytest.raises(PlanError, match="nf4"):
+        layer_bytes("nf5", 4, 4)
