@@ -23,7 +23,7 @@ STATUSES = ("ok", "short_tail", "poor_fit")
 
 
 def spectrum(rng: np.random.Generator, count: int, alpha: float, scale: float = 1.0) -> np.ndarray:
-    """`count` descending singular values; the upper half of their squares is a power law of exponent alpha."""
+    """`count` descending singular values; their upper squares are a power law of exponent alpha."""
     tail = (1 - rng.random(count // 2)) ** (-1 / (alpha - 1))
     body = rng.uniform(0.02, 1.0, count - count // 2)
     return np.sqrt(np.sort(np.concatenate([tail, body]))[::-1] * scale)
