@@ -1,0 +1,354 @@
+"""A loaded model, its variants and a text -> what each token costs, and how far each variant strays.
+
+One model is loaded, once; `variants.Switch` changes its layers in place. `reference_states` keeps the 16-bit model's final hidden states (a few KB a token, where logits would need a
+megabyte), and `token_scores` recomputes both models' logits through the shared head, a few rows at a time, in
+float32 log-softmax. A vocabulary of 248k costs well under 1 GB above the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spi_utils.errors import EvaluationError
+from spi_utils.variants import Switch
+
+LOGIT_BYTES = 200_000_000  # of one buffer of logits; at most two are alive, in the model's own dtype
+SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # measured: larger batches are no faster on 2 cores
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What each predicted token costs; arrays are (windows, length - 1), entry t predicts token t + 1.
+
+    Attributes:
+        nll: float32, negative log-likelihood in nats.
+        kl: float32, KL(reference ‖ this model) in nats, over the whole vocabulary; None if not asked for.
+        same_top1: bool, the reference's most likely token is also this model's; None likewise.
+        dp: float32, probability of the true token here minus in the reference; None likewise.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray | None = None
+    same_top1: np.ndarray | None = None
+    dp: np.ndarray | None = None
+
+    @staticmethod
+    def join(parts: Sequence[TokenScores]) -> TokenScores:
+        """Stack the scores of successive groups of windows."""
+        names = ("nll", "kl", "same_top1", "dp")
+        columns = {name: [getattr(part, name) for part in parts] for name in names}
+        return TokenScores(
+            **{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()}  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The 16-bit model on the windows: `hidden` (W, T - 1, d) on the CPU in compute dtype, `nll`, `top1`.
+
+    `nll` is float32 and `top1` int64, both (W, T - 1). Index with a slice to take some of the windows.
+    """
+
+    hidden: torch.Tensor
+    nll: torch.Tensor
+    top1: torch.Tensor
+
+    def __getitem__(self, rows: slice) -> Reference:
+        return Reference(self.hidden[rows], self.nll[rows], self.top1[rows])
+
+    def scores(self) -> TokenScores:
+        """The reference's own scores: no divergence from itself."""
+        nll = self.nll.numpy()
+        return TokenScores(nll, np.zeros_like(nll), np.ones(nll.shape, bool), np.zeros_like(nll))
+
+
+class Head:
+    """A model's output layer: final hidden states (N, d) -> logits (N, V), buffers reused.
+
+    Some families scale or cap their logits. The rows of `_ADJUST` cover them by the configuration's own
+    names; `check` compares with the model's own logits, so an unknown one is an error, never a wrong number.
+    """
+
+    _ADJUST: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+        "lm_head_multiplier": lambda z, value: z.mul_(value),
+        "logit_scale": lambda z, value: z.mul_(value),
+        "logits_scaling": lambda z, value: z.div_(value),
+        "final_logit_softcapping": lambda z, value: z.div_(value).tanh_().mul_(value),
+    }
+
+    def __init__(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise EvaluationError(f"{type(model).__name__} has no output layer: expected a causal LM.")
+        self.weight, self.bias = head.weight, getattr(head, "bias", None)
+        config = model.config.get_text_config()
+        found = ((name, getattr(config, name, None)) for name in self._ADJUST)
+        self.adjust = [(self._ADJUST[name], float(value)) for name, value in found if value]
+        self.chunk = max(16, LOGIT_BYTES // (self.weight.element_size() * self.weight.shape[0]))
+        on_cpu = self.weight.device.type == "cpu"
+        slice_bytes = SLICE_BYTES if on_cpu else 16 * SLICE_BYTES
+        self.rows = max(1, slice_bytes // (4 * self.weight.shape[0]))
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def raw(self, hidden: torch.Tensor, buffer: str) -> torch.Tensor:
+        """The product with the head's weight, before `finish`; valid until the next call with this buffer."""
+        if buffer not in self._buffers:
+            self._buffers[buffer] = torch.empty(
+                self.chunk, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device
+            )
+        out = self._buffers[buffer][: len(hidden)]
+        torch.mm(hidden, self.weight.t(), out=out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw rows -> float32 logits, scaled and capped as the model does; may work in place."""
+        logits = raw.float()
+        for adjust, value in self.adjust:
+            logits = adjust(logits, value)
+        return logits
+
+    def check(self, model: Any, windows: torch.Tensor) -> None:
+        """Raise EvaluationError unless hidden states through this head give the model's own logits."""
+        ids = windows[:1, :16].to(self.weight.device)
+        with torch.inference_mode():
+            expected = model(input_ids=ids, use_cache=False).logits[0].float()
+            got = self.finish(self.raw(final_hidden(model, ids)[0], "variant"))
+        scale = expected.abs().max().item()
+        error = (got - expected).abs().max().item()
+        # Half-precision models round the logits themselves; a missing factor or cap is far larger than this.
+        tolerance = 1e-4 if self.weight.dtype == torch.float32 else 2e-2
+        if np.isfinite(scale) and not error <= tolerance * max(scale, 1.0):
+            raise EvaluationError(
+                f"{type(model).__name__} changes its logits after the head in a way that is not known here "
+                f"(largest difference {error:.3g}, logits up to {scale:.3g}): add it to scoring.Head._ADJUST."
+            )
+
+
+def final_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Final hidden states (B, T, d), as the head takes them."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def default_batch(device: torch.device, length: int) -> int:
+    """Windows in a batch."""
+    return max(1, BATCH_TOKENS.get(device.type, 1024) // length)
+
+
+def reference_states(
+    model: Any, windows: torch.Tensor, *, batch: int | None = None, label: str = "reference"
+) -> Reference:
+    """Run the 16-bit model once and keep what scoring a variant needs of it.
+
+    Args:
+        model: a causal LM with its 16-bit weights in place.
+        windows: LongTensor (W, T).
+        batch: windows at once; halved, and said so, where memory runs out.
+        label: name of the variant, for messages.
+
+    Raises:
+        EvaluationError: logits that are not numbers, an unknown change of the logits, or out of memory.
+    """
+    head = Head(model)
+    head.check(model, windows)
+    hidden: list[torch.Tensor] = []
+    nll: list[torch.Tensor] = []
+    top1: list[torch.Tensor] = []
+
+    def score(ids: torch.Tensor) -> None:
+        states = _states(model, ids)
+        losses, best = _reference_rows(head, states.flatten(0, 1), ids[:, 1:].flatten())
+        _check_finite(model, ids, losses, label)
+        hidden.append(states.cpu())
+        nll.append(losses.view(len(ids), -1).cpu())
+        top1.append(best.view(len(ids), -1).cpu())
+
+    _batches(model, windows, batch, score)
+    return Reference(torch.cat(hidden), torch.cat(nll), torch.cat(top1))
+
+
+def token_scores(
+    model: Any,
+    windows: torch.Tensor,
+    reference: Reference | None = None,
+    *,
+    batch: int | None = None,
+    need_kl: bool = True,
+    label: str = "variant",
+) -> TokenScores:
+    """Score a model on windows, token by token.
+
+    Args:
+        model: a causal LM whose head is the reference's own.
+        windows: LongTensor (W, T); every token but the first of each window is predicted.
+        reference: `reference_states` on the same windows; needed for the divergence.
+        batch: windows at once; halved, and said so, where memory runs out.
+        need_kl: also compute `kl`, `same_top1` and `dp`: twice the work in the head.
+        label: name of the variant, for messages.
+
+    Raises:
+        EvaluationError: logits that are not numbers (names the variant and the first such layer), a
+            reference of other windows, or out of memory with a single window.
+    """
+    if need_kl and (reference is None or reference.nll.shape != (len(windows), windows.shape[1] - 1)):
+        raise EvaluationError(
+            f"{label}: KL needs the reference on the same {tuple(windows.shape)} windows; "
+            "make it with reference_states, or pass need_kl=False."
+        )
+    head = Head(model)
+    parts: list[TokenScores] = []
+
+    def score(ids: torch.Tensor) -> None:
+        done = sum(len(part.nll) for part in parts)
+        held = reference[done : done + len(ids)] if need_kl and reference is not None else None
+        columns = _variant_rows(head, _states(model, ids).flatten(0, 1), ids[:, 1:].flatten(), held)
+        _check_finite(model, ids, columns["nll"], label)
+        parts.append(TokenScores(**{k: v.view(len(ids), -1).cpu().numpy() for k, v in columns.items()}))
+
+    _batches(model, windows, batch, score)
+    return TokenScores.join(parts)
+
+
+def _states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Final hidden states of all positions that predict a token, (B, T - 1, d)."""
+    with torch.inference_mode():
+        return final_hidden(model, ids)[:, :-1]
+
+
+@torch.inference_mode()
+def _reference_rows(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and most likely token of each row of `hidden` (N, d)."""
+    nll, top1 = [], []
+    for rows in torch.arange(len(hidden)).split(head.chunk):
+        raw = head.raw(hidden[rows[0] : rows[-1] + 1], "variant")
+        goals = targets[rows[0] : rows[-1] + 1]
+        for part, goal in zip(raw.split(head.rows), goals.split(head.rows), strict=True):
+            log_p = torch.log_softmax(head.finish(part), dim=-1)  # (rows, V)
+            nll.append(-log_p.gather(1, goal[:, None])[:, 0])
+            top1.append(log_p.argmax(dim=-1))
+    return torch.cat(nll), torch.cat(top1)
+
+
+@torch.inference_mode()
+def _variant_rows(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, reference: Reference | None
+) -> dict[str, torch.Tensor]:
+    """The columns of TokenScores for each row of `hidden` (N, d), without `reference` the loss alone."""
+    parts: list[dict[str, torch.Tensor]] = []
+    for first in range(0, len(hidden), head.chunk):
+        rows = slice(first, first + head.chunk)
+        raw = head.raw(hidden[rows], "variant").split(head.rows)
+        goals = targets[rows].split(head.rows)
+        if reference is None:
+            parts += [{"nll": _nll(head, z, goal)} for z, goal in zip(raw, goals, strict=True)]
+            continue
+        device = hidden.device
+        held = reference.hidden.flatten(0, 1)[rows].to(device)
+        raw_held = head.raw(held, "reference").split(head.rows)
+        top1 = reference.top1.flatten()[rows].to(device).split(head.rows)
+        parts += map(_compare, [head] * len(raw), raw, raw_held, goals, top1)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _nll(head: Head, raw: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    log_q = torch.log_softmax(head.finish(raw), dim=-1)
+    return -log_q.gather(1, targets[:, None])[:, 0]
+
+
+def _compare(
+    head: Head, raw: torch.Tensor, raw_held: torch.Tensor, targets: torch.Tensor, top1: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """One slice of rows of the variant (q) against the reference (p): KL(p ‖ q) = Σ_v p_v (ln p_v - ln q_v).
+
+    The difference is taken between normalised logarithms, both small where p is large, so that a KL of 1e-6
+    is not lost in the rounding of logits of 20.
+    """
+    log_q = torch.log_softmax(head.finish(raw), dim=-1)  # (rows, V)
+    log_p = torch.log_softmax(head.finish(raw_held), dim=-1)
+    true_q = log_q.gather(1, targets[:, None])[:, 0]
+    true_p = log_p.gather(1, targets[:, None])[:, 0]
+    # `>=` counts an exact tie as the same choice; amax is several times cheaper than argmax
+    same = log_q.gather(1, top1[:, None])[:, 0] >= log_q.amax(dim=-1)
+    gap = torch.sub(log_p, log_q, out=log_q)
+    kl = log_p.exp_().mul_(gap).sum(dim=-1)
+    return {"nll": -true_q, "kl": kl, "same_top1": same, "dp": true_q.exp() - true_p.exp()}
+
+
+def _batches(
+    model: Any, windows: torch.Tensor, batch: int | None, score: Callable[[torch.Tensor], None]
+) -> None:
+    """Call `score` on successive batches of windows; out of memory halves the batch and goes on."""
+    device = next(model.parameters()).device
+    size = batch or default_batch(device, windows.shape[1])
+    done = 0
+    while done < len(windows):
+        try:
+            score(windows[done : done + size].to(device))
+            done += size
+            continue
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        if size == 1:
+            raise EvaluationError(
+                f"Out of memory with a single window of {windows.shape[1]} tokens ({reason}); use shorter "
+                "windows, a smaller model, or a device with more memory."
+            )
+        size = max(1, size // 2)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory: going on with {size} windows at a time", flush=True)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _check_finite(model: Any, ids: torch.Tensor, nll: torch.Tensor, label: str) -> None:
+    if not torch.isfinite(nll).all():
+        where = first_nonfinite(model, ids) or "the head"
+        raise EvaluationError(
+            f"Variant '{label}': the logits are not numbers; the first layer whose output overflows or is "
+            f"NaN is {where}. Try dtype='float32' or 'bfloat16', or keep that layer in 16-bit."
+        )
+
+
+def first_nonfinite(model: Any, ids: torch.Tensor) -> str | None:
+    """Name of the first innermost module, in order of execution, whose output holds an infinity or a NaN."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: Any, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+                found.append(name)
+
+        return look
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def mean_kl(
+    switch: Switch, formats: Mapping[str, str], windows: torch.Tensor, reference: Reference, label: str
+) -> float:
+    """Mean KL(16-bit ‖ hybrid) in nats a token, in float64; the model is left in that hybrid."""
+    switch.to(formats)
+    scores = token_scores(switch.model, windows, reference, label=label)
+    assert scores.kl is not None
+    return float(scores.kl.mean(dtype=np.float64))
