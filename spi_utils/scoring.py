@@ -1,8 +1,9 @@
 """A loaded model, its variants and a text -> what each token costs, and how far each variant strays.
 
-One model is loaded, once; `variants.Switch` changes its layers in place. `reference_states` keeps the 16-bit model's final hidden states (a few KB a token, where logits would need a
-megabyte), and `token_scores` recomputes both models' logits through the shared head, a few rows at a time, in
-float32 log-softmax. A vocabulary of 248k costs well under 1 GB above the model.
+One model is loaded, once; `variants.Switch` changes its layers in place. `reference_states` keeps the 16-bit
+model's final hidden states (a few KB a token, where logits would need a megabyte), and `token_scores`
+recomputes both models' logits through the shared head, a few rows at a time, in float32 log-softmax. A
+vocabulary of 248k costs well under 1 GB above the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Variants of one loaded model: its layers switched in place between 16-bit and what a format makes of them."""
+"""Variants of one loaded model: its layers switched in place, each to a format's own values."""
 
 from __future__ import annotations
 
