@@ -89,7 +89,7 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
 
 
 def _is_transport_error(error: Exception) -> bool:
-    """True where there is no connection: Python's own errors, or those of the HTTP library of hub 1.x or 2.x."""
+    """No connection: Python's own errors, or those of the HTTP library under hub 1.x or 2.x."""
     modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     libraries = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
     return isinstance(error, ConnectionError | TimeoutError) or bool(modules & libraries)

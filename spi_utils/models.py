@@ -368,7 +368,7 @@ def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.directory,
             dtype=getattr(torch, source.storage_dtype),
             device_map={"": str(device)},
@@ -376,7 +376,7 @@ def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.
             use_safetensors=True,
             output_loading_info=True,
         )
-        model = model.to(dtype)
+        model, info = loaded[0].to(dtype), loaded[1]
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"{source.id} does not fit on {device} in {dtype}: {_first_line(error)} Free the device "

@@ -287,7 +287,7 @@ def stage(
     info = run_info(run)
     mark = fingerprint({"stage": name, "model": info["model"]["sha256"], "inputs": inputs})
     held = info["stages"].get(name)
-    same = held is not None and held["fingerprint"] == mark and _intact(run, held)
+    same = held is not None and held["fingerprint"] == mark and is_intact(run, held)
     current = Stage(name, mark, finished=same and not force)
     if current.finished:
         yield current
@@ -323,7 +323,8 @@ def _files(run: Run, outputs: Sequence[str]) -> list[Path]:
     return sorted(p for path in paths for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
 
 
-def _intact(run: Run, entry: Mapping[str, Any]) -> bool:
+def is_intact(run: Run, entry: Mapping[str, Any]) -> bool:
+    """Whether a finished stage's outputs still are what it wrote (by size, and by hash below 64 MB)."""
     for name, held in entry["outputs"].items():
         path = run.path / name
         if not path.exists() or path.stat().st_size != held["bytes"]:

@@ -1,0 +1,72 @@
+"""The command line: `python -m spi_utils run|summary`, a thin reading of `headless`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spi_utils.errors import SPIError
+from spi_utils.headless import ALL, check_parameters, execute, parameters_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 for a failed stage, 2 for a wrong call."""
+    parser = argparse.ArgumentParser(prog="python -m spi_utils", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="all five stages through 00_run_all, headless")
+    run.add_argument("-p", dest="parameters", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[])
+    summary = commands.add_parser("summary", help="what a finished run found, and where its files are")
+    summary.add_argument("run_dir", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "run":
+            _run({name: yaml.safe_load(value) for name, value in options.parameters})
+        else:
+            _print_summary(options.run_dir)
+    except SPIError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(parameters: dict[str, Any]) -> None:
+    check_parameters(parameters, parameters_of(ALL), f"{ALL}.ipynb")
+    if str(parameters.get("run_dir", "auto")) == "auto":
+        parameters["run_dir"] = str(_auto_run_dir(parameters))
+    run_dir = Path(parameters["run_dir"]).resolve()
+    started = time.monotonic()
+    execute(ALL, run_dir / "notebooks" / f"{ALL}.ipynb", {**parameters, "run_dir": str(run_dir)}, show=_echo)
+    print(f"\nAll stages done in {time.monotonic() - started:.0f} s.\n")
+    _print_summary(run_dir)
+
+
+def _auto_run_dir(parameters: dict[str, Any]) -> Path:
+    from spi_utils.models import resolve
+    from spi_utils.runs import run_path
+
+    defaults = parameters_of(ALL)
+    names = ("model", "revision", "trust_remote_code")
+    chosen = {name: parameters.get(name, defaults.get(name)) for name in names}
+    source = resolve(
+        chosen["model"], chosen["revision"] or None, trust_remote_code=chosen["trust_remote_code"]
+    )
+    return run_path("auto", source.slug)
+
+
+def _echo(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print_summary(run_dir: Path) -> None:
+    from spi_utils.report import summary
+
+    print(summary(run_dir))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,254 @@
+"""Running the notebooks without a person: papermill in a subprocess each, with errors a person can read.
+
+One subprocess a notebook, because papermill's kernels leak memory into a long-lived parent. Names of
+parameters are checked before anything runs: papermill itself only logs the ones it doesn't know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from spi_utils.errors import RunError, SPIError
+from spi_utils.runs import Run, fingerprint, is_intact, run_info, sha256_file, write_json
+
+STAGES = ("01_analyze", "02_visualize", "03_quantize", "04_evaluate", "05_publish")
+ALL = "00_run_all"
+PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
+
+
+class NotebookError(SPIError):
+    """A notebook failed; the message is the failing cell's own, with the executed copy's path."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One executed notebook: where its copy is, and how long it took (0 when it was recognised as done)."""
+
+    name: str
+    path: Path
+    seconds: float
+    skipped: bool
+
+
+def notebook_path(name: str) -> Path:
+    """Where a notebook of this project lies: beside the package, or installed as package data.
+
+    Raises:
+        NotebookError: no such notebook.
+    """
+    folders = [Path(__file__).resolve().parent.parent / "notebooks"]
+    if importlib.util.find_spec("spi_utils.notebooks") is not None:
+        folders.append(Path(str(importlib.resources.files("spi_utils.notebooks"))))
+    for folder in folders:
+        if (folder / f"{name}.ipynb").exists():
+            return folder / f"{name}.ipynb"
+    raise NotebookError(f"there is no notebook {name!r}; there are {', '.join((ALL, *STAGES))}.")
+
+
+def parameters_of(name: str) -> dict[str, Any]:
+    """A notebook's parameters with their defaults, in the order in which it lists them."""
+    import ast
+
+    notebook = nbformat.read(notebook_path(name), as_version=4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    assignments = [
+        node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign | ast.AnnAssign)
+    ]
+    found = {}
+    for node in assignments:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and node.value is not None:
+            found[target.id] = ast.literal_eval(node.value)
+    return found
+
+
+def check_parameters(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse names that a notebook doesn't have.
+
+    Raises:
+        RunError: names the stranger and the nearest known name.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known)}."
+            raise RunError(f"{what} has no parameter {name!r}.{hint}")
+
+
+def execute(
+    name: str,
+    output: Path,
+    parameters: Mapping[str, Any],
+    *,
+    show: Callable[[str], None] | None = None,
+) -> float:
+    """Execute one notebook with papermill in a subprocess and keep the executed copy.
+
+    Args:
+        name: e.g. "01_analyze".
+        output: where the executed copy goes.
+        parameters: checked against the notebook's.
+        show: called with each line that the notebook prints, as it comes.
+
+    Returns:
+        seconds.
+
+    Raises:
+        RunError: an unknown parameter name; nothing has run then.
+        NotebookError: a cell failed, or the kernel died (out of memory).
+    """
+    check_parameters(parameters, parameters_of(name), f"{name}.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for attempt in (1, 2):
+        code, log = _papermill(notebook_path(name), output, parameters, show)
+        if code == 0:
+            return time.monotonic() - started
+        if attempt == 2 or not any(sign in log for sign in PORT_COLLISIONS):
+            break
+    raise NotebookError(_explain(name, output, code, log))
+
+
+def _papermill(
+    notebook: Path, output: Path, parameters: Mapping[str, Any], show: Callable[[str], None] | None
+) -> tuple[int, str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump(dict(parameters), file)
+        file.flush()
+        command = [sys.executable, "-m", "papermill", str(notebook), str(output), "--kernel", "python3"]
+        command += ["--parameters_file", file.name, "--log-output", "--no-progress-bar"]
+        environment = {**os.environ, "PYTHONPATH": _python_path(), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines = [*lines[-200:], line]
+            if show is not None and line.strip():
+                show(line.rstrip())
+        return process.wait(), "".join(lines)
+
+
+def _python_path() -> str:
+    """The kernel must import this very package, also from a checkout that isn't installed."""
+    package = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+
+
+def _explain(name: str, output: Path, code: int, log: str) -> str:
+    error = _first_error(output)
+    if error is None and code in (138, -9, 137):
+        error = (
+            "the kernel died, most likely out of memory. Use a smaller model, or fewer or shorter windows."
+        )
+    if error is None:
+        error = f"papermill ended with exit code {code}: {log.strip()[-500:]}"
+    return f"{name} failed: {error}\nThe executed notebook, up to the failing cell: {output}"
+
+
+def _first_error(output: Path) -> str | None:
+    if not output.exists():
+        return None
+    notebook = nbformat.read(output, as_version=4)
+    for cell in notebook.cells:
+        for item in cell.get("outputs", []):
+            if item.output_type == "error":
+                return f"{item.ename}: {item.evalue}"
+    return None
+
+
+# --- all stages ------------------------------------------------------------------------------------------
+
+
+def run_stages(
+    run_dir: Path, parameters: Mapping[str, Any], *, show: Callable[[str, str], None] | None = None
+) -> list[Execution]:
+    """Execute notebooks 01…05 on one run directory; stages that are done and unchanged are only recognised.
+
+    Args:
+        run_dir: the run directory; `parameters["run_dir"]` is set to it.
+        parameters: of all stages together; each notebook gets those that it has.
+        show: called with (notebook, line) for each line a notebook prints.
+
+    Raises:
+        RunError: a name that no stage has.
+        NotebookError: the first stage that fails.
+    """
+    known = {name: parameters_of(name) for name in STAGES}
+    check_parameters(parameters, {p for names in known.values() for p in names}, "The pipeline")
+    done: list[Execution] = []
+    for name in STAGES:
+        own = {key: value for key, value in parameters.items() if key in known[name]}
+        done.append(_run_stage(Run(run_dir), name, {**own, "run_dir": str(run_dir)}, show))
+    return done
+
+
+def _run_stage(
+    run: Run, name: str, parameters: dict[str, Any], show: Callable[[str, str], None] | None
+) -> Execution:
+    output = run.notebooks / f"{name}.ipynb"
+    mark = fingerprint(
+        {"parameters": parameters, "notebook": sha256_file(notebook_path(name)), "code": _code_hash()}
+    )
+    if not parameters.get("force") and output.exists() and _is_done(run, name, mark):
+        return Execution(name, output, 0.0, True)
+    seconds = execute(name, output, parameters, show=(lambda line: show(name, line)) if show else None)
+    info = run_info(run)
+    made = {stage: info["stages"][stage]["fingerprint"] for stage in _stages_up_to(name, info)}
+    info.setdefault("notebooks", {})[name] = {
+        "fingerprint": mark,
+        "made_from": made,
+        "seconds": round(seconds, 1),
+    }
+    write_json(run.info_json, info)
+    return Execution(name, output, seconds, False)
+
+
+def _is_done(run: Run, name: str, mark: str) -> bool:
+    """The notebook ran with these parameters and this code, on stages that are still the same and intact."""
+    if not run.info_json.exists():
+        return False
+    info = run_info(run)
+    held = info.get("notebooks", {}).get(name)
+    if held is None or held["fingerprint"] != mark:
+        return False
+    stages = info["stages"]
+    return all(
+        stage in stages and stages[stage]["fingerprint"] == made and is_intact(run, stages[stage])
+        for stage, made in held["made_from"].items()
+    )
+
+
+def _stages_up_to(name: str, info: Mapping[str, Any]) -> list[str]:
+    stages = [notebook.split("_", 1)[1] for notebook in STAGES[: STAGES.index(name) + 1]]
+    return [stage for stage in stages if stage in info["stages"]]
+
+
+def _code_hash() -> str:
+    """One hash of this package's modules: other code means the stages must look again."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()
