@@ -1,0 +1,160 @@
+"""A finished run of a tiny model, as the stages before publishing leave it; its NF4 checkpoint is real."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from spi_utils.runs import Run, open_run, sha256_file, stage, write_json, write_text
+from tests.tiny import make_tiny, make_tokenizer
+
+KEPT = "down_proj"
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360000002000001e221bc330000000049454e44ae426082"
+)
+
+
+def make_finished_run(folder: Path, *, kind: str = "hub", model_id: str = "someone/tiny-llama") -> Run:
+    """Analyse, plan, quantize and evaluate a tiny llama, the numbers of the evaluation made up."""
+    source = make_tiny("llama", folder / "source")
+    weights = sha256_file(source / "model.safetensors")
+    identity = {
+        "id": model_id,
+        "kind": kind,
+        "revision": "a" * 40,
+        "sha256": weights,
+        "storage_dtype": "float16",
+    }
+    run = open_run(folder / "run", identity)
+    layers = _layers(source)
+    with stage(run, "analyze", {}, ["layers.csv"]):
+        write_text(run.layers_csv, layers.to_csv(index=False))
+    with stage(run, "quantize", {}, ["model"]):
+        _checkpoint(run, source, layers)
+    with stage(run, "visualize", {}, ["plan.json", "figures"]):
+        write_json(run.plan_json, _plan(run, identity, layers))
+        run.figures.mkdir()
+        (run.figures / "plan_map.png").write_bytes(PNG)
+    with stage(run, "evaluate", {}, ["evaluation.json"]):
+        write_json(run.evaluation_json, make_evaluation(run))
+    return run
+
+
+def _layers(source: Path) -> pd.DataFrame:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            parts = name.split(".")
+            rows.append(
+                [name, parts[-1], int(parts[2]), "linear", *module.weight.shape, module.weight.numel(), True]
+            )
+    total = sum(p.numel() for p in model.parameters())
+    rest = total - sum(row[6] for row in rows)
+    rows.append(["(norms, biases and the rest)", "other", -1, "other", 0, 0, rest, False])
+    columns = ["name", "type", "depth", "role", "rows", "cols", "numel", "quantizable"]
+    return pd.DataFrame(rows, columns=columns).assign(status="ok")
+
+
+def _checkpoint(run: Run, source: Path, layers: pd.DataFrame) -> None:
+    names = layers[layers["quantizable"]]["name"]
+    kept = [name for name in names if name.endswith(KEPT)]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", *kept],
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float16)
+    model.save_pretrained(run.model_dir)
+    make_tokenizer().save_pretrained(run.model_dir)
+    write_text(run.model_dir / "generate.py", "print('a stand-in of the test')\n")
+
+
+def _plan(run: Run, identity: dict, layers: pd.DataFrame) -> dict:
+    names = list(layers[layers["quantizable"]]["name"])
+    formats = {name: "16bit" if name.endswith(KEPT) else "nf4" for name in names}
+    size = sum(path.stat().st_size for path in run.model_dir.glob("*.safetensors"))
+    return {
+        "schema": 1,
+        "model": identity,
+        "score": "alpha_hill",
+        "direction": "high",
+        "rule": "claim",
+        "value": None,
+        "formats": formats,
+        "protected": [name for name, form in formats.items() if form == "16bit"],
+        "double_quant": False,
+        "bytes": {"total": size},
+        "bits_per_weight": 11.61,
+        "matrix_bits": 10.79,
+        "predicted_kl": None,
+        "layers_fingerprint": "0" * 64,
+        "reason": "The four down projections have the flattest spectra.",
+    }
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over `name sha256` lines of the weight files: written out here, not taken from spi_utils."""
+    lines = (
+        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for path in sorted(folder.glob("*.safetensors"))
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def make_evaluation(run: Run) -> dict:
+    """evaluation.json with made-up numbers; `reference` has no difference to itself."""
+    rng = np.random.default_rng(0)
+    keys = ["nf4", "plan", "other_direction", "fisher", "int8", *(f"random_{seed}" for seed in range(5))]
+    kls = [0.33, 0.12, 0.2, 0.05, 0.004, 0.18, 0.17, 0.19, 0.21, 0.16]
+    variants = {"reference": _variant(0.0, 5_000_000, None)}
+    for key, kl in zip(keys, kls, strict=True):
+        mean = kl / 2 + float(rng.normal(0, 0.001))
+        delta = {"mean": mean, "se": 0.01, "low": mean - 0.02, "high": mean + 0.02, "p": 0.01, "clusters": 24}
+        variants[key] = _variant(kl, 2_500_000, delta)
+    return {
+        "schema": 1,
+        "checkpoint_sha256": checkpoint_hash(run.model_dir),
+        "text": {
+            "name": "wikitext2",
+            "source": "wikitext2",
+            "sha256": "5" * 64,
+            "tokens": 6120,
+            "windows": 24,
+            "window_length": 256,
+            "start_token": 257,
+            "convention": "disjoint windows, each beginning with the start token, which is not scored",
+        },
+        "other_texts": {},
+        "variants": variants,
+        "claims": [],
+    }
+
+
+def _variant(kl: float, size: int, delta: dict | None) -> dict:
+    nll = 2.5 + (delta["mean"] if delta else 0.0)
+    return {
+        "nll": nll,
+        "perplexity": float(np.exp(nll)),
+        "kl_mean": kl,
+        "kl_p99": kl * 8,
+        "kl_p999": kl * 20,
+        "same_top1": 1 - kl / 3,
+        "bytes": size,
+        "delta": delta,
+    }
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(make_evaluation(make_finished_run(Path(temporary))), indent=1)[:400])
