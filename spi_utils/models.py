@@ -56,12 +56,13 @@ class ModelSource:
     """A model as a directory of safetensors, with its identity.
 
     Args:
-        id: Hub id, or the path given.
+        id: Hub id, or the name of the folder or file (never its path: identities are published).
         kind: "hub", "local", "gguf" or "bundled".
         revision: the Hub's commit, else None.
         directory: config.json, tokenizer files, safetensors.
         sha256: hash over the weight files' names and contents.
         storage_dtype: "float16" or "bfloat16": the 16-bit type that everything starts from.
+        location: what `resolve` takes to find the same source again on this machine.
         trust_remote_code: whether the user allowed the repository's own code to run.
     """
 
@@ -71,6 +72,7 @@ class ModelSource:
     directory: Path
     sha256: str
     storage_dtype: str
+    location: str = ""
     trust_remote_code: bool = False
 
     @property
@@ -140,27 +142,33 @@ def resolve(
             a causal language model; an architecture that this transformers doesn't know.
     """
     cache = Path(cache_dir) if cache_dir is not None else CACHE
-    if model == "auto":
-        model = DEFAULT_ON_GPU if _has_capable_gpu() else "bundled"
+    model = chosen_model(model)
     path = Path(model).expanduser()
     if model == "bundled":
         file, licence = _bundled_file()
         directory = convert_gguf(file, cache / "gguf" / BUNDLED_SHA256[:16], extra=licence)
-        return _source(BUNDLED_ID, "bundled", None, directory, trust_remote_code)
+        return _source(BUNDLED_ID, "bundled", None, directory, "bundled", trust_remote_code)
     if model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file.")
         directory = convert_gguf(path, cache / "gguf" / sha256_file(path)[:16])
-        return _source(path.stem, "gguf", None, directory, trust_remote_code)
+        return _source(path.stem, "gguf", None, directory, str(path.resolve()), trust_remote_code)
     if path.is_dir():
-        return _source(str(path), "local", None, path, trust_remote_code)
+        return _source(path.resolve().name, "local", None, path, str(path.resolve()), trust_remote_code)
     if path.is_absolute() or model.count("/") != 1 or model.startswith("."):
         raise ModelError(
             f"{model!r} is neither a directory here nor a Hub id like 'Qwen/Qwen3.5-4B'. "
             "Check the path, or use 'bundled' for the small model that needs no download."
         )
     directory, commit = download(model, revision, token=token, code=trust_remote_code)
-    return _source(model, "hub", commit, directory, trust_remote_code)
+    return _source(model, "hub", commit, directory, model, trust_remote_code)
+
+
+def chosen_model(model: str) -> str:
+    """What "auto" stands for on this machine; every other name as it is."""
+    if model != "auto":
+        return model
+    return DEFAULT_ON_GPU if _has_capable_gpu() else "bundled"
 
 
 def _has_capable_gpu() -> bool:
@@ -186,7 +194,9 @@ def _bundled_file() -> tuple[Path, tuple[Path, ...]]:
     return file, tuple(licences[:1])
 
 
-def _source(id: str, kind: str, revision: str | None, directory: Path, trust: bool) -> ModelSource:
+def _source(
+    id: str, kind: str, revision: str | None, directory: Path, location: str, trust: bool
+) -> ModelSource:
     config = _read_config(directory)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")
@@ -197,7 +207,8 @@ def _source(id: str, kind: str, revision: str | None, directory: Path, trust: bo
     if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
         raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
     files = shard_paths(directory)
-    source = ModelSource(id, kind, revision, directory, _hash(files), _storage_dtype(directory), trust)
+    dtype = _storage_dtype(directory)
+    source = ModelSource(id, kind, revision, directory, _hash(files), dtype, location, trust)
     _require_causal(source)
     return source
 
