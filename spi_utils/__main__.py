@@ -46,8 +46,8 @@ def _run(parameters: dict[str, Any]) -> None:
 
 
 def _auto_run_dir(parameters: dict[str, Any]) -> Path:
-    from spi_utils.models import resolve
     from spi_utils.runs import run_path
+    from spi_utils.sources import resolve
 
     defaults = parameters_of(ALL)
     names = ("model", "revision", "trust_remote_code")

@@ -1,4 +1,4 @@
-"""How a notebook opens its run directory: the model for the first stage, the run's own model for the others."""
+"""How a notebook opens its run directory: a model for the first stage, the run's own for the others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import RunError
-from spi_utils.models import BUNDLED_ID, ModelSource, chosen_model, resolve
 from spi_utils.runs import Run, existing_run, open_run, run_info, run_path, slug, write_json
+from spi_utils.sources import BUNDLED_ID, ModelSource, chosen_model, resolve
 
 
 def begin_run(
@@ -38,7 +38,7 @@ def find_run(run_dir: str, model: str = "auto") -> Run:
 
     Args:
         run_dir: "auto" is `runs/<model name>`.
-        model: with a given `run_dir`, "auto" is whatever model the run holds; any other name must be that model.
+        model: with a given `run_dir`, "auto" is whatever the run holds; any other name must be that model.
 
     Raises:
         RunError: no run there, or one of another model.
@@ -66,8 +66,8 @@ def continue_run(
     source = resolve(info.get("location", held["id"]), held["revision"], trust_remote_code=trust_remote_code)
     if source.sha256 != held["sha256"]:
         raise RunError(
-            f"{run.path}: the weights of {held['id']} are not those that were analysed ({source.sha256[:12]}, "
-            f"expected {held['sha256'][:12]}). Use another `run_dir` for the new weights."
+            f"{run.path}: the weights of {held['id']} are not those that were analysed "
+            f"({source.sha256[:12]}, expected {held['sha256'][:12]}). Use another `run_dir` for the new ones."
         )
     return run, source
 

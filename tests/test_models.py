@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spi_utils import gguf, models
+from spi_utils import gguf, models, sources
 from spi_utils.errors import ModelError
 from tests.tiny import ARCHITECTURES
 
@@ -212,7 +212,7 @@ def test_a_p100_is_passed_over_and_wrong_names_are_refused(monkeypatch):
 def test_the_bundled_model_equals_transformers_own_dequantization(bundled):
     from transformers import AutoModelForCausalLM
 
-    file, _ = models._bundled_file()
+    file, _ = sources._bundled_file()
     reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     state = reference.state_dict()
     with models.open_weights(bundled) as weights:
