@@ -22,11 +22,15 @@ GRAM_ENTRIES = 1 << 23  # of a weight that become float64 at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the entries of a weight: mean, variance (population) and excess kurtosis."""
+    """Of the entries of a weight: mean, variance (population), excess kurtosis, largest minus smallest."""
 
     mean: float
     variance: float
     kurtosis: float
+    span: float
+
+
+NO_MOMENTS = Moments(np.nan, np.nan, np.nan, np.nan)
 
 
 def checked(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -93,9 +97,10 @@ def _host_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarray,
         sums = part_sums if sums is None else sums + part_sums
         gram = product if gram is None else np.add(gram, product, out=gram)
     assert gram is not None and sums is not None  # a checked matrix has entries
-    moments = _moments(sums, shift, matrix.numel())
+    low, high = torch.aminmax(matrix)
+    moments = _moments(sums, shift, matrix.numel(), float(high) - float(low))
     if not np.isfinite(gram).all():
-        return np.full(short, np.nan), Moments(np.nan, np.nan, np.nan)
+        return np.full(short, np.nan), NO_MOMENTS
     # Of the drivers tried (scipy's ev, evr and evd; torch's MKL), numpy's is as fast as the fastest and the
     # only one of them that lets another thread decompose at the same time.
     return np.linalg.eigvalsh(gram).astype(np.float64), moments
@@ -111,18 +116,18 @@ def _power_sums(entries: np.ndarray, shift: float) -> np.ndarray:
     return total
 
 
-def _moments(sums: np.ndarray, shift: float, count: int) -> Moments:
+def _moments(sums: np.ndarray, shift: float, count: int, span: float) -> Moments:
     """Central moments from power sums about `shift` (a value near the mean, so that little cancels)."""
     m1, m2, m3, m4 = sums / count
     variance = m2 - m1**2
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
     # Equal entries leave rounding alone in the variance.
     spread = variance > 1e-14 * (m2 + shift**2)
-    return Moments(shift + m1, max(variance, 0.0), fourth / variance**2 - 3 if spread else float("nan"))
+    return Moments(shift + m1, max(variance, 0.0), fourth / variance**2 - 3 if spread else np.nan, span)
 
 
 def _device_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarray, Moments]:
-    """The same on a CUDA device: only the eigenvalues and four sums leave it, in one transfer."""
+    """The same on a CUDA device: only the eigenvalues and six numbers leave it, in one transfer."""
     x = matrix.to(getattr(torch, precision))
     shift = x[0].double().mean()
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -134,9 +139,11 @@ def _device_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarra
     x = x - shift.to(x.dtype)
     sums = [(x**power).sum(dtype=torch.float64) for power in (1, 2, 3, 4)]
     if not bool(torch.isfinite(gram).all()):
-        return np.full(len(gram), np.nan), Moments(np.nan, np.nan, np.nan)
-    packed = torch.cat([torch.stack([shift, *sums]), torch.linalg.eigvalsh(gram).double()]).cpu().numpy()
-    return packed[5:], _moments(packed[1:5], float(packed[0]), matrix.numel())
+        return np.full(len(gram), np.nan), NO_MOMENTS
+    low, high = torch.aminmax(x)
+    numbers = torch.stack([shift, (high - low).double(), *sums])
+    packed = torch.cat([numbers, torch.linalg.eigvalsh(gram).double()]).cpu().numpy()
+    return packed[6:], _moments(packed[2:6], float(packed[0]), matrix.numel(), float(packed[1]))
 
 
 def block_eigenvalues(matrix: torch.Tensor, *, precision: str = "float64", seed: int = 0) -> np.ndarray:

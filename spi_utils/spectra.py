@@ -204,7 +204,9 @@ STATISTICS: dict[str, Callable[[Spectrum], float]] = {
     "kurtosis": lambda s: s.moments.kurtosis,
 }
 INPUTS: dict[str, Callable[[Spectrum], float]] = {  # of scores that need the whole table: AlphaQ and SWAN
+    "mean": lambda s: s.moments.mean,
     "variance": lambda s: s.moments.variance,
+    "span": lambda s: s.moments.span,
     "top_share": top_share,
 }
 SHAPE_FREE = ("alpha_farms", "alpha_excess", "alpha_excess_z")
