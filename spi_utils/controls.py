@@ -29,7 +29,7 @@ class Variant:
     `formats` {module: "16bit" | "nf4" | "int8" | "noise"}; `bytes` as the saved file would hold it (`noise`
     counts as the NF4 it stands for); `bits_per_weight` over all weights, `matrix_bits` over the planned
     matrices; `predicted_kl` in nats a token, None without sensitivity; `equal_bytes` marks the plan and the
-    controls that share its budget, `bytes_miss` their distance from it as a share of the model's 16-bit bytes.
+    controls that share its budget, `bytes_miss` their distance from it, a share of the 16-bit model's bytes.
     """
 
     key: str
@@ -48,7 +48,7 @@ Choose = Callable[[pd.DataFrame, ProtectionPlan, int], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Control:
-    """One row of the controls: its label, and what chooses its formats from the table, the plan and a seed."""
+    """A control: its label, and what chooses its formats from the table, the plan and a seed."""
 
     label: str
     choose: Choose

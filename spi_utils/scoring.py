@@ -77,10 +77,10 @@ class Head:
     """
 
     _ADJUST: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-        "lm_head_multiplier": lambda z, value: z.mul_(value),
-        "logit_scale": lambda z, value: z.mul_(value),
-        "logits_scaling": lambda z, value: z.div_(value),
-        "final_logit_softcapping": lambda z, value: z.div_(value).tanh_().mul_(value),
+        "lm_head_multiplier": lambda z, value: z.mul(value),
+        "logit_scale": lambda z, value: z.mul(value),
+        "logits_scaling": lambda z, value: z.div(value),
+        "final_logit_softcapping": lambda z, value: z.div(value).tanh().mul(value),
     }
 
     def __init__(self, model: Any) -> None:
@@ -108,7 +108,7 @@ class Head:
         return out if self.bias is None else out.add_(self.bias)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw rows -> float32 logits, scaled and capped as the model does; may work in place."""
+        """Raw rows -> float32 logits, scaled and capped as the model does; differentiable."""
         logits = raw.float()
         for adjust, value in self.adjust:
             logits = adjust(logits, value)
@@ -181,16 +181,18 @@ def token_scores(
     batch: int | None = None,
     need_kl: bool = True,
     label: str = "variant",
+    head: Head | None = None,
 ) -> TokenScores:
     """Score a model on windows, token by token.
 
     Args:
-        model: a causal LM whose head is the reference's own.
+        model: a causal LM.
         windows: LongTensor (W, T); every token but the first of each window is predicted.
         reference: `reference_states` on the same windows; needed for the divergence.
         batch: windows at once; halved, and said so, where memory runs out.
         need_kl: also compute `kl`, `same_top1` and `dp`: twice the work in the head.
         label: name of the variant, for messages.
+        head: makes both models' logits; the model's own if None, which must then be the reference's too.
 
     Raises:
         EvaluationError: logits that are not numbers (names the variant and the first such layer), a
@@ -201,7 +203,7 @@ def token_scores(
             f"{label}: KL needs the reference on the same {tuple(windows.shape)} windows; "
             "make it with reference_states, or pass need_kl=False."
         )
-    head = Head(model)
+    head = head or Head(model)
     parts: list[TokenScores] = []
 
     def score(ids: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from spi_utils.errors import EvaluationError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from spi_utils.models import ModelSource
 
 PROBE_ROWS = 8192  # the bandwidth probe multiplies a PROBE_ROWS × PROBE_ROWS matrix with a vector
 
@@ -53,6 +56,7 @@ def measure_in_subprocess(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 5,
+    prompt: str = "",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """`measure` of a model folder in a fresh Python process.
@@ -61,7 +65,8 @@ def measure_in_subprocess(
     """
     command = [sys.executable, "-m", "spi_utils.speed", str(model_dir), "--device", device, "--dtype", dtype]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    command += ["--repeats", str(repeats)] + ["--trust-remote-code"] * trust_remote_code
+    command += ["--repeats", str(repeats), f"--prompt={prompt}"]
+    command += ["--trust-remote-code"] * trust_remote_code
     package_home = str(Path(__file__).resolve().parent.parent)  # also where the package isn't installed
     search = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": search}
@@ -83,9 +88,12 @@ def measure(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 5,
+    prompt: str = "",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint in this process and time it; see the module's first lines for the units.
+
+    With a `prompt` the result also holds the text that the checkpoint continues it with.
 
     Returns `prefill` and `decode` tokens a second and `first_token_s`, each `[median, least, most]` over
     `repeats` after one warm-up, peak memory, bytes read a token, the device's measured bandwidth, the
@@ -102,10 +110,10 @@ def measure(
     ).eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
     moved = bytes_per_token(model)
     kernels = kernel_path(model)  # before the first forward: bitsandbytes repacks weights in it
-    runs = [_one_run(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    runs = [_one_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
     bandwidth = measure_bandwidth(device, getattr(torch, dtype))
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
@@ -122,6 +130,7 @@ def measure(
         "decode_bound": bandwidth / moved,
         "memory": peak_memory(device),
         "kernels": kernels,
+        **({"prompt": prompt, "sample": continue_text(model, model_dir, prompt)} if prompt else {}),
     }
 
 
@@ -145,6 +154,24 @@ def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
         )
     first, last = clock.times[1], clock.times[-1]
     return first - start, (new_tokens - 1) / (last - first)
+
+
+def continue_text(model: Any, model_dir: Path, prompt: str, new_tokens: int = 48) -> str:
+    """The greedy continuation of a prompt: a look at the checkpoint, no measurement."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        made = model.generate(
+            ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def spread(values: list[float]) -> list[float]:
@@ -177,6 +204,22 @@ def state_bytes(state: Any) -> int:
     nested = getattr(state, "state2", None)
     own = state.absmax.numel() * state.absmax.element_size()
     return own + (0 if nested is None else state_bytes(nested))
+
+
+def measure_run(
+    model_dir: Path, source: ModelSource, settings: Mapping[str, Any], repeats: int, prompt: str
+) -> dict[str, Any]:
+    """Speed and memory of a saved checkpoint ("plan") and of the 16-bit model ("reference")."""
+    options: dict[str, Any] = {
+        "device": settings["device"],
+        "dtype": settings["dtype"],
+        "repeats": repeats,
+        "prompt": prompt,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    print("evaluate: speed and memory of the checkpoint, then of the 16-bit model", flush=True)
+    folders = {"plan": model_dir, "reference": source.directory}
+    return {key: measure_in_subprocess(folder, **options) for key, folder in folders.items()}
 
 
 def measure_bandwidth(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -253,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt", default="", help="also return what the checkpoint continues it with")
     parser.add_argument("--trust-remote-code", action="store_true")
     print(json.dumps(measure(**vars(parser.parse_args(arguments)))))
 

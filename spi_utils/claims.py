@@ -1,0 +1,8 @@
+"""x"""
+
+from typing import Any
+
+
+def audit(evaluation: Any) -> list:
+    """x"""
+    return []
