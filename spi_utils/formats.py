@@ -219,7 +219,7 @@ def _pack_nf4(weight: torch.Tensor, double_quant: bool) -> Packed:
         codes, absmax = nf4_codes(weight)
     if not double_quant:
         return Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
-    with _one_thread():  # the mean's last bit would depend on the number of threads
+    with one_thread():  # the mean's last bit would depend on the number of threads
         offset = absmax.mean()
     scales, second = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     return Packed("nf4", _shape(weight), weight.dtype, codes, scales, (second.absmax, second.code, offset))
@@ -240,7 +240,8 @@ def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Sums under this context don't depend on the number of threads."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,0 +1,37 @@
+"""Answer a prompt with the model in this folder: python generate.py "Why is the sky blue?"
+
+Needs only: pip install torch transformers accelerate bitsandbytes
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+folder = Path(__file__).resolve().parent
+prompt = " ".join(sys.argv[1:]) or "Explain in two sentences why the sky is blue."
+device = "cuda:0" if torch.cuda.is_available() else "cpu"
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
+
+if tokenizer.chat_template:
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+else:
+    inputs = tokenizer(prompt, return_tensors="pt")
+inputs = inputs.to(device)
+
+start = time.perf_counter()
+output = model.generate(**inputs, max_new_tokens=200, streamer=TextStreamer(tokenizer, skip_prompt=True))
+seconds = time.perf_counter() - start
+
+tokens = output.shape[1] - inputs["input_ids"].shape[1]
+rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = torch.cuda.max_memory_allocated() if device != "cpu" else rss
+print(f"\n{tokens} tokens, {tokens / seconds:.1f} tokens/s, peak memory {peak / 1e9:.2f} GB on {device}")

@@ -1,0 +1,359 @@
+"""A model and a plan -> a checkpoint that stock transformers + bitsandbytes load.
+
+The planned layers are NF4, everything else stays 16-bit. One tensor is in memory at a time, whatever the
+model's size; a killed run resumes at the first shard that is missing. What was written is read back from the
+disk and proven before the stage reports success (verify.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spi_utils.checkpoint import (
+    OVERFLOW,
+    Cast,
+    Item,
+    SavedWeights,
+    Saving,
+    file_names,
+    file_tensors,
+    list_items,
+    read_cast,
+    saved_weights,
+)
+from spi_utils.errors import CheckpointError, PlanError
+from spi_utils.models import ModelSource, Weights, list_layers, open_weights, resolve_device
+from spi_utils.plan import check_plan, check_writer
+from spi_utils.progress import progress
+from spi_utils.runs import Run, atomic_path, read_json, stage, write_json, write_text
+from spi_utils.tensorfile import TensorReader, TensorWriter, header_bound
+from spi_utils.verify import verify
+
+if TYPE_CHECKING:
+    from spi_utils.plan import ProtectionPlan
+
+__all__ = ["SavedWeights", "quantize", "saved_weights"]
+
+INDEX = "model.safetensors.index.json"
+# What travels along from the source's folder.
+COMPANIONS = (
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken"),
+    *("chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
+SPARE_DISK = 50_000_000  # bytes beside the weights: tokenizer, index, directory entries
+WORKING_MEMORY = 1_000_000_000  # bytes beside the largest tensor's own
+
+
+def quantize(
+    run: Run,
+    source: ModelSource,
+    plan: ProtectionPlan,
+    *,
+    device: str = "auto",
+    max_shard_size: str = "2GB",
+    storage_dtype: str = "auto",
+    compute_dtype: str = "auto",
+    overflow: str = "keep_bf16",
+    force: bool = False,
+) -> Path:
+    """Write `run.model_dir`, verify it from the disk, and return its path.
+
+    Args:
+        device: where NF4 codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
+        max_shard_size: such as "2GB" or "500MB" (10⁹ and 10⁶ bytes).
+        storage_dtype: of everything that isn't NF4; "auto" is the source's own 16-bit type. "float16" suits a
+            T4, and then the casts' losses are counted per tensor and recorded.
+        compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
+        overflow: what to do with a tensor whose values are too large for float16: "keep_bf16" or
+            "keep_float32" save it so (and make that the checkpoint's dtype), "error" refuses.
+        force: write it again even if it is there.
+
+    Raises:
+        PlanError: the plan is for another model, names unknown modules, or has formats that a bitsandbytes
+            checkpoint can't hold. Nothing has been written then.
+        CheckpointError: no bitsandbytes; too little disk or memory; foreign files in the target folder; or
+            the written checkpoint isn't what was planned, in which case it stays out of `run.model_dir`.
+    """
+    check_request(source, plan, overflow)
+    place = resolve_device(device)
+    storage = source.storage_dtype if storage_dtype == "auto" else storage_dtype
+    compute = storage if compute_dtype == "auto" else compute_dtype
+    _check_dtypes(storage, compute)
+    _check_target(run, source)
+    saving = Saving(getattr(torch, storage), getattr(torch, compute), plan.double_quant, overflow, place)
+    inputs = {
+        "plan": plan.fingerprint,
+        "max_shard_size": max_shard_size,
+        "storage_dtype": storage,
+        "compute_dtype": compute,
+        "overflow": overflow,
+        "device": place.type,
+        "bitsandbytes": metadata.version("bitsandbytes"),
+    }
+    with stage(run, "quantize", inputs, ["model"], force=force) as st:
+        if st.finished:
+            return run.model_dir
+        work = run.partial / "quantize"
+        report = work / "verified.json"
+        if not report.exists():
+            write_json(report, _make(work / "model", source, plan, saving, _shard_bytes(max_shard_size)))
+        _promote(work / "model", run.model_dir)
+        st.record(**read_json(report))
+    return run.model_dir
+
+
+def _make(
+    folder: Path, source: ModelSource, plan: ProtectionPlan, saving: Saving, shard_bytes: int
+) -> dict[str, Any]:
+    """Write and verify a checkpoint in `folder`; what was found."""
+    with open_weights(source) as weights:
+        items = list_items(weights, plan.formats, saving)
+        _check_resources(folder, items, weights, saving.device)
+        casts = _write_shards(folder, _split(items, shard_bytes), weights, saving)
+        _write_rest(folder, source, weights, plan, saving, _loaded_dtype(casts, saving))
+        return verify(folder, source, weights, items, plan, saving) | {"casts": [asdict(c) for c in casts]}
+
+
+def _loaded_dtype(casts: Sequence[Cast], saving: Saving) -> torch.dtype:
+    """The configuration's dtype. Stock loaders cast everything to it, so it must hold what overflowed."""
+    if not any(cast.overflow for cast in casts):
+        return saving.storage
+    return torch.bfloat16 if saving.overflow == "keep_bf16" else torch.float32
+
+
+# --- before anything is written --------------------------------------------------------------------------
+
+
+def check_request(source: ModelSource, plan: ProtectionPlan, overflow: str = "keep_bf16") -> None:
+    """Refuse what can't succeed: no bitsandbytes, another model's plan, unknown modules, foreign formats."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"bitsandbytes can't be used here ({error}). Install it with `pip install bitsandbytes` and "
+            "start the session again; it needs no CUDA."
+        ) from error
+    if overflow not in OVERFLOW:
+        raise CheckpointError(f"overflow={overflow!r}: expected one of {', '.join(OVERFLOW)}.")
+    held, wanted = plan.model.get("sha256"), source.sha256
+    if held != wanted:
+        raise PlanError(
+            f"The plan is for {plan.model.get('id')} (weights {str(held)[:12]}), this model is {source.id} "
+            f"(weights {wanted[:12]}). Make the plan from this model's own analysis."
+        )
+    check_writer(plan, "bitsandbytes")
+    layers = list_layers(source)
+    check_plan(plan, [layer.name for layer in layers])
+    able = {layer.name for layer in layers if layer.quantizable}
+    wrong = [name for name, fmt in plan.formats.items() if fmt != "16bit" and name not in able]
+    if wrong:
+        raise PlanError(
+            f"{len(wrong)} modules of the plan can't be quantized in this model (an output, an embedding, "
+            f"or no plain linear layer): {', '.join(wrong[:5])}. Give them 16bit."
+        )
+
+
+def _check_dtypes(storage: str, compute: str) -> None:
+    if storage not in ("float16", "bfloat16"):
+        raise CheckpointError(f"storage_dtype={storage!r}: expected 'auto', 'float16' or 'bfloat16'.")
+    if compute not in ("float16", "bfloat16", "float32"):
+        raise CheckpointError(
+            f"compute_dtype={compute!r}: expected 'auto', 'float16', 'bfloat16' or 'float32'."
+        )
+
+
+def _check_target(run: Run, source: ModelSource) -> None:
+    """An earlier checkpoint of the same model may be replaced; anything else in `model/` may not."""
+    folder = run.model_dir
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    plan = folder / "plan.json"
+    owner = read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
+    if owner.get("sha256") != source.sha256:
+        whose = f"a checkpoint of {owner.get('id')}" if owner else "files that this stage did not write"
+        raise CheckpointError(f"{folder} holds {whose}. Move it away, or choose another `run_dir`.")
+
+
+def _check_resources(folder: Path, items: Sequence[Item], weights: Weights, device: torch.device) -> None:
+    """Estimate disk and memory before the first byte is written."""
+    import psutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".*"):  # temporary files of a killed run
+        stale.unlink()
+    done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    need = sum(item.nbytes for item in items) + SPARE_DISK - done
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"{folder}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some space, or "
+            "choose a `run_dir` on another disk."
+        )
+    # The tensor as read, its cast copy, and float32 scratch arrays of bounded size.
+    largest = max(torch.Size(weights.shape(item.name)).numel() for item in items)
+    need = 2 * 4 * largest + WORKING_MEMORY if device.type == "cpu" else 4 * largest + WORKING_MEMORY
+    free = psutil.virtual_memory().available
+    if free < need:
+        raise CheckpointError(
+            f"About {need / 1e9:.1f} GB of memory are needed for the largest tensor ({largest:,} weights), "
+            f"{free / 1e9:.1f} GB are available. Close other programs or use a larger machine."
+        )
+
+
+# --- the shards ------------------------------------------------------------------------------------------
+
+
+def _shard_bytes(size: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", size, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise CheckpointError(f"max_shard_size={size!r}: expected a size such as '2GB' or '500MB'.")
+    return int(float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1))
+
+
+def _split(items: Sequence[Item], limit: int) -> dict[str, list[Item]]:
+    """Items in order, cut where the next would exceed `limit` bytes: file name -> items."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def _write_shards(
+    folder: Path, shards: Mapping[str, list[Item]], weights: Weights, saving: Saving
+) -> list[Cast]:
+    """Write the shards that are missing, each atomically; return the lossy casts of all of them."""
+    casts: list[Cast] = []
+    for name in progress(list(shards), len(shards), "quantize"):
+        notes = folder.parent / f"{name}.casts.json"
+        if not notes.exists() or not (folder / name).exists():
+            with atomic_path(folder / name) as temporary:
+                made = _write_shard(temporary, shards[name], weights, saving)
+            write_json(notes, {"casts": [asdict(cast) for cast in made]})
+        casts += [Cast(**cast) for cast in read_json(notes)["casts"]]
+    return casts
+
+
+def _write_shard(path: Path, items: Sequence[Item], weights: Weights, saving: Saving) -> list[Cast]:
+    casts = []
+    names = [name for item in items for name in file_names(item, weights, saving.double_quant)]
+    with TensorWriter(path, header_bound(names, sum(item.nbytes for item in items))) as writer:
+        for item in items:
+            value, cast = read_cast(weights, item, saving)
+            if cast and (cast.overflow or cast.underflow):
+                casts.append(cast)
+            for name, tensor in file_tensors(value, item, weights, saving.double_quant):
+                writer.add(name, tensor)
+    return casts
+
+
+# --- what lies beside the weights ------------------------------------------------------------------------
+
+
+def _write_rest(
+    folder: Path,
+    source: ModelSource,
+    weights: Weights,
+    plan: ProtectionPlan,
+    saving: Saving,
+    dtype: torch.dtype,
+) -> None:
+    """Index, configuration, tokenizer and the like, the plan, and the script that runs the model."""
+    _write_index(folder)
+    for path in _companions(source):
+        shutil.copyfile(path, folder / path.name)
+    plan.write(folder / "plan.json")
+    write_text(folder / "generate.py", _example("generate.py"))
+    config = copy.deepcopy(weights.model.config)
+    config.architectures = [type(weights.model).__name__]
+    config.dtype = dtype
+    if any(fmt == "nf4" for fmt in plan.formats.values()):
+        config.quantization_config = _quantization_config(weights.model, plan, saving)
+    config.save_pretrained(folder)
+
+
+def _write_index(folder: Path) -> None:
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        return
+    where: dict[str, str] = {}
+    total = 0
+    for path in shards:
+        with TensorReader(path) as reader:
+            where |= dict.fromkeys(reader.keys(), path.name)
+            total += reader.nbytes()
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+def _companions(source: ModelSource) -> list[Path]:
+    patterns = (*COMPANIONS, "*.py") if source.trust_remote_code else COMPANIONS
+    found = {path for pattern in patterns for path in source.directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def _example(name: str) -> str:
+    """The text of a script from `examples/`, installed or beside this package."""
+    try:
+        return resources.files("spi_utils.examples").joinpath(name).read_text(encoding="utf-8")
+    except ModuleNotFoundError:
+        return (Path(__file__).parent.parent / "examples" / name).read_text(encoding="utf-8")
+
+
+def _quantization_config(model: nn.Module, plan: ProtectionPlan, saving: Saving) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=saving.compute,
+        bnb_4bit_use_double_quant=plan.double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=skip_modules(model, plan),
+    )
+
+
+def skip_modules(model: nn.Module, plan: ProtectionPlan) -> list[str]:
+    """Full names of all modules that bitsandbytes would replace and the plan doesn't make NF4.
+
+    Giving any list drops transformers' own, so heads (tied ones too) must stand in it. Names are plain, not
+    escaped: other loaders match them as they are.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and plan.formats.get(name) != "nf4"
+    ]
+
+
+def _promote(made: Path, target: Path) -> None:
+    """Put the finished folder in place of an earlier one: two renames, so that no mixture is ever there."""
+    if not made.exists():  # an earlier process got this far and no further
+        return
+    old = target.with_name(".model-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(made, target)
+    shutil.rmtree(old, ignore_errors=True)
