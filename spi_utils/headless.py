@@ -24,11 +24,31 @@ import nbformat
 import yaml
 
 from spi_utils.errors import RunError, SPIError
+from spi_utils.progress import interactive
 from spi_utils.runs import Run, fingerprint, is_intact, run_info, sha256_file, write_json
 
 STAGES = ("01_analyze", "02_visualize", "03_quantize", "04_evaluate", "05_publish")
 ALL = "00_run_all"
+# The file by which a notebook's work is recognised.
+MADE = {
+    "01_analyze": "layers.csv",
+    "02_visualize": "plan.json",
+    "03_quantize": "model/config.json",
+    "04_evaluate": "evaluation.json",
+    "05_publish": "publish/manifest.json",
+}
+PAPERMILL_SAYS = (
+    "Executing ",
+    "Ending Cell",
+    "Input Notebook:",
+    "Output Notebook:",
+    "Black is not",
+    "Working dir",
+)
 PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
+
+
+Show = Callable[[str, float, str], None]
 
 
 class NotebookError(SPIError):
@@ -146,7 +166,7 @@ def _papermill(
         lines: list[str] = []
         for line in process.stdout:
             lines = [*lines[-200:], line]
-            if show is not None and line.strip():
+            if show is not None and line.strip() and not line.startswith(PAPERMILL_SAYS):
                 show(line.rstrip())
         return process.wait(), "".join(lines)
 
@@ -182,15 +202,14 @@ def _first_error(output: Path) -> str | None:
 # --- all stages ------------------------------------------------------------------------------------------
 
 
-def run_stages(
-    run_dir: Path, parameters: Mapping[str, Any], *, show: Callable[[str, str], None] | None = None
-) -> list[Execution]:
+def run_stages(run_dir: Path, parameters: Mapping[str, Any], *, show: Show | None = None) -> list[Execution]:
     """Execute notebooks 01…05 on one run directory; stages that are done and unchanged are only recognised.
 
     Args:
         run_dir: the run directory; `parameters["run_dir"]` is set to it.
         parameters: of all stages together; each notebook gets those that it has.
-        show: called with (notebook, line) for each line a notebook prints.
+        show: called with (notebook, seconds so far, line) for each line a notebook prints; None shows one
+            progress line a stage.
 
     Raises:
         RunError: a name that no stage has.
@@ -201,49 +220,75 @@ def run_stages(
     done: list[Execution] = []
     for name in STAGES:
         own = {key: value for key, value in parameters.items() if key in known[name]}
-        done.append(_run_stage(Run(run_dir), name, {**own, "run_dir": str(run_dir)}, show))
+        done.append(_run_stage(Run(run_dir), name, {**own, "run_dir": str(run_dir)}, show or StageLine(name)))
     return done
 
 
-def _run_stage(
-    run: Run, name: str, parameters: dict[str, Any], show: Callable[[str, str], None] | None
-) -> Execution:
+class StageLine:
+    """One progress line a stage: kept up to date where somebody watches, a few plain lines in a log."""
+
+    def __init__(self, name: str, every: float = 15.0) -> None:
+        self.handle = _display_handle() if interactive() else None
+        self.every = every
+        self.last = 0.0
+        self(name, 0.0, "started")
+
+    def __call__(self, name: str, seconds: float, line: str) -> None:
+        """Show a line; in a log, only the first, the last and one every few seconds."""
+        text = f"{name:13s} {seconds:5.0f} s   {line[:110]}"
+        if self.handle is not None:
+            self.handle.update({"text/plain": text}, raw=True)
+        elif seconds == 0 or seconds - self.last >= self.every or line in ("done", "already done"):
+            print(text, flush=True)
+            self.last = seconds
+
+
+def _display_handle() -> Any:
+    from IPython.display import display
+
+    return display({"text/plain": ""}, raw=True, display_id=True)
+
+
+def _run_stage(run: Run, name: str, parameters: dict[str, Any], show: Show) -> Execution:
     output = run.notebooks / f"{name}.ipynb"
-    mark = fingerprint(
-        {"parameters": parameters, "notebook": sha256_file(notebook_path(name)), "code": _code_hash()}
-    )
+    mark = _mark(run, name, parameters)
     if not parameters.get("force") and output.exists() and _is_done(run, name, mark):
+        show(name, 0.0, "already done")
         return Execution(name, output, 0.0, True)
-    seconds = execute(name, output, parameters, show=(lambda line: show(name, line)) if show else None)
+    started = time.monotonic()
+    seconds = execute(
+        name, output, parameters, show=lambda line: show(name, time.monotonic() - started, line)
+    )
     info = run_info(run)
-    made = {stage: info["stages"][stage]["fingerprint"] for stage in _stages_up_to(name, info)}
-    info.setdefault("notebooks", {})[name] = {
-        "fingerprint": mark,
-        "made_from": made,
-        "seconds": round(seconds, 1),
-    }
+    record = {"fingerprint": mark, "made": _hash_of(run, name), "seconds": round(seconds, 1)}
+    info.setdefault("notebooks", {})[name] = record
     write_json(run.info_json, info)
+    show(name, seconds, "done")
     return Execution(name, output, seconds, False)
 
 
+def _mark(run: Run, name: str, parameters: Mapping[str, Any]) -> str:
+    """What a notebook's outcome depends on: parameters, its text, this code, and what earlier stages made."""
+    earlier = {before: _hash_of(run, before) for before in STAGES[: STAGES.index(name)]}
+    own = sha256_file(notebook_path(name))
+    return fingerprint({"parameters": parameters, "notebook": own, "code": _code_hash(), "earlier": earlier})
+
+
+def _hash_of(run: Run, name: str) -> str | None:
+    path = run.path / MADE[name]
+    return sha256_file(path) if path.exists() else None
+
+
 def _is_done(run: Run, name: str, mark: str) -> bool:
-    """The notebook ran with these parameters and this code, on stages that are still the same and intact."""
+    """The notebook ran with the same mark, and what it made is still there, untouched."""
     if not run.info_json.exists():
         return False
     info = run_info(run)
-    held = info.get("notebooks", {}).get(name)
-    if held is None or held["fingerprint"] != mark:
+    held = info.get("notebooks", {}).get(name, {})
+    if held.get("fingerprint") != mark or held["made"] != _hash_of(run, name):
         return False
-    stages = info["stages"]
-    return all(
-        stage in stages and stages[stage]["fingerprint"] == made and is_intact(run, stages[stage])
-        for stage, made in held["made_from"].items()
-    )
-
-
-def _stages_up_to(name: str, info: Mapping[str, Any]) -> list[str]:
-    stages = [notebook.split("_", 1)[1] for notebook in STAGES[: STAGES.index(name) + 1]]
-    return [stage for stage in stages if stage in info["stages"]]
+    stage = info["stages"].get(name.split("_", 1)[1])
+    return stage is None or is_intact(run, stage)
 
 
 def _code_hash() -> str:

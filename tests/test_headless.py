@@ -1,0 +1,104 @@
+import nbformat
+import pytest
+
+from spi_utils import headless
+from spi_utils.errors import RunError
+from spi_utils.runs import open_run, run_info, write_text
+
+IDENTITY = {"id": "a/b", "kind": "local", "revision": None, "sha256": "0" * 64, "storage_dtype": "float16"}
+
+
+def write_notebook(path, parameters, *code):
+    notebook = nbformat.v4.new_notebook()
+    first = nbformat.v4.new_code_cell(parameters)
+    first.metadata["tags"] = ["parameters"]
+    notebook.cells = [first, *map(nbformat.v4.new_code_cell, code)]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Toy notebooks under the real names: each writes its file and counts its runs."""
+    folder = tmp_path / "notebooks"
+    monkeypatch.setattr(headless, "notebook_path", lambda name: folder / f"{name}.ipynb")
+    monkeypatch.setattr(headless, "STAGES", headless.STAGES[:3])
+    monkeypatch.setattr(headless, "_code_hash", lambda: "the same code")
+
+    def make(name, code):
+        write_notebook(folder / f"{name}.ipynb", 'run_dir = ""\nword = "x"\nforce = False', code)
+
+    for name in headless.STAGES:
+        target = headless.MADE[name]
+        make(
+            name,
+            "from pathlib import Path\n"
+            f"made, count = Path(run_dir, '{target}'), Path(run_dir, 'count-{name}')\n"
+            "made.parent.mkdir(exist_ok=True); made.write_text(word)\n"
+            "count.write_text(str(int(count.read_text() if count.exists() else 0) + 1))\n"
+            f"print('{name} ran')",
+        )
+    return make
+
+
+def counts(run):
+    files = [run.path / f"count-{name}" for name in headless.STAGES]
+    return [int(file.read_text()) if file.exists() else 0 for file in files]
+
+
+@pytest.mark.slow
+def test_stages_run_in_order_are_recognised_and_follow_what_changed(toys, tmp_path):
+    run = open_run(tmp_path / "run", IDENTITY)
+    lines = []
+    done = headless.run_stages(run.path, {"word": "a"}, show=lambda *line: lines.append(line))
+    assert counts(run) == [1, 1, 1] and not any(one.skipped for one in done)
+    assert "03_quantize ran" in [line for name, _, line in lines if name == "03_quantize"]
+    assert all(one.skipped for one in headless.run_stages(run.path, {"word": "a"}))
+    write_text(run.plan_json, "a person's plan")
+    headless.run_stages(run.path, {"word": "a"})
+    assert counts(run) == [1, 2, 1]  # this toy's 02 restores what 03 saw
+    assert set(run_info(run)["notebooks"]) == set(headless.STAGES)
+
+
+@pytest.mark.slow
+def test_the_first_failing_stage_stops_with_its_own_error(toys, tmp_path):
+    run = open_run(tmp_path / "run", IDENTITY)
+    toys("02_visualize", "raise ValueError('no such score: gamma')")
+    with pytest.raises(headless.NotebookError) as caught:
+        headless.run_stages(run.path, {})
+    message = str(caught.value)
+    assert "02_visualize failed: ValueError: no such score: gamma" in message
+    assert str(run.notebooks / "02_visualize.ipynb") in message
+    assert counts(run) == [1, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_dead_kernel_is_said_to_be_out_of_memory(toys, tmp_path):
+    toys("01_analyze", "import os; os._exit(1)")
+    with pytest.raises(headless.NotebookError, match=r"01_analyze failed: (the kernel died|DeadKernel)"):
+        headless.execute("01_analyze", tmp_path / "out.ipynb", {})
+
+
+def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
+    run = open_run(tmp_path / "run", IDENTITY)
+    with pytest.raises(RunError, match=r"no parameter 'wrod'\. Did you mean 'word'\?"):
+        headless.run_stages(run.path, {"wrod": 1})
+    with pytest.raises(RunError, match="It has run_dir, word, force"):
+        headless.execute("01_analyze", tmp_path / "out.ipynb", {"zzz": 1})
+    assert counts(run) == [0, 0, 0]
+
+
+def test_every_stage_of_the_project_is_found_and_read():
+    for name in headless.STAGES:
+        assert headless.parameters_of(name)["model"] == "auto"
+    with pytest.raises(headless.NotebookError, match="no notebook '09_fly'"):
+        headless.notebook_path("09_fly")
+
+
+def test_the_command_line_reports_and_exits(capsys, tmp_path):
+    from spi_utils.__main__ import main
+
+    assert main(["run", "-p", "modle", "bundled"]) == 1
+    assert "Did you mean 'model'?" in capsys.readouterr().err
+    assert main(["summary", str(tmp_path)]) == 1
