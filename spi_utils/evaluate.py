@@ -58,8 +58,8 @@ class Evaluation:
     `model` is the source's identity, `plan` what the plan keeps and weighs, `settings` what was asked for,
     `text` the first text and its windows, `variants` {key: numbers} on it (`measures.py` defines them),
     `other_texts` [{"text", "variants"}] the same on further texts, `skipped` {control: why},
-    `checkpoint` what the saved tensors were found to be, `hashes` of everything that went in, `kernel` which
-    arithmetic ran, `tasks` multiple-choice scores, `claims` the audit's rows.
+    `checkpoint` what the saved file was found to hold and `checkpoint_sha256` which file that was, `hashes` of
+    everything that went in, `kernel` which arithmetic ran, `tasks` multiple-choice scores, `claims` the audit's rows.
     """
 
     model: dict[str, Any]
@@ -70,6 +70,7 @@ class Evaluation:
     other_texts: list[dict[str, Any]]
     skipped: dict[str, str]
     checkpoint: dict[str, Any]
+    checkpoint_sha256: str
     hashes: dict[str, str]
     kernel: str
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -306,6 +307,7 @@ def _assemble(job: _Job, session: Session, scores: Mapping[str, list[TokenScores
         other_texts=others,
         skipped=job.skipped,
         checkpoint=session.checkpoint(),
+        checkpoint_sha256=job.hashes["checkpoint"],
         hashes=job.hashes,
         kernel=_kernel(job.settings),
     )

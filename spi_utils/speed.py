@@ -171,7 +171,7 @@ def continue_text(model: Any, model_dir: Path, prompt: str, new_tokens: int = 48
             do_sample=False,
             pad_token_id=0,
         )
-    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def spread(values: list[float]) -> list[float]:
