@@ -9,8 +9,25 @@ import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from spi_utils.plotting import FORMAT_COLOURS, GREY, gigabytes, headline, new_figure, shorten, styled
+from spi_utils.errors import AnalysisError
+from spi_utils.plotting import (
+    BLACK,
+    BLUE,
+    FORMAT_COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    gigabytes,
+    headline,
+    new_figure,
+    shorten,
+    styled,
+)
 from spi_utils.score_figures import planned_layers
+from spi_utils.scores import score_row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,14 +76,14 @@ class LayerGrid:
         with np.errstate(invalid="ignore"):
             return (held / self._total).reshape(self.shape)
 
-    def colours(self, formats: Mapping[str, NDArray[np.bool_]]) -> NDArray[np.float32]:
-        """Cells coloured by the formats of their layers, mixed where they differ. (types, depths, 3), 0…1."""
+    def colours(self, formats: Mapping[str, NDArray[np.bool_]]) -> NDArray[np.uint8]:
+        """Cells coloured by the formats of their layers, mixed where they differ. (types, depths, 3)."""
         image = np.zeros((*self.shape, 3), np.float32)
         for name, chosen in formats.items():
             share = np.nan_to_num(self.share(chosen)).astype(np.float32)
             image += share[..., None] * np.array(to_rgb(FORMAT_COLOURS.get(name, GREY)), np.float32)
         image[self._empty] = to_rgb(EMPTY)
-        return image.clip(0, 1)
+        return (255 * image.clip(0, 1) + 0.5).astype(np.uint8)
 
     def counts(self, chosen: NDArray[np.bool_]) -> list[str]:
         """ "12/30" for each type: chosen layers (L,) of all."""
@@ -115,4 +132,101 @@ def _map_finding(plan: ProtectionPlan, held: NDArray[np.str_]) -> str:
     return (
         f"{kept} of {len(held)} layers stay in 16-bit: {gigabytes(plan.bytes['total'])} in all, "
         f"{plan.bits_per_weight:.2f} bits a weight"
+    )
+
+
+# --- what a gigabyte buys --------------------------------------------------------------------------------
+
+# The curves that are named; every other score is a thin grey line, there to be compared with.
+NAMED = {
+    ("alpha_hill", "high"): (BLUE, "-"),
+    ("alpha_hill", "low"): (SKY, "--"),
+    ("fisher", "high"): (GREEN, "-"),
+    ("measured", "high"): (PURPLE, "-"),
+}
+
+
+@styled
+def frontier_figure(curves: pd.DataFrame, plan: ProtectionPlan | None = None) -> Figure:
+    """Predicted KL against size for every score, with random's band, the optimum, and the plan.
+
+    Args:
+        curves: what `frontier.frontier` returns; rows with `kind == "evaluated"` are drawn as points.
+        plan: marked where it stands.
+
+    Raises:
+        AnalysisError: the curves hold no predicted KL.
+    """
+    if curves["predicted_kl"].notna().sum() == 0:
+        raise AnalysisError(
+            "these curves hold no predicted KL. Run notebook 01_analyze with sensitivity='self' first."
+        )
+    figure = new_figure(height=5.0)
+    axes = figure.add_subplot()
+    _draw_scores(axes, curves, plan)
+    _draw_random(axes, curves)
+    optimum = curves[curves["kind"] == "optimum"]
+    axes.plot(optimum["bytes"] / 1e9, optimum["predicted_kl"], color=BLACK, lw=1.8, ls="--", label="optimum")
+    real = curves[curves["kind"] == "evaluated"]
+    if len(real):
+        axes.plot(
+            real["bytes"] / 1e9,
+            real["measured_kl"],
+            "D",
+            color=BLACK,
+            mfc="white",
+            ms=6,
+            label="evaluated hybrids",
+        )
+    if plan is not None and plan.predicted_kl is not None:
+        axes.plot(
+            plan.bytes["total"] / 1e9, plan.predicted_kl, "o", ms=10, color=VERMILLION, mec="white", mew=1.5,
+            zorder=6, label="the plan",
+        )  # fmt: skip
+    axes.set(xlabel="model size (GB)", ylabel="predicted KL (nats a token)", ylim=(0, None))
+    figure.legend(loc="outside right center")
+    headline(figure, _frontier_finding(curves, plan), "Grey lines: other scores, in both directions.")
+    return figure
+
+
+def _draw_scores(axes: Axes, curves: pd.DataFrame, plan: ProtectionPlan | None) -> None:
+    styles = dict(NAMED)
+    if plan is not None and (plan.score, plan.direction) not in styles:
+        styles[plan.score, plan.direction] = (ORANGE, "-")
+    of_scores = curves[curves["kind"] == "score"]
+    for key, curve in of_scores.groupby(["score", "direction"], sort=False):
+        if key in styles:
+            continue
+        axes.plot(curve["bytes"] / 1e9, curve["predicted_kl"], color="#C8C8C8", lw=0.7)
+    for (score, direction), (colour, line) in styles.items():
+        curve = of_scores[(of_scores["score"] == score) & (of_scores["direction"] == direction)]
+        if len(curve):
+            label = f"{shorten(score_row(score).title.split(':')[0].split(' (')[0], 26)}, {direction}"
+            axes.plot(curve["bytes"] / 1e9, curve["predicted_kl"], color=colour, lw=2, ls=line, label=label)
+
+
+def _draw_random(axes: Axes, curves: pd.DataFrame) -> None:
+    bands = curves[curves["kind"] == "random"].pivot_table(
+        index="bytes", columns="quantile", values="predicted_kl"
+    )
+    if bands.empty:
+        return
+    low, high = float(bands.columns.min()), float(bands.columns.max())
+    label = f"random, {high - low:.0%}".replace("%", " %")
+    axes.fill_between(bands.index / 1e9, bands[low], bands[high], color="#D9D9D9", alpha=0.8, label=label)
+
+
+def _frontier_finding(curves: pd.DataFrame, plan: ProtectionPlan | None) -> str:
+    def at(kind: str, size: float) -> float:
+        rows = curves[(curves["kind"] == kind) & curves["predicted_kl"].notna()]
+        middle = rows.groupby("bytes")["predicted_kl"].median()
+        return float(np.interp(size, middle.index, middle.to_numpy()))
+
+    if plan is None or plan.predicted_kl is None:
+        span = curves.loc[curves["kind"] == "optimum", "predicted_kl"]
+        return f"What a gigabyte buys: predicted KL from {span.max():.3g} to {span.min():.3g} nats a token"
+    size = plan.bytes["total"]
+    return (
+        f"At {gigabytes(size)} the plan is predicted {plan.predicted_kl:.3g} nats a token; a random choice "
+        f"{at('random', size):.3g}, the optimum {at('optimum', size):.3g}"
     )

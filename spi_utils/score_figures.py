@@ -63,9 +63,9 @@ def planned_values(layers: pd.DataFrame, score: str) -> NDArray[np.float64]:
 
 
 def is_wide(values: NDArray[np.float64]) -> bool:
-    """Whether values (L,) want a logarithmic axis: all positive, over more than two decades."""
+    """Whether values (L,) want a logarithmic axis: all positive, most of them in the lowest thirtieth."""
     finite = values[np.isfinite(values)]
-    return len(finite) > 0 and finite.min() > 0 and finite.max() / finite.min() > 100
+    return bool(len(finite) and finite.min() > 0 and finite.max() > 30 * np.quantile(finite, 0.05))
 
 
 def between_share(values: NDArray[np.float64], groups: pd.Series) -> float:
@@ -103,8 +103,9 @@ def score_by_depth(layers: pd.DataFrame, score: str = "alpha_hill") -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(loc="outside right center")
     share = between_share(values, planned["type"])
+    name = score_symbol(score)
     finding = (
-        f"{share:.0%} of the spread of {score_symbol(score)} lies between layer types, {1 - share:.0%} within them"
+        f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
         if np.isfinite(share)
         else _no_spread(values, score)
     )
@@ -285,7 +286,7 @@ def _histogram_finding(
     parts = []
     if threshold is not None:
         beyond = values >= threshold if direction == "high" else values <= threshold
-        kept = int((beyond & np.isfinite(values)).sum())
+        kept = int(beyond.sum())
         sign = "≥" if direction == "high" else "≤"
         parts.append(
             f"{score_symbol(score)} {sign} {threshold:.4g} keeps {kept} of {len(values)} layers in 16-bit"

@@ -96,15 +96,12 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
 
 def draw_density(axes: Axes, singular_values: NDArray[np.float64], row: pd.Series) -> None:
     """Draw one layer's ESD and its fit, taken from the layer table's `alpha_pl` columns, on `axes`."""
-    eigenvalues = np.square(np.asarray(singular_values, dtype=np.float64))
-    eigenvalues = eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > SMALLEST_EIGENVALUE)]
+    eigenvalues = eigenvalues_of(singular_values)
     axes.set(xlabel="eigenvalue λ = σ²")
     if len(eigenvalues) < 2 or np.ptp(eigenvalues) == 0:
         axes.text(0.5, 0.5, "no spread of eigenvalues", transform=axes.transAxes, ha="center", color=GREY)
         return
-    edges = np.geomspace(eigenvalues.min(), eigenvalues.max() * (1 + 1e-9), 36)
-    counts, _ = np.histogram(eigenvalues, edges)
-    density = counts / (len(eigenvalues) * np.diff(edges))
+    edges, density = density_of(eigenvalues)
     filled = density > 0
     axes.set(xscale="log", yscale="log", ylim=(density[filled].min() / 4, density.max() * 4))
     axes.stairs(density, edges, fill=True, color=SKY, alpha=0.45)
@@ -123,6 +120,21 @@ def draw_density(axes: Axes, singular_values: NDArray[np.float64], row: pd.Serie
     )
     axes.axvline(xmin, color=VERMILLION, lw=1, ls="--")
     _note(axes, _fit_text(row, len(eigenvalues)))
+
+
+def eigenvalues_of(singular_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The eigenvalues that a fit sees: squares of the singular values, finite and not vanishing."""
+    eigenvalues = np.square(np.asarray(singular_values, dtype=np.float64))
+    return eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > SMALLEST_EIGENVALUE)]
+
+
+def density_of(
+    eigenvalues: NDArray[np.float64], bins: int = 35
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Edges (bins+1,), evenly spaced in the logarithm, and the density in each bin (bins,)."""
+    edges = np.geomspace(eigenvalues.min(), eigenvalues.max() * (1 + 1e-9), bins + 1)
+    counts, _ = np.histogram(eigenvalues, edges)
+    return edges, counts / (len(eigenvalues) * np.diff(edges))
 
 
 def _fit_text(row: pd.Series, count: int) -> str:
@@ -198,4 +210,36 @@ def _decay_finding(decays: Mapping[str, float]) -> str:
     return (
         f"Singular values fall as k^-{finite[fast]:.2f} in {fast}, "
         f"as k^-{finite[slow]:.2f} in {slow}: the second spectrum is the flatter one"
+    )
+
+
+@styled
+def single_spectrum(layers: pd.DataFrame, spectra: Spectra, name: str) -> Figure:
+    """One layer's eigenvalue density with its fit, and its rank decay; says so where the analysis failed."""
+    figure = new_figure(10.0, 3.4)
+    row = layers[layers["name"] == name].iloc[0]
+    left, right = figure.subplots(1, 2)
+    if name not in spectra:
+        for axes in (left, right):
+            axes.set_axis_off()
+        left.text(
+            0.0, 0.5, f"no spectrum: the analysis of this layer is marked {row['status']!r}", color=GREY
+        )
+    else:
+        draw_density(left, spectra[name], row)
+        left.set_ylabel("density of eigenvalues")
+        _draw_decay(right, spectra[name])
+    headline(figure, f"{shorten(name, 70)}  ({row['rows']} × {row['cols']}, {row['status']})")
+    return figure
+
+
+def _draw_decay(axes: Axes, singular_values: NDArray[np.float64]) -> None:
+    sigma = np.asarray(singular_values, dtype=np.float64)
+    sigma = sigma[np.isfinite(sigma) & (sigma > 0)]
+    exponent, (ranks, line) = _decay(sigma)
+    axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.8)
+    axes.plot(ranks, line, color=VERMILLION, lw=1.5, ls="--")
+    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σ_k")
+    _note(
+        axes, f"σ_k ~ k^−a with a = {exponent:.2f}" if np.isfinite(exponent) else "too few values for a fit"
     )

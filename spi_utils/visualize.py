@@ -1,0 +1,105 @@
+"""What notebook 02 calls: every figure of a run, the explorer, and its kernel-less page. No model is loaded.
+
+The figures themselves are functions from data to a matplotlib Figure, in the `*_figures.py` modules; they are
+named here so that one import finds them all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spi_utils.errors import RunError
+from spi_utils.explorer import ExplorerState
+from spi_utils.explorer_html import write_explorer
+from spi_utils.explorer_widgets import explore
+from spi_utils.frontier import frontier
+from spi_utils.plan import ProtectionPlan
+from spi_utils.plan_figures import frontier_figure, plan_map
+from spi_utils.plotting import save_figure
+from spi_utils.runs import read_layers, read_spectra, run_info
+from spi_utils.score_figures import planned_layers, planned_values, score_by_depth, score_histogram
+from spi_utils.sensitivity_figures import score_against_sensitivity, sensitivity_column
+from spi_utils.spectrum_figures import rank_decay, spectra_figure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from IPython.display import Image
+    from matplotlib.figure import Figure
+
+    from spi_utils.runs import Run
+
+__all__ = [
+    "ExplorerState",
+    "draw_all",
+    "explore",
+    "frontier_figure",
+    "plan_map",
+    "rank_decay",
+    "save_figure",
+    "score_against_sensitivity",
+    "score_by_depth",
+    "score_histogram",
+    "show",
+    "spectra_figure",
+    "write_explorer",
+]
+
+
+def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
+    """Draw and save every figure that the run's data allow.
+
+    Args:
+        plan: whose score, threshold and map are drawn; read from plan.json by default.
+
+    Returns:
+        Figure name -> its PNG in the run's figures (an SVG lies beside it). `sensitivity` and `frontier` are
+        there only if the layer table holds a sensitivity.
+
+    Raises:
+        RunError: no analysis or no plan in this run; says which notebook to run.
+    """
+    layers, spectra = read_layers(run), read_spectra(run)
+    if plan is None:
+        plan = ProtectionPlan.read(run.plan_json, model=run_info(run)["model"])
+    figures: dict[str, Figure] = {
+        "score_by_depth": score_by_depth(layers, plan.score),
+        "spectra": spectra_figure(layers, spectra),
+        "rank_decay": rank_decay(layers, spectra),
+        "histogram": score_histogram(layers, plan.score, cut_of(layers, plan), plan.direction),
+        "plan_map": plan_map(layers, plan),
+    }
+    if sensitivity_column(layers) is not None:
+        figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
+        curves = frontier(layers, double_quant=plan.double_quant)
+        if curves["predicted_kl"].notna().any():
+            figures["frontier"] = frontier_figure(curves, plan)
+    return {name: save_figure(figure, run, name) for name, figure in figures.items()}
+
+
+def cut_of(layers: pd.DataFrame, plan: ProtectionPlan) -> float | None:
+    """The score where a plan's protected layers begin; None if no threshold separates them from the rest."""
+    values = planned_values(layers, plan.score)
+    kept = planned_layers(layers)["name"].isin(plan.protected).to_numpy()
+    if not kept.any():
+        return None
+    cut = float(values[kept].min() if plan.direction == "high" else values[kept].max())
+    beyond = values >= cut if plan.direction == "high" else values <= cut
+    return cut if (beyond == kept).all() else None
+
+
+def show(figures: dict[str, Path], name: str) -> Image:
+    """A saved figure, to be the last line of a notebook cell.
+
+    Raises:
+        RunError: this run's data don't allow that figure; says what to run.
+    """
+    from IPython.display import Image
+
+    if name not in figures:
+        raise RunError(
+            f"there is no figure {name!r} in this run; it has {', '.join(figures)}. `sensitivity` and "
+            "`frontier` need notebook 01_analyze with sensitivity='self'."
+        )
+    return Image(filename=str(figures[name]))
