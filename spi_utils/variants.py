@@ -91,6 +91,11 @@ class Switch:
             self._packed[key] = _move(made, torch.device("cpu"))
         return self._packed[key]
 
+    def live(self, name: str) -> torch.Tensor:
+        """The layer's weight as the model holds it now: (out, in), compute dtype, a view."""
+        weight = self.model.get_submodule(name).weight.detach()
+        return weight.t() if self._transposed(name) else weight
+
     @property
     def device(self) -> torch.device:
         """Where the model's layers lie."""
