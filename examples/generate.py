@@ -20,12 +20,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).ev
 
 if tokenizer.chat_template:
     messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-else:
-    inputs = tokenizer(prompt, return_tensors="pt")
-inputs = inputs.to(device)
+    prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(device)
 
 start = time.perf_counter()
 output = model.generate(**inputs, max_new_tokens=200, streamer=TextStreamer(tokenizer, skip_prompt=True))

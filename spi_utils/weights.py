@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from spi_utils.errors import ModelError
+from spi_utils.errors import CheckpointError, ModelError
+from spi_utils.tensorfile import TensorReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +110,7 @@ class Weights:
     def _read_file(self, name: str) -> torch.Tensor:
         try:
             return self.files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             raise ModelError(
                 f"{self.directory}: tensor {name!r} can't be read ({error}). Fetch the file again."
             ) from error
@@ -164,8 +164,9 @@ def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in shard_paths(directory):
         try:
-            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+            # not safetensors' own reader: what it has read counts as resident memory until the file is closed
+            file = stack.enter_context(TensorReader(path))
+        except (CheckpointError, OSError) as error:
             raise ModelError(
                 f"{path}: truncated or corrupt ({error}). Delete it and fetch it again."
             ) from error
