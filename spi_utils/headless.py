@@ -37,13 +37,16 @@ MADE = {
     "04_evaluate": "evaluation.json",
     "05_publish": "publish/manifest.json",
 }
-PAPERMILL_SAYS = (
+# Lines of papermill, the kernel and bitsandbytes' loader that say nothing to a reader.
+NOT_THE_NOTEBOOKS = (
     "Executing ",
     "Ending Cell",
     "Input Notebook:",
     "Output Notebook:",
     "Black is not",
     "Working dir",
+    "[IPKernelApp]",
+    "Failed to load CPU gemm_4bit_forward",
 )
 PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
 
@@ -166,7 +169,9 @@ def _papermill(
         lines: list[str] = []
         for line in process.stdout:
             lines = [*lines[-200:], line]
-            if show is not None and line.strip() and not line.startswith(PAPERMILL_SAYS):
+            if line.startswith("Traceback"):
+                show = None  # papermill's own; the failing cell's error is raised by name
+            if show is not None and line.strip() and not line.startswith(NOT_THE_NOTEBOOKS):
                 show(line.rstrip())
         return process.wait(), "".join(lines)
 
