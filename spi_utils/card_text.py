@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.licences import Licence
+from spi_utils.stats import Estimate, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,12 @@ ROWS = {
 }
 HEADER = """| weights | GB | perplexity | Δ loss to 16-bit (95 %) | mean KL | 99.9 % KL | same top token |
 | --- | --- | --- | --- | --- | --- | --- |"""
+# What stats.verdict says of "a lower KL than random choices".
+VERDICTS = {
+    "supported": "the choice of layers matters.",
+    "refuted": "the choice is worse than chance.",
+    "not separable": "these windows cannot tell the choice from chance.",
+}
 # (pattern below figures/, what it shows); the first match of each is shown.
 FIGURES = (("*plan*.png", "Which layers stay in 16-bit."), ("*bytes*.png", "Quality against bytes."))
 CITATION = """```bibtex
@@ -203,16 +210,15 @@ def _random_row(variants: Mapping[str, Any]) -> str | None:
 
 
 def _verdict(facts: Facts) -> str:
-    """What the table says about the choice of layers, computed from it."""
-    variants = facts.evaluation["variants"]
-    draws = _randoms(variants)
-    if not draws:
+    """What the windows say about the choice of layers: the evaluation's interval, and the verdict from it."""
+    against = facts.evaluation["variants"]["plan"].get("vs_random")
+    if against is None:
         return "No random choice at equal bytes was measured: nothing here says that the choice matters."
-    own, chance = variants["plan"]["kl_mean"], [draw["kl_mean"] for draw in draws]
-    better = sum(own < other for other in chance)
+    said = VERDICTS[verdict(Estimate.from_dict(against["kl"]), "lower")]
     return (
-        f"At equal bytes this choice of layers has a lower mean KL than {better} of {len(chance)} random "
-        f"choices ({own:.4f} against {min(chance):.4f} … {max(chance):.4f})."
+        f"Against the mean of {against['controls']} random layer choices at equal bytes, this one's "
+        f"mean KL differs by {_interval(against['kl'])} nats a token: **{said}** "
+        f"It beats {against['kl_beats']} of them."
     )
 
 

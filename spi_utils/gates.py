@@ -16,12 +16,13 @@ from typing import Any
 
 from spi_utils.errors import RunError
 from spi_utils.licences import Licence
-from spi_utils.runs import NOTEBOOKS, Run, read_json, run_info, sha256_file
+from spi_utils.runs import HASH_ALWAYS_BELOW, NOTEBOOKS, Run, read_json, run_info, sha256_file
 
 SIZE_TOLERANCE = 0.005  # of the plan's bytes
 BEFORE_PUBLISH = ("analyze", "visualize", "quantize", "evaluate")
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
 TEXT_TYPES = {".json", ".md", ".csv", ".py", ".txt", ".jinja", ".svg"}
+MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
 QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
@@ -52,12 +53,10 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
     )
 
 
-def checkpoint_sha256(model_dir: Path) -> str:
-    """One hash of a checkpoint's weight files, over `name sha256` lines in name order."""
-    total = hashlib.sha256()
-    for path in weight_files(model_dir):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return total.hexdigest()
+def checkpoint_hash(model_dir: Path) -> str:
+    """SHA-256 over one line `name sha256` for each weight file: what an evaluation calls its checkpoint."""
+    lines = (f"{path.name} {sha256_file(path)}\n" for path in weight_files(model_dir))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -66,17 +65,23 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def _stages(run: Run) -> Gate:
-    """Every stage before publishing has finished, and what it wrote still stands with the size it had."""
+    """Every stage before publishing has finished, and what it measured or made stands unchanged."""
     stages = run_info(run)["stages"]
     for name in BEFORE_PUBLISH:
         if name not in stages:
             return Gate("stages", False, f"{name} has not finished; run notebook {NOTEBOOKS[name]}")
         for path, held in stages[name]["outputs"].items():
-            file = run.path / path
-            if not file.exists() or file.stat().st_size != held["bytes"]:
+            if path.startswith(MEASURED) and not _unchanged(run.path / path, held):
                 again = f"run notebook {NOTEBOOKS[name]} again"
                 return Gate("stages", False, f"{path} is not what {name} wrote; {again}")
     return Gate("stages", True, ", ".join(BEFORE_PUBLISH) + " finished")
+
+
+def _unchanged(path: Path, held: Mapping[str, Any]) -> bool:
+    """Size, and the hash too where it is quick; the evaluation's gate hashes the weights."""
+    if not path.exists() or path.stat().st_size != held["bytes"]:
+        return False
+    return held["bytes"] >= HASH_ALWAYS_BELOW or sha256_file(path) == held["sha256"]
 
 
 def _complete(run: Run) -> Gate:
@@ -120,17 +125,18 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _evaluated(run: Run) -> Gate:
-    """The evaluation names the hash of the weights that lie in model/ now."""
+    """The evaluation names the hashes of the checkpoint and the plan that lie here now."""
     evaluation = _read(run.evaluation_json)
     again = f"run notebook {NOTEBOOKS['evaluate']}"
     if evaluation is None:
         return Gate("evaluation", False, f"no readable evaluation.json; {again}")
-    held, own = evaluation.get("checkpoint_sha256"), checkpoint_sha256(run.model_dir)
+    held, own = str(evaluation.get("checkpoint_sha256")), checkpoint_hash(run.model_dir)
     if held != own:
-        return Gate(
-            "evaluation", False, f"it is of weights {str(held)[:12]}, model/ holds {own[:12]}; {again}"
-        )
-    return Gate("evaluation", True, f"of this very checkpoint, weights {own[:12]}")
+        found = f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {again}"
+        return Gate("evaluation", False, found)
+    if evaluation["hashes"]["plan"] != sha256_file(run.plan_json):
+        return Gate("evaluation", False, f"plan.json changed after it; {again}")
+    return Gate("evaluation", True, f"of this very checkpoint, {own[:12]}")
 
 
 def _size(run: Run) -> Gate:

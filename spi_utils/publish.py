@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.card import Facts, make_card
 from spi_utils.errors import PublishError, SPIError
-from spi_utils.gates import Gate, check_gates, checkpoint_sha256, weight_files
+from spi_utils.gates import Gate, check_gates, checkpoint_hash, weight_files
 from spi_utils.licences import Licence, find_licence
 from spi_utils.platforms import Token, hub_token, repository_url
 from spi_utils.runs import (
@@ -209,7 +209,7 @@ def _record(run: Run, facts: Facts, files: dict[str, Path]) -> dict[str, Any]:
         "base_revision": facts.identity.get("revision"),
         "base_weights_sha256": facts.identity["sha256"],
         "storage_dtype": facts.identity["storage_dtype"],
-        "checkpoint_sha256": checkpoint_sha256(run.model_dir),
+        "checkpoint_sha256": checkpoint_hash(run.model_dir),
         "licence": facts.licence.as_dict(),
         "stages": {name: entry["environment"] for name, entry in stages.items() if name != "publish"},
         "files": {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()},

@@ -88,8 +88,9 @@ def send(
         disable_progress_bars()
     api = HfApi(token=token.value)
     call = _Caller(token, repo_id, local)
-    call(card.validate)
+    call(lambda: _validate(api, card))
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    _require_visibility(bool(call(lambda: api.repo_info(repo_id)).private), private, repo_id)
     before = {entry.path: entry for entry in call(lambda: _tree(api, repo_id))}
     stale = _stale(api, call, repo_id, before, files, force)
     _send_large(api, call, repo_id, files)
@@ -109,6 +110,28 @@ def owner_of(token: Token, repo_id: str, local: Path) -> str:
     from huggingface_hub import HfApi
 
     return str(_Caller(token, repo_id, local)(HfApi(token=token.value).whoami)["name"])
+
+
+def _validate(api: HfApi, card: ModelCard) -> None:
+    """Ask the Hub whether the card's YAML is right.
+
+    `ModelCard.validate` isn't used: in huggingface_hub 1.x it asks huggingface.co whatever HF_ENDPOINT says.
+    """
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    asked = {"repoType": "model", "content": str(card)}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    if answer.status_code == 400:
+        raise PublishError(f"the Hub refuses the card's YAML: {answer.text}. Nothing was sent.")
+    hf_raise_for_status(answer)
+
+
+def _require_visibility(is_private: bool, private: bool, repo_id: str) -> None:
+    if private and not is_private:
+        raise PublishError(
+            f"{repo_id} exists and is public, and a private repository was asked for. Nothing was sent. Pass "
+            "private=False to publish there, or choose another `repo_id`."
+        )
 
 
 def _tree(api: HfApi, repo_id: str) -> list[Any]:
@@ -242,19 +265,24 @@ def _unreachable(error: Exception) -> bool:
 
 
 def _label(error: Exception) -> str:
+    """Why a call is repeated, in a word."""
     response = _response(error)
-    return type(error).__name__ if response is None else f"HTTP {response.status_code}"
+    if response is not None:
+        return f"HTTP {response.status_code}"
+    return "no connection" if _unreachable(error) else "an answer that is no JSON"
 
 
 def _delay(error: Exception, attempt: int) -> float | None:
     """Seconds to wait before the next try, the server's own where it names one; None: trying is no use."""
     response = _response(error)
+    own = 2.0 ** (attempt - 1)
     if response is None:
         broken = _unreachable(error) or isinstance(error, json.JSONDecodeError)
-        return 2.0**attempt if broken and not _offline(error) else None
+        return own if broken and not _offline(error) else None
     if response.status_code not in (408, 429, 500, 502, 503, 504):
         return None
-    return min(_server_delay(response.headers) or 2.0**attempt, LONGEST_WAIT)
+    asked = _server_delay(response.headers)
+    return min(own if asked is None else asked, LONGEST_WAIT)
 
 
 def _server_delay(headers: Mapping[str, str]) -> float | None:

@@ -21,7 +21,9 @@ PNG = bytes.fromhex(
 )
 
 
-def make_finished_run(folder: Path, *, kind: str = "hub", model_id: str = "someone/tiny-llama") -> Run:
+def make_finished_run(
+    folder: Path, *, kind: str = "hub", model_id: str = "someone/tiny-llama", shard: str = "5GB"
+) -> Run:
     """Analyse, plan, quantize and evaluate a tiny llama, the numbers of the evaluation made up."""
     source = make_tiny("llama", folder / "source")
     weights = sha256_file(source / "model.safetensors")
@@ -37,7 +39,7 @@ def make_finished_run(folder: Path, *, kind: str = "hub", model_id: str = "someo
     with stage(run, "analyze", {}, ["layers.csv"]):
         write_text(run.layers_csv, layers.to_csv(index=False))
     with stage(run, "quantize", {}, ["model"]):
-        _checkpoint(run, source, layers)
+        _checkpoint(run, source, layers, shard)
     with stage(run, "visualize", {}, ["plan.json", "figures"]):
         write_json(run.plan_json, _plan(run, identity, layers))
         run.figures.mkdir()
@@ -63,7 +65,7 @@ def _layers(source: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).assign(status="ok")
 
 
-def _checkpoint(run: Run, source: Path, layers: pd.DataFrame) -> None:
+def _checkpoint(run: Run, source: Path, layers: pd.DataFrame, shard: str) -> None:
     names = layers[layers["quantizable"]]["name"]
     kept = [name for name in names if name.endswith(KEPT)]
     config = BitsAndBytesConfig(
@@ -73,7 +75,7 @@ def _checkpoint(run: Run, source: Path, layers: pd.DataFrame) -> None:
         llm_int8_skip_modules=["lm_head", *kept],
     )
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float16)
-    model.save_pretrained(run.model_dir)
+    model.save_pretrained(run.model_dir, max_shard_size=shard)
     make_tokenizer().save_pretrained(run.model_dir)
     write_text(run.model_dir / "generate.py", "print('a stand-in of the test')\n")
 
@@ -103,10 +105,8 @@ def _plan(run: Run, identity: dict, layers: pd.DataFrame) -> dict:
 
 def checkpoint_hash(folder: Path) -> str:
     """SHA-256 over `name sha256` lines of the weight files: written out here, not taken from spi_utils."""
-    lines = (
-        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
-        for path in sorted(folder.glob("*.safetensors"))
-    )
+    files = sorted(folder.glob("*.safetensors"))
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -120,9 +120,12 @@ def make_evaluation(run: Run) -> dict:
         mean = kl / 2 + float(rng.normal(0, 0.001))
         delta = {"mean": mean, "se": 0.01, "low": mean - 0.02, "high": mean + 0.02, "p": 0.01, "clusters": 24}
         variants[key] = _variant(kl, 2_500_000, delta)
+    gain = {"mean": -0.062, "se": 0.01, "low": -0.085, "high": -0.041, "p": 1e-4, "clusters": 24}
+    variants["plan"]["vs_random"] = {"controls": 5, "kl": {**gain, "p_holm": 2e-4}, "kl_beats": 5}
     return {
         "schema": 1,
         "checkpoint_sha256": checkpoint_hash(run.model_dir),
+        "hashes": {"plan": hashlib.sha256(run.plan_json.read_bytes()).hexdigest()},
         "text": {
             "name": "wikitext2",
             "source": "wikitext2",
@@ -133,7 +136,8 @@ def make_evaluation(run: Run) -> dict:
             "start_token": 257,
             "convention": "disjoint windows, each beginning with the start token, which is not scored",
         },
-        "other_texts": {},
+        "other_texts": [],
+        "kernel": "bitsandbytes values, float32 on CPU",
         "variants": variants,
         "claims": [],
     }

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from spi_utils import licences, platforms
+from spi_utils import licences, platforms, saved
 from spi_utils import publish as publishing
 from spi_utils.errors import PublishError, RunError
-from spi_utils.gates import quantized_modules
+from spi_utils.gates import checkpoint_hash, quantized_modules
 from spi_utils.publish import Published, Rehearsal, main, publish
 from spi_utils.runs import Run, write_json
 from tests.finished_run import KEPT, make_finished_run
@@ -101,7 +101,7 @@ def test_the_card_holds_the_measured_numbers(run):
     mean = sum(variants[f"random_{seed}"]["kl_mean"] for seed in range(5)) / 5
     chance = next(line for line in text.splitlines() if line.startswith("| random layers"))
     assert f"| {mean:.4f} |" in chance
-    assert "lower mean KL than 5 of 5 random choices" in text.replace("\n", " ")
+    assert "-0.0620 (-0.0850 … -0.0410) nats a token: **the choice of layers matters.**" in text
     assert f"| `{KEPT}` | 4 of 4 |" in text and "| `q_proj` | 0 of 4 |" in text
     assert (
         'from_pretrained("me/small"' in text
@@ -119,6 +119,7 @@ def test_the_parameter_count_is_the_architectures(run):
 def test_a_card_without_random_controls_claims_nothing(run):
     evaluation = json.loads(run.evaluation_json.read_text())
     kept = {key: value for key, value in evaluation["variants"].items() if not key.startswith("random")}
+    del kept["plan"]["vs_random"]
     edit(run.evaluation_json, variants=kept)
     text = publish(run, allow_license="mit").card.read_text()
     assert "nothing here says that the choice matters" in text and "random layers" not in text
@@ -146,12 +147,30 @@ def test_the_environment_record_holds_the_hashes_of_every_other_file(run):
     assert "python" in record["stages"]["evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.02, 0.03, "these windows cannot tell the choice from chance."),
+        (0.01, 0.03, "the choice is worse than chance."),
+    ],
+)
+def test_the_verdict_is_the_intervals(run, low, high, words):
+    evaluation = json.loads(run.evaluation_json.read_text())
+    evaluation["variants"]["plan"]["vs_random"]["kl"] |= {"mean": (low + high) / 2, "low": low, "high": high}
+    edit(run.evaluation_json, variants=evaluation["variants"])
+    assert words in publish(run, allow_license="mit").card.read_text()
+
+
 # --- gates -----------------------------------------------------------------------------------------------
 
 
 def test_the_quantized_modules_are_read_from_the_file(run):
     held = quantized_modules(run.model_dir)
     assert len(held) == 24 and not any(name.endswith(KEPT) for name in held)
+
+
+def test_gates_and_evaluation_hash_a_checkpoint_alike(run):
+    assert checkpoint_hash(run.model_dir) == saved.checkpoint_hash(run.model_dir)
 
 
 def change_checkpoint(run):
@@ -176,6 +195,10 @@ def swap_plan(run):
     edit(run.plan_json, formats={**plan["formats"], "model.layers.0.self_attn.q_proj": "16bit"})
 
 
+def touch_plan(run):
+    edit(run.plan_json, reason="Another reason.")
+
+
 def leave_token(run):
     (run.model_dir / "generate.py").write_text(f"token = '{TOKEN}'\n")
 
@@ -191,6 +214,7 @@ def drop_script(run):
         (drop_stage, "stages", "evaluate has not finished; run notebook 04_evaluate"),
         (shrink_plan, "size", "600,000 planned (+3.33 %)"),
         (swap_plan, "plan", "model.layers.0.self_attn.q_proj"),
+        (touch_plan, "evaluation", "plan.json changed after it"),
         (leave_token, "secrets", "generate.py holds what looks like an access token"),
         (drop_script, "checkpoint", "model/ lacks generate.py; run notebook 03_quantize"),
     ],
