@@ -208,13 +208,13 @@ def _piece(name: str, weight: torch.Tensor, quantizable: bool, options: Options)
 
 def _write_pieces(path: Path, pieces: list[Piece]) -> None:
     """Singular values as tensors; all else as JSON in the file's metadata. Failed matrices have no tensor."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     rows = {p.name: [p.spectrum.status, p.spectrum.statistics, p.errors] for p in pieces}
     values = {p.name: p.spectrum.singular_values for p in pieces}
-    tensors = {name: sigma for name, sigma in values.items() if np.isfinite(sigma).all()}
+    tensors = {name: sigma for name, sigma in values.items() if len(sigma) and np.isfinite(sigma).all()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
+        temporary.write_bytes(save(tensors, metadata={"rows": json.dumps(rows)}))
 
 
 def _read_pieces(path: Path) -> dict[str, Piece]:
@@ -277,7 +277,9 @@ def _bytes(table: pd.DataFrame, formats: Sequence[str], storage_dtype: str) -> d
     for fmt in formats:
         for double_quant in (False, True) if fmt == "nf4" else (False,):
             columns[f"bytes_{fmt}_dq" if double_quant else f"bytes_{fmt}"] = [
-                number_formats.layer_bytes(fmt, rows, cols, double_quant=double_quant, dtype=storage_dtype)
+                number_formats.layer_bytes(
+                    fmt, int(rows), int(cols), double_quant=double_quant, dtype=storage_dtype
+                )
                 if planned
                 else whole
                 for rows, cols, planned, whole in zip(

@@ -97,10 +97,10 @@ def _host_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarray,
         sums = part_sums if sums is None else sums + part_sums
         gram = product if gram is None else np.add(gram, product, out=gram)
     assert gram is not None and sums is not None  # a checked matrix has entries
+    if not (np.isfinite(gram).all() and np.isfinite(sums).all()):
+        return np.full(short, np.nan), NO_MOMENTS
     low, high = torch.aminmax(matrix)
     moments = _moments(sums, shift, matrix.numel(), float(high) - float(low))
-    if not np.isfinite(gram).all():
-        return np.full(short, np.nan), NO_MOMENTS
     # Of the drivers tried (scipy's ev, evr and evd; torch's MKL), numpy's is as fast as the fastest and the
     # only one of them that lets another thread decompose at the same time.
     return np.linalg.eigvalsh(gram).astype(np.float64), moments

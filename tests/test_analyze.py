@@ -1,0 +1,313 @@
+"""The layer table: complete, resumable, the same on every backend."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.linalg
+import torch
+from safetensors.torch import load_file, save_file
+
+from spi_utils import formats as number_formats
+from spi_utils.analyze import analyze
+from spi_utils.errors import AnalysisError, ModelError, PlanError, RunError
+from spi_utils.models import list_layers, open_weights, resolve
+from spi_utils.runs import LAYER_KEYS, open_run, read_layers, read_spectra, run_info
+from spi_utils.spectra import COLUMNS, analyze_matrix
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_analysis(directory, model, **parameters) -> tuple:
+    source = resolve(str(model))
+    run = open_run(directory, source.identity())
+    return run, analyze(run, source, device="cpu", **{"sensitivity": "none", "workers": 1, **parameters})
+
+
+@pytest.fixture(scope="module")
+def analysed(tiny, tmp_path_factory):
+    return run_analysis(tmp_path_factory.mktemp("runs") / "llama", tiny("llama"))
+
+
+def test_every_parameter_is_in_the_table_once(analysed, tiny):
+    _, table = analysed
+    tensors = load_file(tiny("llama") / "model.safetensors")
+    assert table["numel"].sum() == sum(tensor.numel() for tensor in tensors.values())
+    assert table["name"].is_unique
+    assert list(table["name"]) == [layer.name for layer in list_layers(resolve(str(tiny("llama"))))]
+    assert (table["status"] == "listed").sum() == 2  # the embedding (tied to the head), and the rest
+
+
+def test_columns_and_bytes(analysed):
+    run, table = analysed
+    bytes_and_errors = ["bytes_16bit", "bytes_nf4", "bytes_nf4_dq", "bytes_int8", "error_nf4", "error_int8"]
+    assert list(table) == [*LAYER_KEYS, *COLUMNS, "alphaq", "swan", *bytes_and_errors]
+    planned = table[table["quantizable"]]
+    rows, cols = map(int, planned.iloc[0][["rows", "cols"]])
+    assert planned.iloc[0]["bytes_nf4"] == number_formats.layer_bytes("nf4", rows, cols)
+    assert (table["bytes_16bit"] == 2 * table["numel"]).all()
+    rest = table[~table["quantizable"]]
+    assert (rest["bytes_nf4"] == rest["bytes_16bit"]).all()
+    assert planned[["alphaq", "swan", "alpha_hill", "error_nf4"]].notna().all().all()
+    pd.testing.assert_frame_equal(read_layers(run), table)
+
+
+def test_rows_hold_each_weights_own_numbers(analysed, tiny):
+    run, table = analysed
+    tensors = load_file(tiny("llama") / "model.safetensors")
+    spectra = read_spectra(run)
+    rows = table.set_index("name")
+    assert set(spectra) == set(table["name"][table["status"] != "listed"])
+    for name in list(spectra)[::5]:
+        weight = tensors[f"{name}.weight"]
+        expected = scipy.linalg.svdvals(weight.double().numpy())
+        np.testing.assert_allclose(spectra[name], expected, rtol=1e-9, atol=1e-9 * expected[0])
+        assert rows.loc[name, "stable_rank"] == pytest.approx((expected**2).sum() / expected[0] ** 2)
+        assert rows.loc[name, "error_nf4"] == number_formats.relative_error(weight, "nf4")
+        assert rows.loc[name, "status"] == analyze_matrix(weight).status
+
+
+def test_a_second_run_reads_and_force_repeats(analysed, tiny, monkeypatch):
+    run, table = analysed
+    before = run.layers_csv.stat().st_mtime_ns
+    again = run_analysis(run.path, tiny("llama"))[1]
+    pd.testing.assert_frame_equal(again, table)
+    assert run.layers_csv.stat().st_mtime_ns == before
+    assert not run.partial.exists()
+    stages = run_info(run)["stages"]
+    assert stages["analyze"]["layers"] == len(table) and stages["spectra"]["seconds"] >= 0
+
+
+@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3"])
+def test_architectures(arch, tiny, tmp_path):
+    _, table = run_analysis(tmp_path / arch, tiny(arch), formats=("nf4",))
+    planned = table[table["quantizable"]]
+    assert len(planned) >= 8
+    assert planned["status"].isin(("ok", "short_tail", "poor_fit", "few_values")).all()
+    assert planned["alpha_hill"].notna().all()
+
+
+def test_conv1d_is_shown_as_a_linear_layer(tiny, tmp_path):
+    """GPT-2 keeps (in, out): rows are outputs here, and quantization blocks run along inputs."""
+    _, table = run_analysis(tmp_path / "gpt2", tiny("gpt2"))
+    row = table[table["name"].str.endswith("h.0.attn.c_attn")].iloc[0]
+    weight = load_file(tiny("gpt2") / "model.safetensors")[f"{row['name']}.weight"]
+    assert tuple(weight.shape) == (row["cols"], row["rows"]) == (128, 384)
+    assert row["error_nf4"] == number_formats.relative_error(weight.T.contiguous(), "nf4")
+
+
+def test_stacked_experts_become_a_row_each(tiny, tmp_path):
+    run, table = run_analysis(tmp_path / "moe", tiny("mixtral"))
+    source = resolve(str(tiny("mixtral")))
+    experts = table[table["role"] == "experts"]
+    stacks = [layer for layer in list_layers(source) if layer.role == "experts"]
+    assert len(experts) == 4 * len(stacks) and not experts["quantizable"].any()
+    assert table["numel"].sum() == sum(layer.numel for layer in list_layers(source))
+    with open_weights(source) as weights:
+        stack = weights.read(stacks[0].name)
+    third = scipy.linalg.svdvals(stack[3].double().numpy())
+    np.testing.assert_allclose(read_spectra(run)[f"{stacks[0].name}[3]"], third, rtol=1e-8)
+    assert experts["numel"].iloc[0] == stack[0].numel()
+    assert experts["alpha_hill"].notna().all() and experts["error_nf4"].isna().all()
+
+
+def test_layers_is_a_regular_expression_and_embeddings_are_on_request(tiny, tmp_path):
+    _, table = run_analysis(tmp_path / "a", tiny("llama"), layers=r"\.0\.mlp|embed", include_embeddings=True)
+    done = table[table["status"] != "listed"]
+    assert list(done["type"]) == ["embed_tokens", "gate_proj", "up_proj", "down_proj"]
+    assert len(table) == len(list_layers(resolve(str(tiny("llama")))))
+
+
+# --- the same everywhere ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"workers": 2}, pytest.param({"workers": 2, "backend": "loky"}, marks=pytest.mark.slow)],
+)
+def test_workers_change_no_bit(analysed, tiny, tmp_path, parameters):
+    run, _ = analysed
+    other, _ = run_analysis(tmp_path / "run", tiny("llama"), **parameters)
+    assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
+    assert other.spectra.read_bytes() == run.spectra.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_changes_no_bit(analysed, tiny, tmp_path):
+    pytest.importorskip("distributed")
+    run, _ = analysed
+    other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2, backend="dask")
+    assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
+    assert other.spectra.read_bytes() == run.spectra.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_where_it_stood(analysed, tiny, tmp_path):
+    run, _ = analysed
+    script = f"""
+        import time
+        from spi_utils import analyze
+        from spi_utils.models import resolve
+        from spi_utils.runs import open_run
+        work = analyze.analyze_weight
+        def slow(*job):
+            time.sleep(0.3)
+            return work(*job)
+        analyze.analyze_weight = slow
+        source = resolve({str(tiny("llama"))!r})
+        run = open_run({str(tmp_path / "killed")!r}, source.identity())
+        analyze.analyze(run, source, device="cpu", sensitivity="none", workers=1)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT)
+    pieces = tmp_path / "killed" / "partial" / "spectra"
+    deadline = time.monotonic() + 60
+    while len(list(pieces.glob("[0-9]*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in pieces.glob("[0-9]*.safetensors")}
+    assert 3 <= len(finished) < 28
+    resumed, _ = run_analysis(tmp_path / "killed", tiny("llama"))
+    assert run_info(resumed)["stages"]["spectra"]["resumed_layers"] == len(finished)
+    assert resumed.layers_csv.read_bytes() == run.layers_csv.read_bytes()
+    assert resumed.spectra.read_bytes() == run.spectra.read_bytes()
+
+
+def test_another_seed_starts_over(analysed, tiny, tmp_path):
+    run, table = analysed
+    shutil.copytree(run.path, tmp_path / "run")
+    _, other = run_analysis(tmp_path / "run", tiny("llama"), seed=1)
+    assert (other["alpha_excess"].dropna() != table["alpha_excess"].dropna()).all()
+    pd.testing.assert_series_equal(other["alpha_hill"], table["alpha_hill"])
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def broken(tiny, tmp_path):
+    """A copy of the tiny model whose tensors a test may spoil."""
+
+    def make(**changes):
+        directory = tmp_path / "model"
+        shutil.copytree(tiny("llama"), directory)
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
+        for name, change in changes.items():
+            key = f"model.layers.1.{name.replace('__', '.')}.weight"
+            tensors[key] = change(tensors[key].clone())
+        save_file(tensors, file, metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+def spoiled(weight: torch.Tensor) -> torch.Tensor:
+    weight[3, 5] = float("nan")
+    return weight
+
+
+def test_bad_weights_fail_alone_and_are_named(broken, tmp_path):
+    model = broken(mlp__up_proj=spoiled, mlp__down_proj=torch.zeros_like, self_attn__q_proj=torch.ones_like)
+    run, table = run_analysis(tmp_path / "run", model)
+    failed = table[table["status"] == "failed"]
+    assert sorted(failed["type"]) == ["down_proj", "q_proj", "up_proj"]
+    assert failed["alpha_hill"].isna().all() and failed["bytes_nf4"].notna().all()
+    rows = table.set_index("name")
+    assert np.isnan(rows.loc["model.layers.1.mlp.up_proj", "error_nf4"])
+    assert rows.loc["model.layers.1.self_attn.q_proj", "stable_rank"] == pytest.approx(1)
+    assert "model.layers.1.mlp.up_proj" not in read_spectra(run)
+    others = table[table["quantizable"] & (table["status"] != "failed")]
+    assert len(others) == 25 and others["alpha_hill"].notna().all()
+
+
+def test_a_truncated_shard_leaves_no_run_behind(broken, tmp_path):
+    model = broken()
+    source = resolve(str(model))
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    run = open_run(tmp_path / "run", source.identity())
+    with pytest.raises(ModelError, match="truncated"):
+        analyze(run, source, device="cpu", sensitivity="none")
+    assert not run.layers_csv.exists() and not run.spectra.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
+    """A file-size limit stands in for a full disk: pieces fit, the merged file doesn't."""
+    script = f"""
+        import resource, signal
+        from spi_utils.analyze import analyze
+        from spi_utils.models import resolve
+        from spi_utils.runs import open_run
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        source = resolve({str(tiny("llama"))!r})
+        run = open_run({str(tmp_path / "full")!r}, source.identity())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        analyze(run, source, device="cpu", sensitivity="none", workers=1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "RunError: could not write" in result.stderr
+    assert not (tmp_path / "full" / "spectra.safetensors").exists()
+    run, _ = run_analysis(tmp_path / "full", tiny("llama"))
+    assert run_info(run)["stages"]["spectra"]["resumed_layers"] == 28
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "said"),
+    [
+        ({"layers": "nothing_like_it"}, AnalysisError, "nothing_like_it"),
+        ({"layers": "("}, AnalysisError, "regular expression"),
+        ({"backend": "spark"}, AnalysisError, "'threading', 'loky', 'dask'"),
+        ({"formats": ("nf3",)}, PlanError, "nf4"),
+        ({"precision": "half"}, AnalysisError, "float64"),
+    ],
+)
+def test_bad_settings(parameters, error, said, tiny, tmp_path):
+    with pytest.raises(error, match=said):
+        run_analysis(tmp_path / "run", tiny("llama"), **parameters)
+
+
+def test_the_run_of_another_model_is_refused(analysed, tiny):
+    run, _ = analysed
+    with pytest.raises(RunError, match="another `run_dir`"):
+        run_analysis(run.path, tiny("phi3"))
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [2, 6])
+def test_memory_is_that_of_one_layer_whatever_their_number(layers, tmp_path):
+    """Peak resident memory over the process before, at most 3 × the largest layer's float64 working set."""
+    from tests.tiny import make_tiny
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
+    model = make_tiny("llama", tmp_path / "model", num_hidden_layers=layers, **sizes)
+    script = f"""
+        from spi_utils.analyze import analyze
+        from spi_utils.models import resolve, list_layers
+        from spi_utils.runs import open_run, peak_rss_bytes
+        source = resolve({str(model)!r})
+        run = open_run({str(tmp_path / "run")!r}, source.identity())
+        settings = dict(device="cpu", sensitivity="none", workers=1)
+        analyze(run, source, layers="layers.0.self_attn.k_proj", **settings)  # what imports and caches take
+        before = peak_rss_bytes()
+        analyze(run, source, **settings)
+        print(peak_rss_bytes() - before)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    working_set = 8 * (4096 * 1024 + 1024 * 1024)  # the weight and its Gram matrix
+    assert int(result.stdout.split()[-1]) <= 3 * working_set
