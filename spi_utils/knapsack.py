@@ -17,7 +17,10 @@ from spi_utils.errors import PlanError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-GAP = 1e-4  # largest proven distance from the optimum, relative to the total cost
+GAP = 5e-4  # a choice proven this near the optimum is taken, relative to what it saves over the smallest
+FINE = 1e-4  # the gap that HiGHS works towards where the choice is farther away, as in small models
+NODES = 2_000  # of HiGHS' search: a limit that, unlike a time, gives the same plan on every machine
+EXCHANGES, MOST_MOVES = 100, 600  # rounds of pairwise improvement, and the most moves to pair
 
 
 def least_cost(cost: Floats, size: Floats, limit: float, allowed: Mask) -> Ints:
@@ -34,15 +37,18 @@ def least_cost(cost: Floats, size: Floats, limit: float, allowed: Mask) -> Ints:
     Raises:
         PlanError: no choice meets the limit, or the solver gave up.
     """
-    size = np.where(allowed, size, np.inf)
-    if size.min(axis=1).sum() > limit * (1 + 1e-12):
-        raise PlanError(
-            f"the smallest possible choice takes {size.min(axis=1).sum():g}, the limit is {limit:g}."
-        )
-    if len(cost) == 0:
-        return np.zeros(0, dtype=np.int64)
-    bound, choice, open_ = _lagrangian(np.where(allowed, cost, np.inf), size, limit)
-    if _total(cost, choice) - bound <= GAP * abs(bound):
+    cost, size = np.where(allowed, cost, np.inf), np.where(allowed, size, np.inf)
+    least = size.min(axis=1, keepdims=True)
+    if least.sum() > limit * (1 + 1e-12):
+        raise PlanError(f"the smallest possible choice takes {least.sum():g}, the limit is {limit:g}.")
+    limit = max(limit, float(least.sum()))
+    smallest = np.where(size == least, cost, np.inf).argmin(axis=1)
+    extra = size - least
+    if not (np.isfinite(extra) & (extra > 0) & (extra <= limit - least.sum())).any():
+        return smallest  # no single upgrade fits, or there are no items
+    bound, choice, open_ = _lagrangian(cost, size, limit)
+    benefit = _total(cost, smallest) - _total(cost, choice)
+    if _total(cost, choice) - bound <= GAP * benefit:
         return choice  # proven within the gap already
     return _exact(cost, size, limit, open_, choice)
 
@@ -82,8 +88,8 @@ def _lagrangian(cost: Floats, size: Floats, limit: float) -> tuple[float, Ints, 
         return np.where(tied, size, np.inf).argmin(axis=1)
 
     low, high = 0.0, 1.0
-    if size[rows, pick(0.0)].sum() <= limit:
-        choice = pick(0.0)
+    choice = pick(0.0)
+    if size[rows, choice].sum() <= limit:
         return _total(cost, choice), choice, np.eye(cost.shape[1], dtype=bool)[choice]
     for _ in range(200):
         if size[rows, pick(high)].sum() <= limit:
@@ -94,12 +100,17 @@ def _lagrangian(cost: Floats, size: Floats, limit: float) -> tuple[float, Ints, 
         low, high = (low, middle) if size[rows, pick(middle)].sum() <= limit else (middle, high)
     choice = _improve(cost, size, limit, pick(high))
     table = priced(high)
-    best = table.min(axis=1)
-    bound = float(best.sum() - high * limit)
-    gap = _total(cost, choice) - bound
-    open_ = table - best[:, None] <= gap * (1 + 1e-9) + 1e-12 * abs(bound)
-    open_[rows, choice] = True
-    return bound, choice, open_
+    reduced = table - table.min(axis=1, keepdims=True)
+    bound = float(table.min(axis=1).sum() - high * limit)
+
+    def contenders(found: Ints) -> Mask:
+        gap = _total(cost, found) - bound
+        held = reduced <= gap * (1 + 1e-9) + 1e-12 * abs(bound)
+        held[rows, found] = True
+        return held
+
+    choice = _exchange(cost, size, limit, choice, contenders(choice))
+    return bound, choice, contenders(choice)
 
 
 def _improve(cost: Floats, size: Floats, limit: float, choice: Ints) -> Ints:
@@ -118,6 +129,28 @@ def _improve(cost: Floats, size: Floats, limit: float, choice: Ints) -> Ints:
     return choice
 
 
+def _exchange(cost: Floats, size: Floats, limit: float, choice: Ints, open_: Mask) -> Ints:
+    """Change two items at once while that saves: with many items this alone ends within the gap."""
+    choice = choice.copy()
+    rows = np.arange(len(choice))
+    for _ in range(EXCHANGES):
+        moves = open_.copy()
+        moves[rows, choice] = False
+        item, fmt = np.nonzero(moves)
+        if not 1 < len(item) <= MOST_MOVES:
+            break
+        saved = cost[item, choice[item]] - cost[item, fmt]
+        extra = size[item, fmt] - size[item, choice[item]]
+        left = limit - size[rows, choice].sum()
+        both = np.where(extra[:, None] + extra <= left, saved[:, None] + saved, 0.0)
+        both[item[:, None] == item] = 0.0
+        one, two = np.unravel_index(both.argmax(), both.shape)
+        if both[one, two] <= 1e-15 * abs(_total(cost, choice)):
+            break
+        choice[item[[one, two]]] = fmt[[one, two]]
+    return choice
+
+
 def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Ints) -> Ints:
     """The open formats decided by HiGHS: each open item starts at its smallest and may take one upgrade."""
     rows = np.arange(len(cost))
@@ -133,9 +166,6 @@ def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Int
     )
     # HiGHS has absolute tolerances: bring gains to the order of one and bytes to that of thousands.
     unit, step = float(np.abs(gain).max()), float(max(extra.max(), 1e-300)) / 1e3
-    # The gap is meant relative to the whole cost, HiGHS takes it relative to its objective, the gain.
-    spent = _total(cost, start) - _total(cost, incumbent)
-    gap = GAP * min(1.0, abs(_total(cost, incumbent)) / max(spent, 1e-300))
     result = milp(
         -gain / unit,
         integrality=np.ones(len(item)),
@@ -144,7 +174,7 @@ def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Int
             LinearConstraint(member[np.bincount(item, minlength=len(cost)) > 1], -np.inf, 1),
             LinearConstraint(extra[None, :] / step, -np.inf, left / step),
         ],
-        options={"mip_rel_gap": gap, "time_limit": 60.0},
+        options={"mip_rel_gap": FINE, "node_limit": NODES},
     )
     if result.x is None:
         raise PlanError(f"HiGHS found no plan for this budget: {result.message}")
