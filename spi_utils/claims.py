@@ -142,7 +142,7 @@ def _better(evaluation: Evaluation) -> Claim:
 def _gain(evaluation: Evaluation) -> Claim:
     stated = math.log(STATED_PPL[1] / STATED_PPL[0])
     delta = stats.Estimate.from_dict(evaluation.variants["plan"]["delta"])
-    text = f"{STATED_PPL[0]} → {STATED_PPL[1]}, {stated:+.3f} nats a token"
+    text = f"{STATED_PPL[0]} → {STATED_PPL[1]}, −{-stated:.3f} nats a token"
     verdict = value_verdict(delta, stated) if is_original(evaluation) else NEEDS_ORIGINAL
     return Claim("gain", text, f"{_interval(delta)} nats a token", verdict, original=True)
 
@@ -167,7 +167,7 @@ def _noise(evaluation: Evaluation) -> Claim:
 
 
 def _random(evaluation: Evaluation) -> Claim:
-    stated = "α finds the layers worth keeping: better than random at equal bytes"
+    stated = f"`{evaluation.plan['score']}` finds the layers worth keeping: better than random at equal bytes"
     held = evaluation.variants["plan"].get("vs_random")
     if held is None:
         return Claim("random", stated, "no random control was run", NOT_RUN)
@@ -267,11 +267,11 @@ def _difference(evaluation: Evaluation, control: str, field: str) -> stats.Estim
 
 
 def _interval(one: stats.Estimate) -> str:
-    return f"{one.mean:+.4f} ({one.low:+.4f} … {one.high:+.4f})"
+    return f"{one.mean:+.4f} ({one.low:+.4f} … {one.high:+.4f})".replace("-", "−")
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 # --- over several runs -----------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def drawn_label(key: str, one: Mapping[str, Any]) -> str:
 def quality_by_bytes(evaluation: Evaluation) -> Figure:
     """Perplexity and KL against the size of the weights, every variant with its 95 % interval."""
     figure = new_figure(10.0, 5.2)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     places = _dodged(evaluation.variants)
     base = evaluation.variants["reference"]["perplexity"]
     for key, one in evaluation.variants.items():
@@ -87,6 +87,7 @@ def quality_by_bytes(evaluation: Evaluation) -> Figure:
             values = [max(x, FLOOR) for x in (ends.mean, ends.low, ends.high)]
             _point(right, key, places[key], values, label)
     left.axhline(base, color=BLACK, linewidth=0.8, linestyle=":")
+    left.locator_params(axis="x", nbins=5)
     left.set(xlabel="weights on disk (GB)", ylabel=f"perplexity on {evaluation.text['name']}")
     right.set(xlabel="weights on disk (GB)", ylabel="mean KL(16-bit ‖ variant), nats a token", yscale="log")
     _shared_legend(figure, left)
@@ -122,7 +123,7 @@ def quality_finding(evaluation: Evaluation) -> str:
 def _dodged(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """GB of each variant, those of (nearly) equal size moved apart by a hundredth of the axis."""
     sizes = {key: one["bytes"] / 1e9 for key, one in variants.items()}
-    step = 0.018 * (max(sizes.values()) - min(sizes.values()) or 1.0)
+    step = 0.024 * (max(sizes.values()) - min(sizes.values()) or 1.0)
     equal = sorted(
         (key for key, one in variants.items() if one["equal_bytes"]), key=lambda key: variants[key]["kl_mean"]
     )
@@ -196,10 +197,15 @@ def window_differences(evaluation: Evaluation) -> Figure:
         f"Under the plan {improved} of {windows} windows have a lower loss than in 16-bit; "
         f"{len(effect['carriers'])} windows carry half of the mean difference",
         "Below the line the variant predicts the text better than the 16-bit model. "
-        f"Leaving out {effect['flip_after']} windows would turn the sign of the plan's mean. "
-        + _text_note(evaluation),
+        f"{_robustness(effect, windows)} {_text_note(evaluation)}",
     )
     return figure
+
+
+def _robustness(effect: Mapping[str, Any], windows: int) -> str:
+    if effect["flip_after"] >= windows:
+        return "All windows agree on the sign of the plan's mean."
+    return f"Without its {effect['flip_after']} strongest windows the plan's mean would change its sign."
 
 
 @styled

@@ -6,9 +6,7 @@ with a number in it is made from the run's own files.
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -23,7 +21,21 @@ from spi_utils.evaluation_figures import (
     quality_by_bytes,
     window_differences,
 )
-from spi_utils.plotting import gigabytes, save_figure
+from spi_utils.plotting import save_figure
+from spi_utils.report_html import (
+    Html,
+    code,
+    interval_cell,
+    p_cell,
+    picture,
+    section,
+    signed,
+    size,
+    spread,
+    table,
+    text,
+    verdict_cell,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +49,6 @@ FIGURES = {
 }
 # Figures of notebook 02 that the report shows where they are there.
 ANALYSIS = ("plan_map", "score_by_depth", "sensitivity", "frontier")
-CAPTIONS = {"supported": "✓ supported", "refuted": "✗ refuted"}
 
 
 def figures(run: runs.Run) -> list[Figure]:
@@ -74,7 +85,7 @@ def _headline(evaluation: Evaluation) -> str:
     saved = 1 - kept["bytes_on_disk"] / reference["bytes"]
     sentence = (
         f"{kept['protected']} of {kept['planned']} matrices in 16-bit, the others quantized: "
-        f"{gigabytes(reference['bytes'])} become {gigabytes(kept['bytes_on_disk'])} (−{saved:.0%}), and "
+        f"{size(reference['bytes'])} become {size(kept['bytes_on_disk'])} (−{saved:.0%}), and "
         f"perplexity {reference['perplexity']:.2f} becomes {plan['perplexity']:.2f} "
         f"(×{ratio:.3f}, 95 % interval {low:.3f}–{high:.3f})."
     )
@@ -141,12 +152,12 @@ def write_report(run: runs.Run) -> Path:
         _analysis(run),
         _method(evaluation),
         _environment(info, evaluation),
-        f'<p class="end">{_code(switching_sentence(evaluation))}</p>',
+        f'<p class="end">{code(switching_sentence(evaluation))}</p>',
     ]
     page = Template(resources.files("spi_utils").joinpath("report_page.html").read_text(encoding="utf-8"))
     title = f"{evaluation.model['id']}: what the hybrid is worth"
-    text = page.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))
-    runs.write_text(run.report, text)
+    body = "\n".join(filter(None, parts))
+    runs.write_text(run.report, page.substitute(title=text(title), body=body))
     return run.report
 
 
@@ -155,22 +166,19 @@ def _has(run: runs.Run, name: str) -> bool:
 
 
 def _top(evaluation: Evaluation) -> str:
-    variants, plan = evaluation.variants, evaluation.plan
-    one = variants["plan"]
+    plan, one = evaluation.plan, evaluation.variants["plan"]
     facts = {
-        "weights on disk": gigabytes(plan["bytes_on_disk"]),
+        "weights on disk": size(plan["bytes_on_disk"]),
         "bits a weight, all · planned matrices": f"{plan['bits_per_weight']:.2f} · {plan['matrix_bits']:.2f}",
         "perplexity against 16-bit": f"×{one['perplexity_ratio'][0]:.3f}",
         "mean KL to 16-bit, nats a token": f"{one['kl_mean']:.4f}",
         "tokens whose first choice stays": f"{one['same_top1']:.1%}",
     }
-    tiles = "".join(
-        f'<div class="fact"><b>{_text(v)}</b><span>{_text(k)}</span></div>' for k, v in facts.items()
-    )
+    tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
     return (
-        f"<h1>{_text(evaluation.model['id'])}</h1>"
-        f'<p class="lead">{_text(_headline(evaluation))}</p><div class="facts">{tiles}</div>'
-        f'<p class="note">{_text(plan["reason"])}{_gguf_note(evaluation)}</p>'
+        f"<h1>{text(evaluation.model['id'])}</h1>"
+        f'<p class="lead">{text(_headline(evaluation))}</p><div class="facts">{"".join(tiles)}</div>'
+        f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
 
 
@@ -178,143 +186,154 @@ def _gguf_note(evaluation: Evaluation) -> str:
     if evaluation.model["kind"] not in ("bundled", "gguf"):
         return ""
     return (
-        " The 16-bit reference was read from a GGUF file: where that file is quantized, the reference already lies "
-        "on its grid, which flatters formats that share the grid."
+        " The 16-bit reference was read from a GGUF file: where that file is quantized, the reference "
+        "already lies on its grid, which flatters formats that share the grid."
     )
+
+
+LOSS_HEADS = ("variant", "size", "matrix bits", "perplexity", "a word", "a byte", "Δ loss", "p (Holm)", "KL")
+DIVERGENCE_HEADS = (
+    "variant",
+    "KL median",
+    "99 %",
+    "99.9 %",
+    "same top-1",
+    "Δp mean",
+    "Δp RMS",
+    "predicted KL",
+)
 
 
 def _quality(run: runs.Run, evaluation: Evaluation) -> str:
-    heads = ["variant", "size", "matrix bits", "perplexity", "Δ loss (95 % interval)", "p (Holm)"]
-    heads += ["KL mean", "median", "99 %", "99.9 %", "same top-1", "Δp RMS"]
-    return _section(
+    variants = evaluation.variants.values()
+    return section(
         "Quality against bytes",
-        "Loss and KL are in nats a token. A lower perplexity with a high KL is a different model, not a better "
-        "one. Δ loss is paired with the 16-bit reference, window by window; p is corrected for all rows.",
-        _picture(run, HEADLINE),
-        _table(heads, [_quality_row(one) for one in evaluation.variants.values()], _marks(evaluation)),
-        _skipped(evaluation),
+        "Loss and KL are in nats a token, with 95 % intervals over windows below them. Δ loss is paired with "
+        "the 16-bit reference, window by window; p is corrected for all rows. A lower perplexity with a high "
+        "KL is a different model, not a better one.",
+        picture(run.figures / f"{HEADLINE}.png"),
+        table(LOSS_HEADS, [_loss_row(one) for one in variants], _marks(evaluation)),
+        *(f'<p class="note">Not scored: {text(k)}. {text(why)}</p>' for k, why in evaluation.skipped.items()),
+        table(DIVERGENCE_HEADS, [_divergence_row(one) for one in variants], _marks(evaluation)),
     )
 
 
-def _quality_row(one: Mapping[str, Any]) -> list[str]:
-    delta = one.get("delta")
-    bits = one["matrix_bits"]
+def _loss_row(one: Mapping[str, Any]) -> list[str]:
+    delta, bits = one.get("delta"), one["matrix_bits"]
     return [
         one["label"],
-        gigabytes(one["bytes"]),
+        size(one["bytes"]),
         "–" if bits is None else f"{bits:.2f}",
         f"{one['perplexity']:.3f}",
-        "–" if delta is None else _interval(delta),
-        "–" if delta is None else _p(delta["p_holm"]),
-        f"{one['kl_mean']:.4f}",
+        f"{one['word_perplexity']:.1f}",
+        f"{one['byte_perplexity']:.3f}",
+        interval_cell(delta),
+        p_cell(delta and delta["p_holm"]),
+        interval_cell(one.get("kl")),
+    ]
+
+
+def _divergence_row(one: Mapping[str, Any]) -> list[str]:
+    predicted = one["predicted_kl"]
+    return [
+        one["label"],
         f"{one['kl_median']:.4f}",
         f"{one['kl_p99']:.3f}",
         f"{one['kl_p999']:.3f}",
         f"{one['same_top1']:.1%}",
+        signed(one["dp_mean"]),
         f"{one['dp_rms']:.4f}",
+        "–" if predicted is None else f"{predicted:.4f}",
     ]
 
 
-def _skipped(evaluation: Evaluation) -> str:
-    return "".join(
-        f'<p class="note">Not scored: {_text(key)}. {_text(why)}</p>'
-        for key, why in evaluation.skipped.items()
-    )
-
-
 def _selection(evaluation: Evaluation) -> str:
-    rows, marks = [], []
-    for key, one in evaluation.variants.items():
-        held = one.get("vs_random")
-        if held is None:
-            continue
-        kl = stats.Estimate.from_dict(held["kl"])
-        row = [one["label"], _interval(held["kl"]), _p(held["kl"]["p_holm"])]
-        row += [_interval(held["nll"]), f"{held['kl_beats']} of {held['controls']}"]
-        rows.append([*row, f"{one['bytes_miss']:+.2%}", _verdict(stats.verdict(kl, "lower"))])
-        marks.append("plan" if key == "plan" else "")
-    if not rows:
-        return ""
-    heads = ["at equal bytes", "KL − random's (95 % interval)", "p (Holm)", "loss − random's (95 % interval)"]
-    return _section(
+    held = {key: one for key, one in evaluation.variants.items() if "vs_random" in one}
+    rows = []
+    for one in held.values():
+        beside = one["vs_random"]
+        kl = stats.Estimate.from_dict(beside["kl"])
+        rows.append(
+            [
+                one["label"],
+                f"{100 * one['bytes_miss']:+.2f} %",
+                interval_cell(beside["nll"]),
+                interval_cell(beside["kl"]),
+                p_cell(kl.p_holm),
+                f"{beside['kl_beats']} of {beside['controls']}",
+                verdict_cell(stats.verdict(kl, "lower")),
+            ]
+        )
+    heads = ["at equal bytes", "miss in bytes", "loss − random's", "KL − random's", "p (Holm)", "KL beats"]
+    return section(
         "Is the selection worth something?",
-        "A rule is worth something only if it beats random layers of the same size. Intervals are over windows, "
-        "for the random selections that were drawn; the last but one column is the miss in bytes.",
-        _table([*heads, "beats", "bytes", "better than random?"], rows, marks),
+        "A rule is worth something only if it beats random layers of the same size. The intervals hold for "
+        "the random selections that were drawn.",
+        table([*heads, "better than random?"], rows, ["plan" if key == "plan" else "" for key in held]),
     )
 
 
 def _details(run: runs.Run) -> str:
-    pictures = [_picture(run, name) for name in FIGURES if name != HEADLINE]
-    return _section("Where the difference comes from", "", *pictures)
+    pictures = [picture(run.figures / f"{name}.png") for name in FIGURES if name != HEADLINE]
+    return section("Where the difference comes from", "", *pictures)
 
 
 def _claims(evaluation: Evaluation, speed: Mapping[str, Any] | None) -> str:
-    rows = audit(evaluation, speed)
-    body = "".join(
-        f'<tr><td class="words">{_text(row["stated"])}</td><td class="words">{_text(row["measured"])}</td>'
-        f"<td>{_verdict(row['verdict'])}</td></tr>"
-        for row in rows
-    )
-    heads = '<tr><th class="words">stated</th><th class="words">measured here</th><th>verdict</th></tr>'
-    return _section(
+    rows = [
+        [code(row["stated"]), code(row["measured"]), verdict_cell(row["verdict"])]
+        for row in audit(evaluation, speed)
+    ]
+    return section(
         "The claim, audited",
         "Verdicts are computed: from intervals over windows where chance is involved, else from whether the "
         "measured number rounds to the stated one.",
-        f'<div class="scroll"><table><thead>{heads}</thead><tbody>{body}</tbody></table></div>',
+        table(["stated", "measured here", "verdict"], rows, words=(0, 1)),
     )
 
 
 def _other_texts(evaluation: Evaluation) -> str:
-    parts = []
-    for other in evaluation.other_texts:
-        rows = [_quality_row(one)[:7] for one in other["variants"].values()]
-        heads = [
-            "variant",
-            "size",
-            "matrix bits",
-            "perplexity",
-            "Δ loss (95 % interval)",
-            "p (Holm)",
-            "KL mean",
-        ]
-        parts.append(f"<p>{_text(_convention(other['text']))}</p>" + _table(heads, rows, _marks(evaluation)))
-    return _section("Other texts", "", *parts) if parts else ""
+    parts = [
+        f"<p>{text(_convention(other['text']))}</p>"
+        + table(LOSS_HEADS, [_loss_row(one) for one in other["variants"].values()], _marks(evaluation))
+        for other in evaluation.other_texts
+    ]
+    return section("Other texts", "", *parts) if parts else ""
 
 
 def _speed_table(speed: Mapping[str, Any] | None) -> str:
     if not speed:
         return ""
-    labels = {"reference": "16-bit model", "plan": "this checkpoint"}
-    rows = []
-    for key, label in labels.items():
-        one = speed[key]
-        memory = one["memory"].get("peak_allocated_gb", one["memory"]["peak_rss_gb"])
-        rows.append(
-            [
-                label,
-                _spread(one["prefill"], ".0f"),
-                _spread(one["decode"], ".1f"),
-                f"{one['decode_bound']:.0f}",
-            ]
-            + [_spread(one["first_token_s"], ".2f"), f"{one['gb_per_token']:.2f}", f"{memory:.2f}"]
-        )
     one = speed["plan"]
     modules = ", ".join(f"{count} {name}" for name, count in one["kernels"]["modules"].items())
-    heads = ["batch 1", "prefill, tokens/s", "decode, tokens/s", "bandwidth allows", "first token, s"]
     sample = (
-        f"<p>The checkpoint continues “{_text(one['prompt'])}” with:</p><blockquote>{_text(one['sample'])}</blockquote>"
+        f"<p>The checkpoint continues “{text(one['prompt'])}” with:</p>"
+        f"<blockquote>{text(one['sample'].strip())}</blockquote>"
         if one.get("sample")
         else ""
     )
-    return _section(
+    heads = ["batch 1", "prefill, tokens/s", "decode, tokens/s", "bandwidth allows", "first token, s"]
+    rows = [_speed_row("16-bit model", speed["reference"]), _speed_row("this checkpoint", one)]
+    return section(
         "Speed and memory",
         f"Median (least–most) of {one['repeats']} generations of {one['new_tokens']} tokens after "
-        f"{one['prompt_tokens']}, on {one['device']} ({one['threads']} threads), stock transformers: {modules}. "
-        "The bound is the device's measured bandwidth over the bytes that a token reads.",
-        _table([*heads, "GB a token", "peak GB"], rows, ["", "plan"]),
+        f"{one['prompt_tokens']}, on {one['device']} ({one['threads']} threads), with stock transformers "
+        f"({modules}). The bound is the device's measured bandwidth over the bytes that a token reads.",
+        table([*heads, "GB a token", "peak GB"], rows, ["", "plan"]),
         sample,
     )
+
+
+def _speed_row(label: str, one: Mapping[str, Any]) -> list[str]:
+    memory = one["memory"].get("peak_allocated_gb", one["memory"]["peak_rss_gb"])
+    return [
+        label,
+        spread(one["prefill"], ".0f"),
+        spread(one["decode"], ".1f"),
+        f"{one['decode_bound']:.0f}",
+        spread(one["first_token_s"], ".2f"),
+        f"{one['gb_per_token']:.2f}",
+        f"{memory:.2f}",
+    ]
 
 
 def _tasks(evaluation: Evaluation) -> str:
@@ -324,110 +343,46 @@ def _tasks(evaluation: Evaluation) -> str:
         for variant, score in scores.items()
     ]
     return (
-        _section("Tasks", "", _table(["task", "variant", "accuracy ± s.e.", "samples"], rows)) if rows else ""
+        section("Tasks", "", table(["task", "variant", "accuracy ± s.e.", "samples"], rows)) if rows else ""
     )
 
 
 def _analysis(run: runs.Run) -> str:
-    pictures = [_picture(run, name) for name in ANALYSIS if (run.figures / f"{name}.png").exists()]
-    return _section("The layers and the plan", "", *pictures) if pictures else ""
+    pictures = [picture(run.figures / f"{name}.png") for name in ANALYSIS]
+    return section("The layers and the plan", "", *pictures) if any(pictures) else ""
 
 
 def _method(evaluation: Evaluation) -> str:
-    return _section(
+    return section(
         "How it was measured",
         _convention(evaluation.text),
         f"<p>Intervals: paired cluster bootstrap over windows, studentized, {stats.DRAWS:,} draws; below "
-        f"{stats.MIN_CLUSTERS} windows no verdict is given. Arithmetic: {_text(evaluation.kernel)}. All variants "
-        "come from the same 16-bit weights; the plan alone is scored from the tensors of the saved checkpoint, "
-        "each of which was compared with its source first.</p>",
+        f"{stats.MIN_CLUSTERS} windows no verdict is given. Arithmetic: {text(evaluation.kernel)}. All "
+        "variants come from the same 16-bit weights; the plan alone is scored from the tensors of the saved "
+        "checkpoint, each of which was compared with its source first.</p>",
     )
 
 
-def _convention(text: Mapping[str, Any]) -> str:
+def _convention(held: Mapping[str, Any]) -> str:
     return (
-        f"{text['source']}: {text['windows']} windows of {text['window_length']} tokens, {text['tokens']:,} scored "
-        f"tokens ({text['words']:,} words, {text['bytes']:,} bytes); {text['convention']}."
+        f"{held['source']}: {held['windows']} windows of {held['window_length']} tokens, {held['tokens']:,} "
+        f"scored tokens ({held['words']:,} words, {held['bytes']:,} bytes); {held['convention']}."
     )
 
 
 def _environment(info: Mapping[str, Any], evaluation: Evaluation) -> str:
-    environment = info["stages"].get("evaluate", {}).get("environment", {})
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
-    rows = [["model", f"{evaluation.model['id']} ({evaluation.model['kind']})"]]
-    rows += [["revision", evaluation.model["revision"]]] if evaluation.model.get("revision") else []
-    rows += [
-        [
-            "machine",
-            f"{environment.get('machine')}, {environment.get('cores')} cores, GPU {environment.get('gpu')}",
-        ],
-        ["versions", f"Python {environment.get('python')}, {versions}"],
-        *([f"SHA-256 of {name}", value] for name, value in evaluation.hashes.items()),
-    ]
-    body = "".join(f'<tr><td>{_text(k)}</td><td class="code">{_text(v)}</td></tr>' for k, v in rows)
-    return _section(
-        "Environment and hashes", "", f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
-    )
-
-
-# --- pieces of HTML --------------------------------------------------------------------------------------
-
-
-def _section(title: str, introduction: str, *parts: str) -> str:
-    lead = f"<p>{_text(introduction)}</p>" if introduction else ""
-    return f"<section><h2>{_text(title)}</h2>{lead}{''.join(parts)}</section>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], marks: Sequence[str] = ()) -> str:
-    """A table whose cells are text, or HTML that `_verdict` made; `marks` are the rows' classes."""
-    top = "".join(f"<th>{_text(head)}</th>" for head in heads)
-    body = ""
-    for index, row in enumerate(rows):
-        mark = f' class="{marks[index]}"' if index < len(marks) and marks[index] else ""
-        cells = "".join(f"<td>{c if c.startswith('<span class=') else _text(c)}</td>" for c in row)
-        body += f"<tr{mark}>{cells}</tr>"
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    found = info["stages"].get("evaluate", {}).get("environment", {})
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    facts = {
+        "model": f"{evaluation.model['id']} ({evaluation.model['kind']})",
+        "revision": evaluation.model.get("revision") or "–",
+        "machine": f"{found.get('machine')}, {found.get('cores')} cores, GPU: {found.get('gpu') or 'none'}",
+        "versions": f"Python {found.get('python')}, {versions}",
+        **{f"SHA-256 of {name}": value for name, value in evaluation.hashes.items()},
+    }
+    rows = [[name, Html(f'<span class="code">{text(value)}</span>')] for name, value in facts.items()]
+    return section("Environment and hashes", "", table([], rows, words=(1,)))
 
 
 def _marks(evaluation: Evaluation) -> list[str]:
     return ["plan" if key == "plan" else "" for key in evaluation.variants]
-
-
-def _verdict(verdict: str) -> str:
-    kind = verdict if verdict in CAPTIONS else "open"
-    return f'<span class="verdict {kind}">{_text(CAPTIONS.get(verdict, verdict))}</span>'
-
-
-def _picture(run: runs.Run, name: str) -> str:
-    path = run.figures / f"{name}.png"
-    if not path.exists():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    label = name.replace("_", " ")
-    return f'<figure><img alt="{label}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _interval(one: Mapping[str, Any]) -> str:
-    low, high = ("unbounded" if one[end] is None else f"{one[end]:+.4f}" for end in ("low", "high"))
-    return f"{one['mean']:+.4f} ({low} … {high})"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    median, least, most = (format(value, form) for value in values)
-    return f"{median} ({least}–{most})"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _code(sentence: str) -> str:
-    """Escaped text in which `names` in backticks become code."""
-    pieces = _text(sentence).split("`")
-    return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))
