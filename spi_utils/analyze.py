@@ -75,6 +75,7 @@ def analyze(
     refine_at: Sequence[float] = (),
     windows: int | None = None,
     length: int | None = None,
+    text: str = "auto",
     force: bool = False,
 ) -> pd.DataFrame:
     """Write `spectra.safetensors` and `layers.csv`, and return the table.
@@ -101,6 +102,7 @@ def analyze(
         refine_at: matrix bits at whose cut the sensitivities are measured layer by layer.
         windows: number of windows for the sensitivities; None takes their default.
         length: tokens of a window; None takes their default.
+        text: what all layers together are measured on, see `spi_utils.texts`.
         force: do everything again.
 
     Raises:
@@ -115,29 +117,32 @@ def analyze(
     todo = _chosen(listed, layers, include_embeddings)
     how = {"workers": 1 if place.type == "cuda" else workers, "backend": backend, "scheduler": scheduler}
     pieces = _spectra(run, source, todo, options, how, force)
-    settings: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at)}
-    settings |= {"windows": windows, "length": length}
-    inputs = {
-        **asdict(options),
-        "spectra": sha256_file(run.spectra),
-        **settings,
-        "dtype": dtype,
-        "text": sha256_file(sensitivity) if Path(sensitivity).is_file() else None,
-    }
-    with stage(run, "analyze", inputs, ["layers.csv"], force=force) as current:
+    costs: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
+    costs |= {"windows": windows, "length": length, "dtype": dtype, "seed": seed, "device": str(place)}
+    files = [sha256_file(name) for name in (sensitivity, text) if Path(name).is_file()]
+    inputs = {**asdict(options), **costs, "spectra": sha256_file(run.spectra), "files": files}
+    with stage(run, "analyze", inputs, [run.layers_csv.name], force=force) as current:
         if current.finished:
             return read_layers(run)
         table = layer_table(listed, pieces, formats, source.storage_dtype)
-        if sensitivity != "none":
+        if sensitivity != "none" and _can_run(pieces):
             from spi_utils.sensitivity import sensitivities
 
-            common = {"formats": formats, "device": device, "dtype": dtype, "seed": seed, "force": force}
-            costs = sensitivities(run, source, table, **common, **settings)
-            table = table.join(costs, on="name")
+            found = sensitivities(run, source, table, formats=formats, force=force, **costs)
+            table = table.join(found, on="name")
+            current.record(sensitivity=found.attrs["sensitivity"])
         with atomic_path(run.layers_csv) as path:
             table.to_csv(path, index=False, lineterminator="\n")
         current.record(layers=len(table), statuses=table["status"].value_counts().to_dict())
     return read_layers(run)
+
+
+def _can_run(pieces: dict[str, Piece]) -> bool:
+    """Whether every analysed weight is finite; says which is not."""
+    broken = [name for name, piece in pieces.items() if not len(piece.spectrum.singular_values)]
+    if broken:
+        print(f"{broken[0]} holds NaN or Inf: the model can't run, so no sensitivities are computed.")
+    return not broken
 
 
 # --- the spectra stage ------------------------------------------------------------------------------------

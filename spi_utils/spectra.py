@@ -89,7 +89,7 @@ def analyze_matrix(
     rows, cols = matrix.shape
     sigma, moments = decompose(matrix, precision=precision)
     if not np.isfinite(moments.variance) or not np.isfinite(sigma).all():
-        return failed_spectrum(min(rows, cols))
+        return _failed(np.full(min(rows, cols), np.nan))
     pooled = block_eigenvalues(matrix, precision=precision, seed=seed) if farms else np.empty(0)
     return describe(sigma, moments, rows, cols, pooled=pooled, min_tail=min_tail, seed=seed)
 
@@ -118,7 +118,7 @@ def describe(
     fit = fit_power_law(sigma**2, min_tail)
     spectrum = Spectrum(sigma, fit, rows, cols, moments)
     if sigma[0] == 0:
-        return failed_spectrum(len(sigma))
+        return _failed(sigma)
     values = {name: float(function(spectrum)) for name, function in (STATISTICS | INPUTS).items()}
     mean, deviation = gaussian_hill(rows, cols, seed=seed)
     values["alpha_excess"] = values["alpha_hill"] - mean
@@ -127,9 +127,8 @@ def describe(
     return LayerSpectrum(sigma, {name: values[name] for name in (*COLUMNS, *INPUTS)}, _status(spectrum))
 
 
-def failed_spectrum(count: int) -> LayerSpectrum:
-    """The row of a weight that can't be analysed: `count` NaN singular values, NaN statistics, `failed`."""
-    return LayerSpectrum(np.full(count, np.nan), dict.fromkeys((*COLUMNS, *INPUTS), float("nan")), "failed")
+def _failed(sigma: np.ndarray) -> LayerSpectrum:
+    return LayerSpectrum(sigma, dict.fromkeys((*COLUMNS, *INPUTS), float("nan")), "failed")
 
 
 def _status(spectrum: Spectrum) -> str:

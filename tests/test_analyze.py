@@ -56,7 +56,8 @@ def test_columns_and_bytes(analysed):
     assert (table["bytes_16bit"] == 2 * table["numel"]).all()
     rest = table[~table["quantizable"]]
     assert (rest["bytes_nf4"] == rest["bytes_16bit"]).all()
-    assert planned[["alphaq", "swan", "alpha_hill", "error_nf4"]].notna().all().all()
+    assert planned[["swan", "alpha_hill", "error_nf4"]].notna().all().all()
+    assert (planned["alphaq"].notna() == (planned[["rows", "cols"]].min(axis=1) >= 128)).all()
     pd.testing.assert_frame_equal(read_layers(run), table)
 
 
@@ -215,9 +216,10 @@ def spoiled(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def test_bad_weights_fail_alone_and_are_named(broken, tmp_path):
+def test_bad_weights_fail_alone_and_are_named(broken, tmp_path, capsys):
     model = broken(mlp__up_proj=spoiled, mlp__down_proj=torch.zeros_like, self_attn__q_proj=torch.ones_like)
-    run, table = run_analysis(tmp_path / "run", model)
+    run, table = run_analysis(tmp_path / "run", model, sensitivity="self")
+    assert "model.layers.1.mlp.up_proj holds NaN or Inf" in capsys.readouterr().out
     failed = table[table["status"] == "failed"]
     assert sorted(failed["type"]) == ["down_proj", "q_proj", "up_proj"]
     assert failed["alpha_hill"].isna().all() and failed["bytes_nf4"].notna().all()
