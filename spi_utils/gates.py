@@ -19,7 +19,7 @@ from spi_utils.licences import Licence
 from spi_utils.runs import HASH_ALWAYS_BELOW, NOTEBOOKS, Run, read_json, run_info, sha256_file
 
 SIZE_TOLERANCE = 0.005  # of the plan's bytes
-BEFORE_PUBLISH = ("analyze", "visualize", "quantize", "evaluate")
+BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
 TEXT_TYPES = {".json", ".md", ".csv", ".py", ".txt", ".jinja", ".svg"}
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others

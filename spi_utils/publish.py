@@ -96,7 +96,7 @@ def publish(
     dry_run: bool = True,
     private: bool = True,
     allow_license: str | None = None,
-    force: bool = False,
+    overwrite: bool = False,
 ) -> Rehearsal | Published:
     """Write a run's model card and, unless `dry_run`, publish the run on the Hub.
 
@@ -111,7 +111,7 @@ def publish(
         private: make a new repository private; an existing one stays as it is.
         allow_license: licence id of the base as you know it, where it was not found or forbids passing on the
             weights; the card records that you stated it.
-        force: replace the content of a repository that holds something else.
+        overwrite: replace the content of a repository that holds something else.
 
     Returns:
         A Published, or a Rehearsal where nothing was sent.
@@ -133,7 +133,7 @@ def publish(
         _require_ready(run, rehearsal)
         if token is None:
             return replace(rehearsal, note=_later(run, rehearsal, allow_license))
-        published = _send(rehearsal, card, token, force)
+        published = _send(rehearsal, card, token, overwrite)
         current.record(url=published.url, commit=published.commit)
         return published
 
@@ -241,14 +241,14 @@ def _later(run: Run, rehearsal: Rehearsal, allow_license: str | None) -> str:
     )
 
 
-def _send(rehearsal: Rehearsal, card: ModelCard, token: Token, force: bool) -> Published:
+def _send(rehearsal: Rehearsal, card: ModelCard, token: Token, overwrite: bool) -> Published:
     sent = send(
         card,
         rehearsal.files,
         rehearsal.repo_id,
         token,
         private=rehearsal.private,
-        force=force,
+        overwrite=overwrite,
         local=rehearsal.folder.parent,
     )
     new = f"Published at {sent.url}" if sent.uploaded or sent.removed else f"Nothing new to send: {sent.url}"
@@ -263,7 +263,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repo-id", help="name or owner/name; made from the model's name if left out")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--allow-license", help="the base's licence id, where you know it and it isn't found")
-    parser.add_argument("--force", action="store_true", help="replace a repository that holds something else")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a repository that holds other things"
+    )
     parser.add_argument("--dry-run", action="store_true", help="write the card and the list, send nothing")
     asked = parser.parse_args(arguments)
     try:
@@ -273,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             dry_run=asked.dry_run,
             private=not asked.public,
             allow_license=asked.allow_license,
-            force=asked.force,
+            overwrite=asked.overwrite,
         )
     except SPIError as error:
         print(error, file=sys.stderr)

@@ -66,7 +66,7 @@ def send(
     token: Token,
     *,
     private: bool,
-    force: bool,
+    overwrite: bool,
     local: Path,
 ) -> Sent:
     """Make the repository hold `files`, in one commit.
@@ -75,7 +75,7 @@ def send(
         card: the README, which the Hub validates before anything else is sent.
         files: path in the repository -> local file, the README and the record among them.
         repo_id: `owner/name`.
-        force: replace what is there even if this project did not put it there.
+        overwrite: replace what is there even if this project did not put it there.
         local: folder to name in messages: what is safe whatever happens.
 
     Raises:
@@ -92,7 +92,7 @@ def send(
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     _require_visibility(bool(call(lambda: api.repo_info(repo_id)).private), private, repo_id)
     before = {entry.path: entry for entry in call(lambda: _tree(api, repo_id))}
-    stale = _stale(api, call, repo_id, before, files, force)
+    stale = _stale(api, call, repo_id, before, files, overwrite)
     _send_large(api, call, repo_id, files)
     commit = call(lambda: _commit(api, repo_id, files, stale))
     after = {entry.path: entry.blob_id for entry in call(lambda: _tree(api, repo_id))}
@@ -172,18 +172,18 @@ def _stale(
     repo_id: str,
     before: Mapping[str, Any],
     files: Mapping[str, Path],
-    force: bool,
+    overwrite: bool,
 ) -> list[str]:
     """Paths to remove: what an earlier publication left and this one has no more.
 
     Raises:
-        PublishError: the repository holds something that isn't this model's run, and `force` is off.
+        PublishError: the repository holds something that isn't this model's run, and `overwrite` is off.
     """
     strangers = sorted(set(before) - {".gitattributes"})
     if not strangers:
         return []
     gone = sorted(set(strangers) - set(files))
-    if force:
+    if overwrite:
         return gone
     mine = json.loads(files[RECORD].read_text(encoding="utf-8"))
     theirs = call(lambda: _remote_record(api, repo_id)) if RECORD in before else {}
@@ -196,7 +196,7 @@ def _stale(
         raise PublishError(
             f"{repo_id} exists and holds {what} ({', '.join(strangers[:4])}, {len(strangers)} files); "
             f"expected it to be new, or a publication of {mine['base_model']}. Nothing was changed. Choose "
-            "another `repo_id`, or pass force=True to replace its content (its history keeps the old files)."
+            "another `repo_id`, or pass overwrite=True to replace its content (the history keeps it)."
         )
     return [path for path in gone if path in theirs.get("files", {})]
 

@@ -40,10 +40,9 @@ def make_finished_run(
         write_text(run.layers_csv, layers.to_csv(index=False))
     with stage(run, "quantize", {}, ["model"]):
         _checkpoint(run, source, layers, shard)
-    with stage(run, "visualize", {}, ["plan.json", "figures"]):
-        write_json(run.plan_json, _plan(run, identity, layers))
-        run.figures.mkdir()
-        (run.figures / "plan_map.png").write_bytes(PNG)
+    write_json(run.plan_json, _plan(run, identity, layers))
+    run.figures.mkdir()
+    (run.figures / "plan_map.png").write_bytes(PNG)
     with stage(run, "evaluate", {}, ["evaluation.json"]):
         write_json(run.evaluation_json, make_evaluation(run))
     return run

@@ -143,7 +143,7 @@ def test_the_environment_record_holds_the_hashes_of_every_other_file(run):
     done = publish(run, allow_license="mit")
     record = json.loads((run.publish / "environment.json").read_text())
     assert set(record["files"]) == set(done.files) - {"README.md", "environment.json"}
-    assert set(record["stages"]) == {"analyze", "visualize", "quantize", "evaluate"}
+    assert set(record["stages"]) == {"analyze", "quantize", "evaluate"}
     assert "python" in record["stages"]["evaluate"]
 
 

@@ -330,16 +330,18 @@ def test_a_repository_of_another_origin_is_left_alone(hub, run, published):
     taken(hub, {"README.md": b"a diary"})
     code, said = published()
     assert (
-        code == 1 and "exists and holds files of another origin (README.md" in said and "force=True" in said
+        code == 1
+        and "exists and holds files of another origin (README.md" in said
+        and "overwrite=True" in said
     )
     assert hub.repositories[REPO].files["README.md"] == b"a diary"
 
 
-def test_a_publication_of_another_base_is_left_alone_until_forced(hub, run, published):
+def test_a_publication_of_another_base_is_left_alone_until_asked(hub, run, published):
     taken(hub, {"environment.json": b'{"base_model": "other/base"}', "model-9.safetensors": b"old"})
     code, said = published()
     assert code == 1 and "a model made from other/base" in said and not hub.sent("PUT", "")
-    code, said = published("--force")
+    code, said = published("--overwrite")
     assert code == 0, said
     assert "model-9.safetensors" not in hub.repositories[REPO].files
     assert shards(run).items() <= hub.repositories[REPO].files.items()
