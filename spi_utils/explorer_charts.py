@@ -129,11 +129,9 @@ def _spectrum() -> Any:
         alt.Chart(alt.NamedData("bars"))
         .mark_rect(color=SKY, opacity=0.75)
         .encode(
-            x=alt.X("left:Q", scale=log, title="eigenvalue λ = σ²", axis=alt.Axis(format="~g", grid=False)),
+            x=alt.X("left:Q", scale=log, title="eigenvalue λ = σ²", axis=axis),
             x2="right:Q",
-            y=alt.Y(
-                "floor:Q", scale=log, title="density", axis=alt.Axis(format="~g", tickCount=5, grid=False)
-            ),
+            y=alt.Y("floor:Q", scale=log, title="density", axis=axis),
             y2="density:Q",
         )
     )

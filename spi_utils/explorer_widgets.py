@@ -45,6 +45,7 @@ class Explorer:
 
         self.state = state
         self._busy = False
+        self._placed: dict[Any, float] = {}  # where we put each slider: browsers echo it, rounded
         wide = widgets.Layout(flex="1 1 260px", width="auto", min_width="180px")
         number = widgets.Layout(width="120px")
         self.score = widgets.Dropdown(
@@ -118,8 +119,9 @@ class Explorer:
         """Run `act` when a person changes `widget`; show the new choice, or why there is none."""
 
         def changed(change: Any) -> None:
-            if self._busy:
+            if self._busy or self._is_echo(widget, change["new"]):
                 return
+            self._placed.pop(widget, None)
             try:
                 act(change["new"])
                 self._say(self.message, "")
@@ -160,15 +162,23 @@ class Explorer:
         state = self.state
         self._busy = True
         if moved is not self.threshold:
-            self.threshold.value = self._to_slider(state.threshold)
+            self._place(self.threshold, self._to_slider(state.threshold))
         if moved is not self.size:
-            self.size.value = state.choice.total_bytes / self._unit
+            self._place(self.size, state.choice.total_bytes / self._unit)
         self.number.value = f"{state.threshold:.5g}"
         self.size_number.value = f"{state.choice.total_bytes / self._unit:.2f}"
         self.score.value, self.direction.value = state.score, state.direction
         self._busy = False
         self.line.value = f"<b>{html.escape(state.line())}</b><br>{html.escape(state.comparison())}"
         self.picture.value = state.picture()
+
+    def _place(self, slider: Any, value: float) -> None:
+        """Move a slider to the step nearest to `value`: browsers round to steps, and would send that back."""
+        slider.value = slider.min + round((value - slider.min) / slider.step) * slider.step
+        self._placed[slider] = slider.value
+
+    def _is_echo(self, widget: Any, value: Any) -> bool:
+        return widget in self._placed and abs(value - self._placed[widget]) < 0.01 * widget.step
 
     def _fill_layers(self) -> None:
         planned = self.state.planned

@@ -185,7 +185,7 @@ def frontier_figure(curves: pd.DataFrame, plan: ProtectionPlan | None = None) ->
         )  # fmt: skip
     axes.set(xlabel="model size (GB)", ylabel="predicted KL (nats a token)", ylim=(0, None))
     figure.legend(loc="outside right center")
-    headline(figure, _frontier_finding(curves, plan), "Grey lines: other scores, in both directions.")
+    headline(figure, _frontier_finding(curves, plan), "Thin lines: other scores, in both directions.")
     return figure
 
 
@@ -197,7 +197,7 @@ def _draw_scores(axes: Axes, curves: pd.DataFrame, plan: ProtectionPlan | None) 
     for key, curve in of_scores.groupby(["score", "direction"], sort=False):
         if key in styles:
             continue
-        axes.plot(curve["bytes"] / 1e9, curve["predicted_kl"], color="#C8C8C8", lw=0.7)
+        axes.plot(curve["bytes"] / 1e9, curve["predicted_kl"], color="#DADADA", lw=0.7)
     for (score, direction), (colour, line) in styles.items():
         curve = of_scores[(of_scores["score"] == score) & (of_scores["direction"] == direction)]
         if len(curve):
@@ -213,7 +213,9 @@ def _draw_random(axes: Axes, curves: pd.DataFrame) -> None:
         return
     low, high = float(bands.columns.min()), float(bands.columns.max())
     label = f"random, {high - low:.0%}".replace("%", " %")
-    axes.fill_between(bands.index / 1e9, bands[low], bands[high], color="#D9D9D9", alpha=0.8, label=label)
+    axes.fill_between(
+        bands.index / 1e9, bands[low], bands[high], color="#A6A6A6", alpha=0.55, lw=0, label=label
+    )
 
 
 def _frontier_finding(curves: pd.DataFrame, plan: ProtectionPlan | None) -> str:

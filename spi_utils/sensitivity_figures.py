@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Sensitivity columns, the best first, as an axis names them.
+COST_NAMES = {"measured_nf4": "measured", "refined_nf4": "refined", "fisher_nf4": "Fisher"}
+
+
 def sensitivity_column(layers: pd.DataFrame) -> str | None:
     """The best sensitivity that the table holds: measured before refined before Fisher; None without any."""
-    for name in ("measured_nf4", "refined_nf4", "fisher_nf4"):
+    for name in COST_NAMES:
         if name in layers and np.isfinite(layers.loc[layers["quantizable"], name]).sum() >= 1:
             return name
     return None
@@ -51,7 +55,7 @@ def score_against_sensitivity(
     """
     planned = planned_layers(layers)
     column = column or sensitivity_column(layers)
-    if column is None or column not in planned:
+    if column not in COST_NAMES or column not in planned:
         raise AnalysisError(
             f"the layer table has no sensitivity column ({column or 'fisher_nf4, measured_nf4'}). "
             "Run notebook 01_analyze with sensitivity='self'."
@@ -61,7 +65,7 @@ def score_against_sensitivity(
     figure = new_figure(height=4.8)
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
     _scatter_by_type(left, planned, values, cost)
-    left.set(xlabel=score_label(score), ylabel=f"{column.split('_')[0]} cost in NF4 (nats a token)")
+    left.set(xlabel=score_label(score), ylabel=f"{COST_NAMES[column]} cost in NF4 (nats a token)")
     if (np.isfinite(cost) & np.isfinite(values)).any():
         left.set_yscale("log")
     within = _correlations_by_type(planned, values, cost)

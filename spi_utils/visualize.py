@@ -22,16 +22,20 @@ from spi_utils.sensitivity_figures import score_against_sensitivity, sensitivity
 from spi_utils.spectrum_figures import rank_decay, spectra_figure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
     import pandas as pd
     from IPython.display import Image
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from spi_utils.runs import Run
 
 __all__ = [
     "ExplorerState",
+    "all_figures",
     "draw_all",
     "explore",
     "frontier_figure",
@@ -48,14 +52,13 @@ __all__ = [
 
 
 def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
-    """Draw and save every figure that the run's data allow.
+    """Draw and save every figure that the run's data allow (`all_figures`).
 
     Args:
         plan: whose score, threshold and map are drawn; read from plan.json by default.
 
     Returns:
-        Figure name -> its PNG in the run's figures (an SVG lies beside it). `sensitivity` and `frontier` are
-        there only if the layer table holds a sensitivity.
+        Figure name -> its PNG in the run's figures; an SVG lies beside it.
 
     Raises:
         RunError: no analysis or no plan in this run; says which notebook to run.
@@ -63,7 +66,15 @@ def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
     layers, spectra = read_layers(run), read_spectra(run)
     if plan is None:
         plan = ProtectionPlan.read(run.plan_json, model=run_info(run)["model"])
-    figures: dict[str, Figure] = {
+    figures = all_figures(layers, spectra, plan)
+    return {name: save_figure(figure, run, name) for name, figure in figures.items()}
+
+
+def all_figures(
+    layers: pd.DataFrame, spectra: Mapping[str, NDArray[np.float64]], plan: ProtectionPlan
+) -> dict[str, Figure]:
+    """Every figure by name; `sensitivity` and `frontier` only if the layer table holds a sensitivity."""
+    figures = {
         "score_by_depth": score_by_depth(layers, plan.score),
         "spectra": spectra_figure(layers, spectra),
         "rank_decay": rank_decay(layers, spectra),
@@ -75,7 +86,7 @@ def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
         curves = frontier(layers, double_quant=plan.double_quant)
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(curves, plan)
-    return {name: save_figure(figure, run, name) for name, figure in figures.items()}
+    return figures
 
 
 def cut_of(layers: pd.DataFrame, plan: ProtectionPlan) -> float | None:

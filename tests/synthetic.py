@@ -6,8 +6,13 @@ them, sensitivity goes with the type and the layer's size, embeddings and norms 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+from safetensors.numpy import save_file
+
+from spi_utils.runs import Run, open_run
 
 # type: (rows, cols, mean of alpha_hill, log10 of the mean Fisher cost in NF4)
 LLAMA_TYPES = {
@@ -118,6 +123,18 @@ def spectra_of(layers: pd.DataFrame, seed: int = 0) -> dict[str, np.ndarray]:
     """Singular values for every planned row, float64, descending: name -> (min(rows, cols),)."""
     rng = np.random.default_rng(seed)
     return {
-        row.name: spectrum(rng, min(row.rows, row.cols), max(row.alpha_hill, 1.3))
-        for row in layers[layers["quantizable"]].itertuples(index=False)
+        row.name: spectrum(
+            rng, min(row.rows, row.cols), float(np.clip(np.nan_to_num(row.alpha_hill, nan=3.0), 1.3, 12))
+        )
+        for row in layers[layers["quantizable"] & (layers["status"] != "failed")].itertuples(index=False)
     }
+
+
+def make_run(directory: Path, count: int = 210, seed: int = 0, layers: pd.DataFrame | None = None) -> Run:
+    """A run directory as the analysis would leave it, with a made-up table and spectra."""
+    layers = layer_table(count, seed) if layers is None else layers
+    identity = {"id": "synthetic/model", "kind": "local", "revision": None, "sha256": "0" * 64}
+    run = open_run(directory, identity | {"storage_dtype": "float16"})
+    layers.to_csv(run.layers_csv, index=False)
+    save_file(spectra_of(layers, seed), run.spectra)
+    return run
