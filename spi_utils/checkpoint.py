@@ -7,9 +7,9 @@ absmax, the 16 levels, and a small JSON blob. Names are those that transformers'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import Packed, bitsandbytes_state, dequantize, layer_bytes, quantize
 from spi_utils.models import Weights
-from spi_utils.tensorfile import TensorReader
+from spi_utils.tensorfile import DTYPES, TensorReader
 from spi_utils.weights import find_recipes, shard_paths
 
 BLOB = ".quant_state.bitsandbytes__nf4"
 SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", BLOB)
-OVERFLOW = ("keep_bf16", "keep_float32", "error")
+OVERFLOW = ("keep_bf16", "error")
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Saving:
 
 @dataclass(frozen=True)
 class Cast:
-    """What the cast of one tensor to the saved dtype would lose, and what was done."""
+    """What the cast of one tensor to another dtype would lose."""
 
     name: str
     overflow: int  # finite values that would become infinite
-    underflow: int  # values that became zero
-    saved_as: str
+    underflow: int  # values that would become zero
+    largest: float  # magnitude
 
 
 def list_items(weights: Weights, formats: Mapping[str, str], saving: Saving) -> list[Item]:
@@ -88,27 +88,56 @@ def conv1d_modules(model: Any) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def read_cast(weights: Weights, item: Item, saving: Saving) -> tuple[torch.Tensor, Cast | None]:
-    """A source tensor in the dtype it is saved in, and what the cast did (None if it changed no dtype).
+def read_saved(weights: Weights, item: Item, saving: Saving) -> torch.Tensor:
+    """A source tensor on the device, in the dtype that it is saved in."""
+    value = weights.read_source(item.name).to(saving.device)
+    if not value.is_floating_point() or item.name in weights.keep:
+        return value
+    return value.to(saving.storage)
+
+
+def scan_casts(weights: Weights, items: Sequence[Item], storage: torch.dtype) -> list[Cast]:
+    """What casting the source to `storage` would lose, tensor by tensor; lossless tensors are left out."""
+    casts = []
+    for item in items:
+        if item.name in weights.keep or not needs_cast(weights, item.name, storage):
+            continue
+        value = weights.read_source(item.name)
+        cast = value.to(storage)
+        over = int((cast.isinf() & value.isfinite()).sum())
+        under = int(((cast == 0) & (value != 0)).sum())
+        if over or under:
+            casts.append(Cast(item.name, over, under, value.abs().max().item()))
+    return casts
+
+
+def needs_cast(weights: Weights, name: str, storage: torch.dtype) -> bool:
+    """Whether the files hold a tensor in another floating dtype than `storage`; nothing is read."""
+    held = {weights.files[part].entries[part]["dtype"] for _, part in weights.recipes[name].sources}
+    return any(DTYPES[dtype].is_floating_point and DTYPES[dtype] != storage for dtype in held)
+
+
+def settle(saving: Saving, casts: Sequence[Cast]) -> Saving:
+    """The dtypes to save with, once it is known what float16 would lose.
+
+    One layer in another dtype is not possible: stock loaders keep a quantized checkpoint's tensors as they
+    are saved, and a float16 activation can't meet a bfloat16 weight. So one tensor that overflows moves all.
 
     Raises:
-        CheckpointError: `overflow` is "error" and a finite value would become infinite.
+        CheckpointError: a finite value would become infinite, and `overflow` is "error".
     """
-    value = weights.read_source(item.name).to(saving.device)
-    if not value.is_floating_point() or value.dtype == saving.storage or item.name in weights.keep:
-        return value, None
-    cast = value.to(saving.storage)
-    over = int((cast.isinf() & value.isfinite()).sum())
-    under = int(((cast == 0) & (value != 0)).sum())
-    if over and saving.overflow == "error":
+    over = [cast for cast in casts if cast.overflow]
+    if not over:
+        return saving
+    if saving.overflow == "error":
+        worst = max(over, key=lambda cast: cast.largest)
         raise CheckpointError(
-            f"{item.name}: {over} values are too large for {plain(saving.storage)} (largest "
-            f"{value.abs().max().item():.3g}). Use overflow='keep_bf16' or 'keep_float32', or keep the "
-            "checkpoint's own dtype."
+            f"{len(over)} tensors hold values too large for {plain(saving.storage)}, such as {worst.name}: "
+            f"{worst.overflow} values, the largest {worst.largest:.3g}. Use overflow='keep_bf16', or keep "
+            "the checkpoint's own dtype with storage_dtype='auto'."
         )
-    if over:
-        cast = value.to(torch.bfloat16 if saving.overflow == "keep_bf16" else torch.float32)
-    return cast, Cast(item.name, over, under, plain(cast.dtype))
+    compute = torch.bfloat16 if saving.compute == saving.storage else saving.compute
+    return replace(saving, storage=torch.bfloat16, compute=compute)
 
 
 def in_linear_order(value: torch.Tensor, item: Item) -> torch.Tensor:

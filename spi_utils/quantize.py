@@ -22,15 +22,17 @@ from torch import nn
 
 from spi_utils.checkpoint import (
     OVERFLOW,
-    Cast,
     Item,
     SavedWeights,
     Saving,
     file_names,
     file_tensors,
     list_items,
-    read_cast,
+    plain,
+    read_saved,
     saved_weights,
+    scan_casts,
+    settle,
 )
 from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.models import ModelSource, Weights, list_layers, open_weights, resolve_device
@@ -72,11 +74,11 @@ def quantize(
     Args:
         device: where NF4 codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
         max_shard_size: such as "2GB" or "500MB" (10⁹ and 10⁶ bytes).
-        storage_dtype: of everything that isn't NF4; "auto" is the source's own 16-bit type. "float16" suits a
-            T4, and then the casts' losses are counted per tensor and recorded.
+        storage_dtype: of everything that isn't NF4; "auto" is the source's own 16-bit type, "float16" suits a
+            T4. What a cast loses is counted for each tensor and recorded.
         compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
-        overflow: what to do with a tensor whose values are too large for float16: "keep_bf16" or
-            "keep_float32" save it so (and make that the checkpoint's dtype), "error" refuses.
+        overflow: if values are too large for float16, "keep_bf16" saves the checkpoint in bfloat16, "error"
+            refuses.
         force: write it again even if it is there.
 
     Raises:
@@ -120,16 +122,12 @@ def _make(
     with open_weights(source) as weights:
         items = list_items(weights, plan.formats, saving)
         _check_resources(folder, items, weights, saving.device)
-        casts = _write_shards(folder, _split(items, shard_bytes), weights, saving)
-        _write_rest(folder, source, weights, plan, saving, _loaded_dtype(casts, saving))
-        return verify(folder, source, weights, items, plan, saving) | {"casts": [asdict(c) for c in casts]}
-
-
-def _loaded_dtype(casts: Sequence[Cast], saving: Saving) -> torch.dtype:
-    """The configuration's dtype. Stock loaders cast everything to it, so it must hold what overflowed."""
-    if not any(cast.overflow for cast in casts):
-        return saving.storage
-    return torch.bfloat16 if saving.overflow == "keep_bf16" else torch.float32
+        casts = scan_casts(weights, items, saving.storage)
+        saving = settle(saving, casts)
+        _write_shards(folder, _split(items, shard_bytes), weights, saving)
+        _write_rest(folder, source, weights, plan, saving)
+        report = verify(folder, source, weights, items, plan, saving)
+    return report | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
 
 
 # --- before anything is written --------------------------------------------------------------------------
@@ -239,32 +237,21 @@ def _split(items: Sequence[Item], limit: int) -> dict[str, list[Item]]:
     }
 
 
-def _write_shards(
-    folder: Path, shards: Mapping[str, list[Item]], weights: Weights, saving: Saving
-) -> list[Cast]:
-    """Write the shards that are missing, each atomically; return the lossy casts of all of them."""
-    casts: list[Cast] = []
+def _write_shards(folder: Path, shards: Mapping[str, list[Item]], weights: Weights, saving: Saving) -> None:
+    """Write the shards that are missing, each atomically."""
     for name in progress(list(shards), len(shards), "quantize"):
-        notes = folder.parent / f"{name}.casts.json"
-        if not notes.exists() or not (folder / name).exists():
+        if not (folder / name).exists():
             with atomic_path(folder / name) as temporary:
-                made = _write_shard(temporary, shards[name], weights, saving)
-            write_json(notes, {"casts": [asdict(cast) for cast in made]})
-        casts += [Cast(**cast) for cast in read_json(notes)["casts"]]
-    return casts
+                _write_shard(temporary, shards[name], weights, saving)
 
 
-def _write_shard(path: Path, items: Sequence[Item], weights: Weights, saving: Saving) -> list[Cast]:
-    casts = []
+def _write_shard(path: Path, items: Sequence[Item], weights: Weights, saving: Saving) -> None:
     names = [name for item in items for name in file_names(item, weights, saving.double_quant)]
     with TensorWriter(path, header_bound(names, sum(item.nbytes for item in items))) as writer:
         for item in items:
-            value, cast = read_cast(weights, item, saving)
-            if cast and (cast.overflow or cast.underflow):
-                casts.append(cast)
+            value = read_saved(weights, item, saving)
             for name, tensor in file_tensors(value, item, weights, saving.double_quant):
                 writer.add(name, tensor)
-    return casts
 
 
 # --- what lies beside the weights ------------------------------------------------------------------------
@@ -276,7 +263,6 @@ def _write_rest(
     weights: Weights,
     plan: ProtectionPlan,
     saving: Saving,
-    dtype: torch.dtype,
 ) -> None:
     """Index, configuration, tokenizer and the like, the plan, and the script that runs the model."""
     _write_index(folder)
@@ -286,7 +272,7 @@ def _write_rest(
     write_text(folder / "generate.py", _example("generate.py"))
     config = copy.deepcopy(weights.model.config)
     config.architectures = [type(weights.model).__name__]
-    config.dtype = dtype
+    config.dtype = saving.storage
     if any(fmt == "nf4" for fmt in plan.formats.values()):
         config.quantization_config = _quantization_config(weights.model, plan, saving)
     config.save_pretrained(folder)

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from spi_utils.checkpoint import Item, SavedWeights, Saving, in_linear_order, read_cast, saved_weights
+from spi_utils.checkpoint import Item, SavedWeights, Saving, in_linear_order, read_saved, saved_weights
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import BLOCK, NESTED_BLOCK, one_thread
 from spi_utils.models import ModelSource, Weights
 from spi_utils.progress import progress
+from spi_utils.tensorfile import TensorReader
 from spi_utils.weights import shard_paths
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def verify(
     Raises:
         CheckpointError: which check failed, and for which layers.
     """
-    report = check_size(folder, plan)
+    report = check_size(folder, plan.bytes["total"])
     with saved_weights(folder, trust_remote_code=source.trust_remote_code) as saved:
         report["bits"] = check_bits(saved, weights, items, saving)
     report["fresh_process"] = check_fresh(folder, source, weights, items, saving)
@@ -64,10 +65,12 @@ def verify(
 # --- size ------------------------------------------------------------------------------------------------
 
 
-def check_size(folder: Path, plan: ProtectionPlan) -> dict[str, Any]:
-    """Compare the files' bytes with the plan's prediction."""
-    size = sum(path.stat().st_size for path in shard_paths(folder))
-    planned = plan.bytes["total"]
+def check_size(folder: Path, planned: int) -> dict[str, Any]:
+    """Compare the files' bytes with the plan's prediction; a truncated file is found here too."""
+    size = 0
+    for path in shard_paths(folder):
+        with TensorReader(path):
+            size += path.stat().st_size
     if abs(size - planned) > max(SIZE_TOLERANCE * planned, SIZE_FLOOR):
         raise CheckpointError(
             f"{folder}: the weights take {size:,} bytes, the plan predicted {planned:,} "
@@ -86,7 +89,7 @@ def check_bits(
     """Compare every saved tensor with the source, bit for bit; counts of tensors by format."""
     wrong: list[str] = []
     for item in progress(items, len(items), "verify"):
-        value, _ = read_cast(weights, item, saving)
+        value = read_saved(weights, item, saving)
         if item.fmt == "nf4":
             expected = bitsandbytes_tensors(in_linear_order(value, item), saving.double_quant)
             same = _same_nf4(saved.parts(item.module), expected)
