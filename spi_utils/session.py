@@ -7,6 +7,7 @@ never scored again. The stage empties that folder when its inputs change.
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,13 +90,10 @@ class Session:
 
     def _score_missing(self, missing: Sequence[Unit], total: int) -> None:
         with open_weights(self.source) as weights:
-            model = load_model(self.source, device=self.device, dtype=self.dtype)
-            planned = list(self.variants["reference"].formats)
-            switch = Switch(model, weights, planned, double_quant=self.double_quant, seed=self.seed)
+            loaded = self._load(weights)
             began = time.monotonic()
-            references = [reference_states(model, sample.ids) for sample in self.samples]
+            references = [reference_states(loaded.switch.model, sample.ids) for sample in self.samples]
             self.seconds["reference"] = time.monotonic() - began
-            loaded = _Loaded(self, switch, weights, Head(model))
             bar = progress(missing, total, "evaluate: blocks of windows", done=total - len(missing))
             for unit in bar:
                 began = time.monotonic()
@@ -107,6 +105,20 @@ class Session:
                     scores = loaded.score(unit.key, sample.ids[rows], held)
                 _save(unit.file(self.folder), scores)
                 self.seconds[unit.key] = self.seconds.get(unit.key, 0.0) + time.monotonic() - began
+
+    def visit(self, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """Load the model and yield it as each of these variants in turn: (key, model)."""
+        with open_weights(self.source) as weights:
+            loaded = self._load(weights)
+            for key in keys:
+                loaded.put(key)
+                yield key, loaded.switch.model
+
+    def _load(self, weights: Any) -> _Loaded:
+        model = load_model(self.source, device=self.device, dtype=self.dtype)
+        planned = list(self.variants["reference"].formats)
+        switch = Switch(model, weights, planned, double_quant=self.double_quant, seed=self.seed)
+        return _Loaded(self, switch, weights, Head(model))
 
     def _join(self, key: str) -> list[TokenScores]:
         parts: list[list[TokenScores]] = [[] for _ in self.samples]
@@ -134,13 +146,15 @@ class _Loaded:
 
     def score(self, key: str, windows: torch.Tensor, reference: Reference) -> TokenScores:
         """Scores of one block; puts the variant in place first if another one is there."""
-        if key != self.held:
-            self._put(key)
+        self.put(key)
         if self.rival is not None:
             return self.rival.score(windows, reference, self.head)
         return token_scores(self.switch.model, windows, reference, label=key)
 
-    def _put(self, key: str) -> None:
+    def put(self, key: str) -> None:
+        """Make the model that variant, or load that rival, if it isn't there already."""
+        if key == self.held:
+            return
         session = self.session
         if self.held == "plan":
             self.switch.restore()  # what the file held is overwritten, packed layers and all
@@ -195,7 +209,7 @@ def _load(path: Path) -> TokenScores:
     try:
         with np.load(path, allow_pickle=False) as held:
             return TokenScores(**{name: held[name] for name in held.files})
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"{path} is truncated or corrupt ({error}). Delete it and run notebook 04_evaluate again."
         ) from error
