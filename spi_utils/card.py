@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spi_utils.card_text import Facts, body, source_name
+from spi_utils.card_facts import Facts, source_name
+from spi_utils.card_text import body
 from spi_utils.errors import PublishError
 
 if TYPE_CHECKING:

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spi_utils.licences import Licence
+from spi_utils.card_facts import Facts, source_name
 from spi_utils.stats import Estimate, verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # (variant key of evaluation.json, row of the table); random_* is added as the mean over its seeds.
 ROWS = {
@@ -29,6 +25,7 @@ ROWS = {
 }
 HEADER = """| weights | GB | perplexity | Δ loss to 16-bit (95 %) | mean KL | 99.9 % KL | same top token |
 | --- | --- | --- | --- | --- | --- | --- |"""
+EQUAL_BYTES = 0.005  # "equal bytes" as the evaluation's controls mean it
 # What stats.verdict says of "a lower KL than random choices".
 VERDICTS = {
     "supported": "the choice of layers matters.",
@@ -54,40 +51,6 @@ CITATION = """```bibtex
 ```"""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """All that a card is made from.
-
-    `identity`, `plan` and `evaluation` are the contents of run.json["model"], plan.json and evaluation.json;
-    `file_bytes` the safetensors files' size; `figures` paths relative to the repository.
-    """
-
-    repo_id: str
-    identity: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    layers: pd.DataFrame
-    licence: Licence
-    file_bytes: int
-    figures: tuple[str, ...]
-    repository: str | None
-
-    @property
-    def base(self) -> str | None:
-        """The base's id on the Hub; None for weights that have none."""
-        return str(self.identity["id"]) if self.identity["kind"] in ("hub", "bundled") else None
-
-    @property
-    def base_name(self) -> str:
-        """The base as a reader should see it: never a path of the machine that made it."""
-        return self.base or Path(str(self.identity["id"])).name
-
-    @property
-    def parameters(self) -> int:
-        """True number of parameters (the Hub counts packed 4-bit weights as half or less)."""
-        return int(self.layers["numel"].sum())
-
-
 def body(facts: Facts) -> str:
     """The card below its YAML: sections in the order in which a stranger asks."""
     sections = (_summary, _loading, _measured, _plan, _figures, _limits, _not_verified, _licence, _citation)
@@ -96,11 +59,6 @@ def body(facts: Facts) -> str:
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.3f}" if count < 1e9 else f"{count / 1e9:.2f}"
-
-
-def source_name(text: Mapping[str, Any]) -> str:
-    """What the evaluation's text is called."""
-    return str(text.get("name") or text["source"])
 
 
 def _summary(facts: Facts) -> str:
@@ -123,7 +81,7 @@ the smaller file costs before using it.
 | | |
 | --- | --- |
 | Parameters | {facts.parameters:,} (the page's own count is lower: it counts packed bytes) |
-| Size of the weights | {_gb(facts.file_bytes)} GB ({facts.file_bytes:,} bytes; GB = 10⁹ bytes) |
+| Size of the weights | {_gb(facts.file_bytes)} GB (10⁹ bytes; exactly {facts.file_bytes:,}) |
 | Bits a weight | {rates} |
 | Base weights | SHA-256 `{facts.identity["sha256"]}`{_revision(facts)} |"""
 
@@ -211,15 +169,29 @@ def _random_row(variants: Mapping[str, Any]) -> str | None:
 
 def _verdict(facts: Facts) -> str:
     """What the windows say about the choice of layers: the evaluation's interval, and the verdict from it."""
-    against = facts.evaluation["variants"]["plan"].get("vs_random")
+    variants = facts.evaluation["variants"]
+    against = variants["plan"].get("vs_random")
     if against is None:
         return "No random choice at equal bytes was measured: nothing here says that the choice matters."
     said = VERDICTS[verdict(Estimate.from_dict(against["kl"]), "lower")]
     return (
         f"Against the mean of {against['controls']} random layer choices at equal bytes, this one's "
         f"mean KL differs by {_interval(against['kl'])} nats a token: **{said}** "
-        f"It beats {against['kl_beats']} of them."
+        f"It beats {against['kl_beats']} of them.{_rivals(variants)}"
     )
+
+
+def _rivals(variants: Mapping[str, Any]) -> str:
+    """Rows of the table that are no larger than this model and nearer to the base, said in words."""
+    own = variants["plan"]
+    better = [
+        label
+        for key, label in ROWS.items()
+        if key in variants and key != "plan"
+        if variants[key]["bytes"] <= own["bytes"] * (1 + EQUAL_BYTES)
+        if variants[key]["kl_mean"] < own["kl_mean"]
+    ]
+    return f" No larger and nearer to the base: {'; '.join(better)}." if better else ""
 
 
 def _plan(facts: Facts) -> str:
@@ -229,7 +201,7 @@ def _plan(facts: Facts) -> str:
     lines = [f"| `{name}` | {int(row['sum'])} of {int(row['size'])} |" for name, row in table.iterrows()]
     depths = sorted(rows.loc[kept, "depth"].unique())
     span = f" They lie in blocks {depths[0]} to {depths[-1]}." if depths else ""
-    value = "" if plan.get("value") is None else f", value {plan['value']}"
+    value = "" if plan.get("value") is None else f", value {plan['value']:g}"
     reason = f"\n\n{plan['reason']}" if plan.get("reason") else ""
     return f"""## The plan
 

@@ -68,8 +68,29 @@ def test_a_rehearsal_writes_the_card_and_the_list_and_sends_nothing(run):
 def test_two_rehearsals_give_the_same_bytes(run):
     publish(run, allow_license="mit")
     first = {path.name: path.read_bytes() for path in run.publish.iterdir()}
-    publish(run, allow_license="mit")
+    publish(run, allow_license="mit", force=True)
     assert {path.name: path.read_bytes() for path in run.publish.iterdir()} == first
+
+
+def test_a_rehearsal_is_recognised_until_something_changes(run):
+    first = publish(run, allow_license="mit")
+    stamp = first.card.stat().st_mtime_ns
+    again = publish(run, allow_license="mit")
+    assert again == first and again.card.stat().st_mtime_ns == stamp
+    assert publish(run, allow_license="mit", force=True).card.stat().st_mtime_ns > stamp
+    (run.figures / "plan_map.png").write_bytes(b"another picture")
+    changed = publish(run, allow_license="mit")
+    assert changed.total_bytes == first.total_bytes - 67 + 15
+    assert publish(run, allow_license="cc0-1.0").licence.id == "cc0-1.0"
+
+
+def test_what_is_smaller_and_better_is_named(run):
+    text = publish(run, allow_license="mit").card.read_text()
+    assert "nearer to the base: chosen by Fisher information, equal bytes; 8-bit everywhere." in text
+    evaluation = json.loads(run.evaluation_json.read_text())
+    evaluation["variants"]["int8"]["bytes"] = evaluation["variants"]["fisher"]["bytes"] = 4_000_000
+    edit(run.evaluation_json, variants=evaluation["variants"])
+    assert "nearer to the base" not in publish(run, allow_license="mit").card.read_text()
 
 
 def test_the_yaml_says_what_the_hub_asks_for(run):

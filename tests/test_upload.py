@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from spi_utils import upload
+from spi_utils.hub_calls import LONGEST_WAIT
 from spi_utils.publish import main
 from spi_utils.runs import Run
 from tests.finished_run import make_finished_run
@@ -26,6 +27,7 @@ REPO = "me/tiny-llama-SPI-nf4"
 PUBLISH = """
 import sys
 from spi_utils import upload
+from spi_utils.hub_calls import LONGEST_WAIT
 upload.SENT_ALONE = 1000
 from spi_utils.publish import main
 sys.exit(main(sys.argv[1:]))
@@ -257,7 +259,7 @@ def test_a_busy_hub_is_waited_for(hub, run, published, where):
         ({"RateLimit": '"api";r=0;t=47'}, 47),
         ({"Retry-After": "31"}, 31),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
-        ({"Retry-After": "9999999"}, upload.LONGEST_WAIT),
+        ({"Retry-After": "9999999"}, LONGEST_WAIT),
         ({}, 1),
     ],
 )
