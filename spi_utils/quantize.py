@@ -39,13 +39,23 @@ from spi_utils.models import ModelSource, Weights, list_layers, open_weights, re
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, read_json, stage, write_json, write_text
+from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.tensorfile import TensorReader, TensorWriter, header_bound
 from spi_utils.verify import verify
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
 
-__all__ = ["SavedWeights", "quantize", "saved_weights"]
+__all__ = [
+    "SafeFP16Linear",
+    "SavedWeights",
+    "check_request",
+    "isolate",
+    "isolation_report",
+    "quantize",
+    "saved_weights",
+    "skip_modules",
+]
 
 INDEX = "model.safetensors.index.json"
 # What travels along from the source's folder.
