@@ -1,0 +1,328 @@
+"""What quantizing each layer costs, in nats a token: estimated from gradients, measured, or both.
+
+`fisher` needs one backward pass over text that the model writes itself; `measured` is the oracle, one
+evaluation a layer; `refined` measures only the layers that decide a budget's cut. Every column adds up over
+layers, and `predicted` is scaled so that its sum is the KL measured with all layers in that format.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spi_utils.errors import AnalysisError
+from spi_utils.fisher import per_block, per_sequence, per_token, random_windows, sample_windows, slopes
+from spi_utils.footprint import checkpointed, choose_batch
+from spi_utils.measure import Measure
+from spi_utils.models import ModelSource, load_model, load_tokenizer, resolve_device, resolve_dtype
+from spi_utils.progress import progress
+from spi_utils.refine import Refinement, refine
+from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
+from spi_utils.scoring import reference_states
+from spi_utils.texts import load_text, make_windows, start_token
+from spi_utils.variants import Switch
+from spi_utils.weights import open_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENGINE = 1  # raise it when the numbers change, so that unfinished work of an older version is not taken up
+WINDOWS, LENGTH = 32, 256  # of the text that gradients are taken on
+YARDSTICK_WINDOWS = 8  # of the text that KL is measured on
+KINDS: dict[str, Callable[..., torch.Tensor]] = {"self": sample_windows, "random": random_windows}
+ACCUMULATIONS = {"fisher": per_block, "fisher_token": per_token, "fisher_seq": per_sequence}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers depend on, the model apart."""
+
+    sensitivity: str
+    formats: tuple[str, ...]
+    device: str
+    dtype: str
+    seed: int
+    refine_at: tuple[float, ...]
+    windows: int
+    length: int
+    text: str
+
+
+def sensitivities(
+    run: Run,
+    source: ModelSource,
+    frame: pd.DataFrame,
+    *,
+    sensitivity: str = "self",
+    formats: Sequence[str] = ("nf4", "int8"),
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    refine_at: Sequence[float] = (),
+    windows: int | None = None,
+    length: int | None = None,
+    text: str = "auto",
+    force: bool = False,
+) -> pd.DataFrame:
+    """Cost of quantizing each layer, resumable by batch and by layer.
+
+    Args:
+        run: finished pieces lie in its folder for unfinished work of the stage "analyze".
+        source: the model.
+        frame: the layer table; `name`, `quantizable`, `numel` and `bytes_<fmt>` are read.
+        sensitivity: "self" (text that the model samples from itself), "random" (random tokens), "measured"
+            (the oracle, no gradients), or a text as in `texts.load_text`.
+        formats: whose costs are wanted.
+        device, dtype: where and in which compute dtype.
+        seed: of the sampled text and of the pseudo-labels.
+        refine_at: matrix bits (bits a weight over the planned matrices) at whose cut layers are measured.
+        windows, length: of the text that gradients are taken on (32 × 256), or the oracle is measured on (8).
+        text: what the sum over layers is measured on, and the oracle's layers.
+        force: forget unfinished work.
+
+    Returns:
+        A row a quantizable layer, indexed by name, nats a token: `fisher_<fmt>` (per block of positions),
+        `fisher_token_<fmt>`, `fisher_seq_<fmt>`, each with its standard error `…_se`; `measured_<fmt>` or
+        `refined_<fmt>` where asked for; and `predicted_<fmt>`.
+        `attrs["sensitivity"]` says what was done: texts, costs, the measured sums.
+
+    Raises:
+        AnalysisError: an unknown setting, or not enough memory (says how much, and what to change).
+        EvaluationError: a text that can't be used, or numbers that overflow.
+    """
+    names = list(frame.loc[frame["quantizable"].astype(bool), "name"])
+    if not names:
+        return pd.DataFrame(index=pd.Index([], name="name"))
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    default = YARDSTICK_WINDOWS if sensitivity == "measured" else WINDOWS
+    settings = Settings(
+        sensitivity, tuple(formats), str(place), str(kind), seed, tuple(refine_at),
+        windows or default, length or LENGTH, text,
+    )  # fmt: skip
+    _check(settings)
+    folder = _claim(run, source, settings, names, force)
+    with open_weights(source) as weights:
+        model = load_model(source, device=place, dtype=kind)
+        switch = Switch(model, weights, names)
+        work = Work(folder, switch, load_tokenizer(source), settings)
+        columns = work.columns(frame.set_index("name").loc[names])
+    table = pd.DataFrame(columns, index=pd.Index(names, name="name"))
+    table.attrs["sensitivity"] = work.notes
+    return table
+
+
+class Work:
+    """One computation of the columns; whatever is finished lies in `folder` and is not done again."""
+
+    def __init__(self, folder: Path, switch: Switch, tokenizer: Any, settings: Settings) -> None:
+        self.folder, self.switch, self.tokenizer, self.settings = folder, switch, tokenizer, settings
+        self.model = switch.model
+        self.start = start_token(tokenizer, self.model.config)
+        self.notes: dict[str, Any] = {"start_token": self.start, "seconds": {}}
+        self._measures: dict[str, Measure] = {}
+
+    def columns(self, layers: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
+        """Every column, in the order of the layer table."""
+        columns: dict[str, NDArray[np.float64]] = {}
+        if self.settings.sensitivity == "measured":
+            best = {fmt: self.measured(fmt) for fmt in self.settings.formats}
+            columns |= {f"measured_{fmt}": values for fmt, values in best.items()}
+        else:
+            columns |= self.fisher()
+            best = {fmt: columns[f"fisher_{fmt}"] for fmt in self.settings.formats}
+        for fmt in self.settings.formats if self.settings.refine_at else ():
+            best[fmt] = self.refined(fmt, layers, columns).values
+            columns[f"refined_{fmt}"] = best[fmt]
+        totals = self.totals()
+        return columns | {f"predicted_{fmt}": _scaled(best[fmt], totals[fmt]) for fmt in best}
+
+    # --- gradients ------------------------------------------------------------------------------------
+
+    def fisher(self) -> dict[str, NDArray[np.float64]]:
+        """Fisher columns of every format, from one backward pass over the settings' text."""
+        windows = self.windows()
+        found = self._slopes(windows)
+        columns: dict[str, NDArray[np.float64]] = {}
+        for fmt, values in found.items():
+            for name, accumulate in ACCUMULATIONS.items():
+                made = accumulate(values)
+                columns |= {f"{name}_{fmt}": made.value, f"{name}_{fmt}_se": made.error}
+        return columns
+
+    def windows(self) -> torch.Tensor:
+        """The text that gradients are taken on, (W, T), made once and kept."""
+        path = self.folder / "windows.npy"
+        if not path.exists():
+            with self._timed("text"):
+                made = self._make_windows()
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, made.numpy())
+        return torch.from_numpy(np.load(path))
+
+    def _make_windows(self) -> torch.Tensor:
+        s = self.settings
+        if s.sensitivity not in KINDS:
+            return self._cut(s.sensitivity, s.windows)
+        make = KINDS[s.sensitivity]
+        return make(self.model, s.windows, s.length, self.start, s.seed, steps=_sampling)
+
+    def _cut(self, spec: str, count: int) -> torch.Tensor:
+        text = load_text(spec)
+        self.notes["text"] = {"name": text.name, "source": text.source, "sha256": text.sha256}
+        config = self.model.config
+        return make_windows(text, self.tokenizer, count, self.settings.length, self.start, config=config)
+
+    def _slopes(self, windows: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+        """Slopes by format, (layers, W, T), a file a batch; formats after the first on every other batch."""
+        formats = self.settings.formats
+        plan = choose_batch(self.switch, windows.shape[1], len(formats))
+        how = ", with gradient checkpointing" if plan.checkpoint else ""
+        print(
+            f"sensitivity: {len(windows)} windows of {windows.shape[1]} tokens, {plan.batch} at a time{how}, "
+            f"about {plan.bytes / 1e9:.1f} GB at peak on {self.switch.device}",
+            flush=True,
+        )
+        self.notes["estimated_peak_gb"] = round(plan.bytes / 1e9, 2)
+        firsts = range(0, len(windows), plan.batch)
+        paths = [self.folder / f"slopes-{first:05d}.npz" for first in firsts]
+        todo = [(first, path) for first, path in zip(firsts, paths, strict=True) if not path.exists()]
+        if todo:
+            self._quantize()
+        done = len(paths) - len(todo)
+        with self._timed("gradients"), checkpointed(self.switch, plan.checkpoint):
+            for first, path in progress(todo, len(paths), "sensitivity by gradients", done=done):
+                ids = windows[first : first + plan.batch].to(self.switch.device)
+                draws = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + first)
+                found = slopes(self.model, self.switch, ids, _formats_of(first // plan.batch, formats), draws)
+                with atomic_path(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **found)  # type: ignore[arg-type]
+        parts = [dict(np.load(path)) for path in paths]
+        return {fmt: np.concatenate([part[fmt] for part in parts if fmt in part], 1) for fmt in formats}
+
+    def _quantize(self) -> None:
+        """Make every code before the clock of the gradients starts."""
+        with self._timed("quantization"):
+            for fmt in self.settings.formats:
+                for name in self.switch.layers:
+                    self.switch.packed(name, fmt)
+
+    # --- measurements ---------------------------------------------------------------------------------
+
+    def measured(self, fmt: str) -> NDArray[np.float64]:
+        """The oracle: every layer measured alone on the text."""
+        layers = self.switch.layers
+        return np.array(
+            [self._one("text", name, fmt) for name in progress(layers, len(layers), f"ΔKL, {fmt}")]
+        )
+
+    def refined(self, fmt: str, layers: pd.DataFrame, columns: dict[str, NDArray[np.float64]]) -> Refinement:
+        """Fisher's estimate, measured on Fisher's own text where the budgets' cuts need it."""
+        extra = (layers["bytes_16bit"] - layers[f"bytes_{fmt}"]).to_numpy(float)
+        low = layers[f"bytes_{fmt}"].sum()
+        budgets = [bits / 8 * layers["numel"].sum() - low for bits in self.settings.refine_at]
+        budgets = [budget for budget in budgets if 0 < budget < extra.sum()]
+        value, error = columns[f"fisher_{fmt}"], columns[f"fisher_{fmt}_se"]
+        if not budgets:
+            return Refinement(value.copy(), np.zeros(len(value), bool), settled=True)
+        with self._timed(f"refine_{fmt}"):
+            names = self.switch.layers
+            found = refine(value, error, extra, budgets, lambda i: self._one("own", names[i], fmt))
+        self.notes[f"refined_{fmt}"] = {
+            "matrix_bits": list(self.settings.refine_at),
+            "evaluations": int(found.measured.sum()),
+            "settled": found.settled,
+        }
+        return found
+
+    def totals(self) -> dict[str, float]:
+        """KL with every layer in a format, on the text."""
+        path = self.folder / "totals.json"
+        if not path.exists():
+            with self._timed("totals"):
+                measure, every = self._measure("text"), self.switch.layers
+                kl = {fmt: measure.all(dict.fromkeys(every, fmt), fmt) for fmt in self.settings.formats}
+            write_json(path, {"kl": kl, "text": self.notes["text"]})
+        held = read_json(path)
+        self.notes |= {"text": held["text"], "kl_all_layers": held["kl"]}
+        return held["kl"]
+
+    def _one(self, where: str, name: str, fmt: str) -> float:
+        path = self.folder / f"{where}-{fmt}-{name}.json"
+        if not path.exists():
+            write_json(path, {"kl": self._measure(where).one(name, fmt)})
+        return read_json(path)["kl"]
+
+    def _measure(self, where: str) -> Measure:
+        """KL on the first windows of the text, or of Fisher's own; made when first needed."""
+        if where not in self._measures:
+            self._measures.clear()  # one at a time: each keeps every block's output
+            s = self.settings
+            count = s.windows if s.sensitivity == "measured" else YARDSTICK_WINDOWS
+            own = where == "own"
+            windows = self.windows()[:YARDSTICK_WINDOWS] if own else self._cut(self._yardstick(), count)
+            self.switch.restore()
+            self._measures[where] = Measure(self.switch, windows, reference_states(self.model, windows))
+        return self._measures[where]
+
+    def _yardstick(self) -> str:
+        """A user's own text if one was given, else the settings' text."""
+        s = self.settings
+        return s.text if s.sensitivity in {*KINDS, "measured"} else s.sensitivity
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.notes["seconds"][what] = round(time.monotonic() - started, 1)
+
+
+def _formats_of(batch: int, formats: Sequence[str]) -> tuple[str, ...]:
+    """Each format costs most of a forward pass, so only the first one, the low tier, sees every batch."""
+    return tuple(formats) if batch % 2 == 0 else tuple(formats[:1])
+
+
+def _sampling(columns: range) -> Iterator[int]:
+    return progress(columns, len(columns), "text sampled from the model")
+
+
+def _scaled(values: NDArray[np.float64], total: float) -> NDArray[np.float64]:
+    """The same shares of what all layers together cost."""
+    return values * (total / values.sum()) if values.sum() > 0 else values
+
+
+def _check(settings: Settings) -> None:
+    known = {*KINDS, "measured"}
+    if settings.sensitivity not in known and not Path(settings.sensitivity).is_file():
+        raise AnalysisError(
+            f"sensitivity={settings.sensitivity!r} is neither {', '.join(sorted(known))}, none, nor a file."
+        )
+    if settings.refine_at and settings.sensitivity == "measured":
+        raise AnalysisError(
+            "refine_at refines an estimate; sensitivity='measured' measures every layer already."
+        )
+    if not all(4 < bits < 16 for bits in settings.refine_at):
+        raise AnalysisError(f"refine_at={list(settings.refine_at)}: expected matrix bits between 4 and 16.")
+
+
+def _claim(run: Run, source: ModelSource, settings: Settings, names: list[str], force: bool) -> Path:
+    """The folder for unfinished work; emptied if other settings or another model made what lies there."""
+    folder = run.partial / "analyze" / "sensitivity"
+    given = Path(settings.sensitivity)
+    content = load_text(given).sha256 if given.is_file() else None
+    mark = fingerprint([ENGINE, source.identity(), asdict(settings), names, content])
+    owner = folder / "fingerprint"
+    if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(mark)
+    return folder
