@@ -26,6 +26,12 @@ from tests.tiny import make_tiny
 SMALL = {"texts": "pydoc", "windows": 12, "length": 48, "random_seeds": 2, "speed_repeats": 0}
 
 
+@pytest.fixture(autouse=True)
+def one_version_of_the_code(monkeypatch):
+    """Files may change under a long test; the hash of the sources is not what is tested here."""
+    monkeypatch.setattr(evaluate, "code_hash", lambda: "0" * 64)
+
+
 @pytest.fixture(scope="module")
 def ready(tiny, tmp_path_factory):
     return ready_run(tiny("llama"), tmp_path_factory.mktemp("ready") / "run")
@@ -205,6 +211,15 @@ def test_an_unknown_control_or_profile_is_refused(ready):
         evaluate.evaluate(run, source, controls=["magic"], **SMALL)
     with pytest.raises(EvaluationError, match="quick or full"):
         evaluate.evaluate(run, source, profile="huge")
+
+
+def test_the_codes_hash_follows_the_sources(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    before = evaluate.code_hash()
+    assert re.fullmatch(r"[0-9a-f]{64}", before)
+    (tmp_path / "evaluate.py").write_text("x = 1\n")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    assert evaluate.code_hash() != before
 
 
 # --- resume and determinism ------------------------------------------------------------------------------

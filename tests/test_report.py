@@ -1,0 +1,245 @@
+"""The report and the evaluation's figures, from numbers with known meaning; no model is loaded."""
+
+import itertools
+import re
+from html.parser import HTMLParser
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from spi_utils import measures, report, runs
+from spi_utils.claims import audit
+from spi_utils.errors import RunError
+from spi_utils.evaluate import Evaluation
+from spi_utils.evaluation_figures import quality_by_bytes, quality_finding, window_differences
+from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text
+from spi_utils.scoring import TokenScores
+
+WINDOWS, TOKENS = 24, 40
+KL = {
+    **{"reference": 0.0, "nf4": 0.33, "plan": 0.12, "other_direction": 0.16, "fisher": 0.05, "int8": 0.004},
+    **{f"random_{seed}": 0.18 + 0.01 * seed for seed in range(5)},
+}
+EQUAL = ("plan", "other_direction", "fisher", *(f"random_{seed}" for seed in range(5)))
+SIZES = {"reference": 269e6, "nf4": 117e6, "int8": 164e6}
+PLAN = {
+    **{"score": "alpha_hill", "direction": "high", "rule": "claim", "reason": "The flattest 109 stay."},
+    **{"protected": 109, "planned": 210, "weights": 134_515_008, "matrix_weights": 106_168_320},
+    **{"protected_weights": 60_000_000, "bytes": {"total": 205_000_000}, "bytes_on_disk": 205_043_671},
+    **{"bits_per_weight": 12.2, "matrix_bits": 11.2, "predicted_kl": 0.11, "double_quant": False},
+}
+SPEED = {
+    **{"device": "x86_64", "threads": 2, "repeats": 5, "prompt_tokens": 128, "new_tokens": 32},
+    **{"prefill": [100.0, 90.0, 110.0], "decode": [20.0, 19.0, 21.0], "first_token_s": [1.2, 1.1, 1.3]},
+    **{"gb_per_token": 0.2, "bandwidth_gb_s": 20.0, "decode_bound": 100.0, "memory": {"peak_rss_gb": 0.8}},
+    **{"kernels": {"modules": {"torch.Linear": 110}}, "prompt": "A <b>", "sample": "is a letter & more"},
+}
+
+
+def make_evaluation(**changes):
+    """An evaluation whose token scores are drawn: KL as in the table above, loss half of it and noise."""
+    rng = np.random.default_rng(0)
+    base = rng.gamma(2, 1.5, (WINDOWS, TOKENS)).astype(np.float32)
+    counts = {"words": 600, "bytes": 4000}
+    variants = {}
+    for key, mean in KL.items():
+        kl = (mean * rng.gamma(1, 1, (WINDOWS, TOKENS))).astype(np.float32)
+        noise = (0.2 * mean * rng.normal(size=(WINDOWS, TOKENS))).astype(np.float32)
+        scores = TokenScores(base + kl / 2 + noise, kl, rng.random(base.shape) > mean, noise / 10)
+        variants[key] = measures.variant_numbers(scores, counts)
+    measures.compare(variants, EQUAL)
+    for key, numbers in variants.items():
+        described = {
+            "label": "the plan (alpha_hill, high)" if key == "plan" else key,
+            "bytes": int(SIZES.get(key, 205e6)),
+            "bits_per_weight": 12.2,
+            "matrix_bits": 11.2,
+            "predicted_kl": None if key == "reference" else 0.9 * KL[key],
+            "equal_bytes": key in EQUAL,
+            "bytes_miss": 0.0,
+            "layers": {},
+        }
+        variants[key] = described | numbers
+    shape = {"tokens": WINDOWS * TOKENS, "windows": WINDOWS, "window_length": TOKENS + 1, "start_token": 1}
+    held = {
+        "model": {"id": "someone/<script>", "kind": "gguf", "revision": None, "sha256": "5" * 64},
+        "plan": PLAN,
+        "settings": {"seed": 0, "profile": "quick", "dtype": "float32", "device": "cpu"},
+        "text": {"name": "pydoc", "source": "pydoc topics", "sha256": "6" * 64, **shape, **counts}
+        | {"convention": "disjoint windows"},
+        "variants": variants,
+        "other_texts": [],
+        "skipped": {"fisher_int8": "no sensitivity"},
+        "checkpoint": {"nf4": 101, "16bit": 109},
+        "checkpoint_sha256": "7" * 64,
+        "hashes": dict.fromkeys(("weights", "layers", "plan", "checkpoint", "code", "text:pydoc"), "8" * 64),
+        "kernel": "products by torch",
+    }
+    return Evaluation(**{**held, **changes})
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return make_evaluation()
+
+
+@pytest.fixture
+def run(tmp_path, evaluation):
+    made = runs.open_run(tmp_path / "run", evaluation.model)
+    with runs.stage(made, "evaluate", {}, ["evaluation.json"]) as stage:
+        evaluation.write(made.evaluation_json)
+        stage.record(speed={"plan": SPEED, "reference": SPEED})
+    return made
+
+
+class Page(HTMLParser):
+    """What a reader sees of a page, and what it would fetch."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.words, self.sources, self.open = [], [], []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_is_whole_and_fetches_nothing(run, evaluation):
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    assert not page.open  # every tag is closed
+    assert len(page.sources) == 4 and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    seen = " ".join(" ".join(page.words).split())
+    assert "someone/<script>" in seen and "A <b>" in seen  # shown, so escaped in the file
+    for row in audit(evaluation, {"plan": SPEED, "reference": SPEED}):
+        assert (
+            row["stated"].replace("`", "") in " ".join(seen.replace("` ", "").split()) or "`" in row["stated"]
+        )
+    assert seen.count("supported") >= 2 and "refuted" in seen
+    assert "Not scored: fisher_int8" in seen
+    assert "8" * 64 in seen and "disjoint windows" in seen
+    assert seen.rstrip().endswith(report.switching_sentence(evaluation).replace("`", "").split("would")[1])
+
+
+def test_the_same_run_gives_the_same_report(run):
+    first = report.write_report(run).read_bytes()
+    for figure in run.figures.iterdir():
+        figure.unlink()
+    assert report.write_report(run).read_bytes() == first
+
+
+def test_headline_and_last_sentence_are_the_runs_own_numbers(run, evaluation):
+    plan, fisher = evaluation.variants["plan"], evaluation.variants["fisher"]
+    headline = report.headline(run)
+    assert "109 of 210 matrices" in headline and "269 MB become 205 MB (−24%)" in headline
+    assert f"{plan['perplexity']:.2f}" in headline and "beats random layers" in headline
+    last = report.switching_sentence(evaluation)
+    assert f"{1 - fisher['kl_mean'] / plan['kl_mean']:.0%}" in last and "supported" in last
+
+
+def test_the_last_sentence_without_or_with_fisher(evaluation):
+    without = {key: one for key, one in evaluation.variants.items() if key != "fisher"}
+    said = report.switching_sentence(make_evaluation(variants=without, skipped={"fisher": "run notebook 01"}))
+    assert "not measured" in said and "run notebook 01" in said
+    already = report.switching_sentence(make_evaluation(plan={**PLAN, "score": "fisher"}))
+    assert "already uses" in already
+
+
+def test_findings_follow_the_numbers(evaluation):
+    assert "lower than random layers'" in quality_finding(evaluation)
+    worse = {**evaluation.variants, "plan": {**evaluation.variants["other_direction"], "label": "p"}}
+    held = {"nll": {}, "controls": 5, "kl_beats": 0, "nll_beats": 0}
+    high = {"mean": 0.1, "se": 0.01, "low": 0.08, "high": 0.12, "p": 0.0, "p_holm": 0.0, "clusters": 24}
+    worse["plan"]["vs_random"] = {**held, "kl": high}
+    assert "higher than random layers'" in quality_finding(make_evaluation(variants=worse))
+
+
+def test_figures_show_every_variant_and_its_interval(evaluation):
+    figure = quality_by_bytes(evaluation)
+    left, right = figure.axes
+    assert len(left.containers) == len(KL) and len(right.containers) == len(KL) - 1
+    labels = [label.get_text() for label in figure.legends[0].get_texts()]
+    assert labels.count("random, equal bytes") == 1 and len(labels) == len(KL) - 4
+    drawn = {c.get_label(): c[0].get_ydata()[0] for c in right.containers}
+    assert drawn["fisher"] == pytest.approx(evaluation.variants["fisher"]["kl_mean"])
+    lines = window_differences(evaluation).axes[0].lines
+    assert len(lines) == 6 and all(np.all(np.diff(line.get_ydata()) >= 0) for line in lines[:5])
+
+
+def test_figures_are_saved_as_png_and_svg(run):
+    drawn = report.figures(run)
+    assert len(drawn) == 4 and all(isinstance(one, matplotlib.figure.Figure) for one in drawn)
+    names = {path.name for path in run.figures.iterdir()}
+    assert {"quality_by_bytes.png", "quality_by_bytes.svg", "kl_survival.png"} <= names
+    assert report.headline_figure(run) == run.figures / "quality_by_bytes.png"
+
+
+def test_a_rival_and_a_variant_without_prediction_are_drawn(evaluation):
+    rival = {
+        **evaluation.variants["nf4"],
+        "label": "theirs (gptq)",
+        "matrix_bits": None,
+        "predicted_kl": None,
+    }
+    variants = {**evaluation.variants, "rival:theirs": rival}
+    found = make_evaluation(variants=variants)
+    labels = [label.get_text() for label in quality_by_bytes(found).legends[0].get_texts()]
+    assert "theirs (gptq)" in labels
+    unpredicted = {key: {**one, "predicted_kl": None} for key, one in variants.items()}
+    assert report.predicted_and_real(make_evaluation(variants=unpredicted)) is None
+
+
+def test_a_run_without_evaluation(tmp_path, evaluation):
+    empty = runs.open_run(tmp_path / "run", evaluation.model)
+    with pytest.raises(RunError, match="04_evaluate"):
+        report.write_report(empty)
+
+
+def test_pieces():
+    assert text("<&>") == "&lt;&amp;&gt;" and text(Html("<b>")) == "<b>"
+    assert code("use `x<y` now") == "use <code>x&lt;y</code> now"
+    assert (size(6.41e9), size(205_043_671), p_cell(0.0002), p_cell(None)) == (
+        "6.41 GB",
+        "205 MB",
+        "< 0.001",
+        "–",
+    )
+    open_end = {"mean": 0.5, "low": None, "high": 1.0}
+    assert interval_cell(open_end) == "+0.5000<br><small>unbounded … +1.0000</small>"
+    assert "<tr class=plan><td>1</td><td class=words>2</td></tr>" in table(
+        ["a", "b"], [["1", "2"]], ["plan"], [1]
+    )
+
+
+@pytest.mark.browser
+def test_in_a_browser_nothing_is_cut_off(run):
+    """Neither the page nor a table scrolls sideways, and text stands out from the ground, in both themes."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    address = report.write_report(run).as_uri()
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        for width, scheme in itertools.product((1280, 800), ("light", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            errors, asked = [], []
+            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(address)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            hidden = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+            assert max(page.evaluate(hidden)) <= 1, (width, scheme)
+            style = (
+                "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
+            )
+            ink, ground = (np.mean([int(x) for x in re.findall(r"\d+", c)[:3]]) for c in page.evaluate(style))
+            assert (ink < ground) == (scheme == "light") and abs(ink - ground) > 120
+            assert not errors and all(url.startswith(("file:", "data:")) for url in asked)
+            page.close()
+        browser.close()
