@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +51,11 @@ def write_explorer(run: Run, **options: Any) -> Path:
 
 def explorer_html(state: ExplorerState, model: str) -> str:
     """The page for one layer table, starting at the state's choice. `model` is its heading."""
-    import vl_convert
-
     files = resources.files("spi_utils")
     height = 70 + 24 * len(state.grid.types)
     parts = {
         "__TITLE__": html.escape(f"{model}: what stays in 16-bit"),
-        "__BUNDLE__": vl_convert.javascript_bundle(SCRIPTS).replace("</script", "<\\/script"),
+        "__BUNDLE__": _scripts(),
         "__DATA__": _json(page_data(state)),
         "__SPECS__": _json(chart_specs(state, height)),
         "__SCRIPT__": files.joinpath("explorer_page.js").read_text(encoding="utf-8"),
@@ -64,6 +63,14 @@ def explorer_html(state: ExplorerState, model: str) -> str:
     page = files.joinpath("explorer_page.html").read_text(encoding="utf-8")
     # One pass, so that nothing inside a part is taken for a mark.
     return re.sub("|".join(parts), lambda mark: parts[mark.group()], page)
+
+
+@cache
+def _scripts() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, about 0.9 MB."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle(SCRIPTS).replace("</script", "<\\/script")
 
 
 def page_data(state: ExplorerState) -> dict[str, Any]:

@@ -123,11 +123,13 @@ def spectra_of(layers: pd.DataFrame, seed: int = 0) -> dict[str, np.ndarray]:
     """Singular values for every planned row, float64, descending: name -> (min(rows, cols),)."""
     rng = np.random.default_rng(seed)
     return {
-        row.name: spectrum(
-            rng, min(row.rows, row.cols), float(np.clip(np.nan_to_num(row.alpha_hill, nan=3.0), 1.3, 12))
-        )
+        row.name: spectrum(rng, min(row.rows, row.cols), _tail_exponent(row.alpha_hill))
         for row in layers[layers["quantizable"] & (layers["status"] != "failed")].itertuples(index=False)
     }
+
+
+def _tail_exponent(alpha: float) -> float:
+    return float(np.clip(alpha, 1.3, 12)) if np.isfinite(alpha) else 3.0
 
 
 def make_run(directory: Path, count: int = 210, seed: int = 0, layers: pd.DataFrame | None = None) -> Run:

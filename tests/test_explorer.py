@@ -1,0 +1,335 @@
+"""The explorer: state against plan.py, pictures against a full redraw, widgets, and the offline page."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spi_utils.errors import AnalysisError, PlanError, RunError
+from spi_utils.explorer import ExplorerState
+from spi_utils.explorer_html import explorer_html, page_data, write_explorer
+from spi_utils.explorer_picture import ChoicePicture, encode_png
+from spi_utils.explorer_widgets import Explorer, explore, read_number
+from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plotting import FORMAT_COLOURS
+from spi_utils.scores import available_scores
+from tests.synthetic import layer_table, make_run, spectra_of
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return layer_table(70)
+
+
+@pytest.fixture
+def state(layers):
+    return ExplorerState(layers, spectra=spectra_of(layers))
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+# --- the state -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["alpha_hill", "stable_rank", "fisher", "type_prior"])
+@pytest.mark.parametrize("direction", ["high", "low"])
+def test_every_number_is_plan_pys(state, layers, score, direction):
+    state.set_score(score, direction)
+    for value in np.quantile(state.chooser.cut, [0.0, 0.2, 0.5, 0.9]):
+        state.set_threshold(float(value))
+        plan = make_plan(layers, score=score, direction=direction, rule="threshold", value=float(value))
+        kept = tuple(state.planned["name"][state.choice.mask])
+        assert kept == plan.protected
+        assert state.choice.total_bytes == plan.bytes["total"]
+        assert state.choice.saved_bytes == plan.bytes["total_16bit"] - plan.bytes["total"]
+        assert state.choice.bits_per_weight == pytest.approx(plan.bits_per_weight)
+        assert state.choice.predicted_kl == pytest.approx(plan.predicted_kl)
+        assert f"{len(kept)} of 70 layers" in state.line()
+
+
+def test_the_size_slider_is_the_same_choice_from_the_other_side(state):
+    low, high = state.size_bounds
+    for size in np.linspace(low, high, 9):
+        state.set_size(size)
+        assert state.choice.total_bytes <= size
+        beyond = state.chooser.cut[state.choice.layers :]
+        if len(beyond):  # one more layer would not have fitted
+            assert state.chooser.at_threshold(beyond[0]).total_bytes > size
+        by_threshold = state.choice
+        state.set_threshold(state.threshold)
+        assert state.choice.total_bytes == by_threshold.total_bytes
+
+
+def test_the_ends_of_the_range_protect_all_and_none(state):
+    for direction in ("high", "low"):
+        state.set_score("alpha_hill", direction)
+        counts = []
+        for bound in state.bounds:
+            state.set_threshold(bound)
+            counts.append(state.choice.layers)
+        assert sorted(counts) == [0, 70]
+
+
+def test_another_score_keeps_as_many_layers(state):
+    state.set_size(sum(state.size_bounds) / 2)
+    count = state.choice.layers
+    state.set_score("alpha_decay", "low")
+    assert state.choice.layers == count
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 1e9])
+def test_a_bad_number_is_refused_and_changes_nothing(state, bad):
+    before = (state.threshold, state.choice.layers)
+    with pytest.raises(PlanError, match=r"threshold .*expected a number between .* stays at"):
+        state.set_threshold(bad)
+    with pytest.raises(PlanError, match=r"expected a size between .* stays at"):
+        state.set_size(bad)
+    assert (state.threshold, state.choice.layers) == before
+
+
+def test_the_comparison_is_against_random_and_the_optimum(state):
+    state.set_score("fisher", "high")
+    state.set_size(sum(state.size_bounds) / 2)
+    best = state.standing
+    state.set_score("fisher", "low")
+    worst = state.standing
+    assert best.gain > 0.9 > 0 > worst.gain
+    assert best.better_than == 1.0
+    assert "optimum" in state.comparison()
+
+
+def test_without_sensitivity_sizes_remain_and_that_is_said(layers):
+    bare = layers.drop(columns=[c for c in layers if c.startswith(("fisher", "measured", "predicted"))])
+    state = ExplorerState(bare)
+    assert "predicted KL" not in state.line()
+    assert "No sensitivity" in state.comparison()
+    assert "fisher" not in state.scores
+    assert pixels(state.picture()).shape == (600, 1000, 3)
+
+
+def test_unusual_tables():
+    one = ExplorerState(layer_table(1))
+    one.set_threshold(one.bounds[1])
+    assert one.choice.layers == 0
+    equal = ExplorerState(layer_table(14).assign(alpha_hill=3.0))
+    assert [equal.chooser.at_threshold(bound).layers for bound in equal.bounds] == [14, 0]
+    table = layer_table(14)
+    table.loc[1:3, "alpha_hill"] = [np.nan, np.inf, -np.inf]
+    odd = ExplorerState(table)
+    assert np.isfinite(odd.bounds).all()
+    for state in (one, equal, odd):
+        assert pixels(state.picture()).std() > 0
+    with pytest.raises(PlanError, match="analysis failed for 1 layer"):
+        ExplorerState(layer_table(3).assign(status="failed", alpha_hill=[None, np.nan, 2.0, 3.0, None]))
+    with pytest.raises(AnalysisError, match="none that can be quantized"):
+        ExplorerState(layer_table(3).iloc[[0]])
+    with pytest.raises(PlanError, match="none of the 1 planned layers"):
+        one.select("nope")
+
+
+def test_ten_thousand_layers():
+    state = ExplorerState(layer_table(10_000))
+    state.set_threshold(4.0)
+    assert pixels(state.picture()).shape == (600, 1000, 3)
+
+
+# --- the run directory -----------------------------------------------------------------------------------
+
+
+def test_save_writes_the_plan_and_a_reopened_explorer_starts_there(tmp_path):
+    run = make_run(tmp_path / "run", 35)
+    state = ExplorerState.open(run.path)
+    state.set_score("alpha_decay", "low")
+    state.set_threshold(float(np.median(state.chooser.cut)))
+    assert state.save() == run.plan_json
+    plan = ProtectionPlan.read(run.plan_json, model={"sha256": "0" * 64})
+    assert (plan.origin, plan.rule, plan.score, plan.direction) == (
+        "slider",
+        "threshold",
+        "alpha_decay",
+        "low",
+    )
+    assert plan.protected == tuple(state.planned["name"][state.choice.mask])
+    again = ExplorerState.open(run.path)
+    assert (again.score, again.direction, again.choice.layers) == ("alpha_decay", "low", state.choice.layers)
+
+
+def test_a_run_without_analysis_names_the_notebook(tmp_path):
+    with pytest.raises(RunError, match="01_analyze"):
+        explore(tmp_path)
+    with pytest.raises(RunError, match="no run directory to save to"):
+        ExplorerState(layer_table(7)).save()
+
+
+# --- the picture -----------------------------------------------------------------------------------------
+
+
+def test_png_is_what_pillow_reads_back():
+    image = np.random.default_rng(0).integers(0, 256, (17, 31, 4), dtype=np.uint8)
+    assert (pixels(encode_png(image)) == image[..., :3]).all()
+
+
+def test_a_redrawn_picture_equals_a_fresh_one(state):
+    state.set_threshold(3.0)
+    state.picture()
+    state.set_threshold(5.0)
+    redrawn = pixels(state.picture())
+    state._pictures.clear()
+    assert (redrawn == pixels(state.picture())).all()
+
+
+def test_the_picture_shows_how_much_is_kept(state):
+    def kept_area() -> int:
+        colour = [int(FORMAT_COLOURS["16bit"][i : i + 2], 16) for i in (1, 3, 5)]
+        return int((pixels(state.picture()) == colour).all(axis=2).sum())
+
+    areas = []
+    for value in np.linspace(*state.bounds, 5):
+        state.set_threshold(value)
+        areas.append(kept_area())
+    assert areas == sorted(areas, reverse=True)
+    assert areas[0] > 100_000 > 2000 > areas[-1]
+
+
+def test_a_picture_survives_having_no_values(state):
+    picture = ChoicePicture(state.grid, np.full(70, np.nan), "alpha_hill", "high", None)
+    assert pixels(picture.png(0.5, np.zeros(70, bool), None)).shape == (600, 1000, 3)
+
+
+# --- the widgets -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer(tmp_path):
+    return Explorer(ExplorerState.open(make_run(tmp_path / "run", 70).path))
+
+
+def test_the_menu_holds_every_score_of_the_table(explorer):
+    assert [value for _, value in explorer.score.options] == available_scores(explorer.state.layers)
+
+
+def test_slider_number_box_and_size_box_agree(explorer):
+    state = explorer.state
+    explorer.threshold.value = explorer.threshold.min + 50 * explorer.threshold.step
+    assert float(explorer.number.value) == pytest.approx(state.threshold, rel=1e-4)
+    before = explorer.picture.value
+    explorer.number.value = "4,5"  # a decimal comma
+    assert state.threshold == 4.5
+    assert explorer.threshold.value == pytest.approx(4.5, abs=explorer.threshold.step)
+    assert explorer.picture.value != before
+    assert f"{state.choice.layers} of 70 layers" in explorer.line.value
+    explorer.size_number.value = f"{np.mean(state.size_bounds) / 1e6:.2f}"
+    assert state.choice.total_bytes <= np.mean(state.size_bounds) + 1e4
+    assert float(explorer.number.value) == pytest.approx(state.threshold, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "1e99", "-7"])
+def test_a_bad_number_is_refused_visibly(explorer, text):
+    before = explorer.state.threshold
+    explorer.number.value = text
+    assert explorer.state.threshold == before
+    assert "⚠" in explorer.message.value
+    assert float(explorer.number.value) == pytest.approx(before, rel=1e-4)
+    explorer.number.value = "4.2"
+    assert explorer.message.value == ""
+
+
+def test_the_browsers_rounding_of_a_slider_changes_nothing(explorer):
+    before = explorer.state.choice.layers
+    place = explorer.threshold.value
+    explorer.threshold.value = place + 1e-6 * explorer.threshold.step  # what a browser sends back
+    assert explorer.state.choice.layers == before
+    explorer.threshold.value = place + 40 * explorer.threshold.step  # a person
+    moved = explorer.state.threshold
+    explorer.threshold.value = place  # and back again
+    assert explorer.state.threshold < moved
+
+
+def test_score_and_direction_change_ranges_and_picture(explorer):
+    before = explorer.picture.value
+    explorer.score.value = "fisher"
+    explorer.direction.value = "low"
+    assert (explorer.state.score, explorer.state.direction) == ("fisher", "low")
+    assert explorer.state.wide
+    assert 10**explorer.threshold.min == pytest.approx(explorer.state.bounds[0])
+    assert explorer.picture.value != before
+
+
+def test_choosing_a_layer_shows_its_spectrum(explorer):
+    before = explorer.spectrum.value
+    explorer.type.value = "down_proj"
+    assert explorer.state.layer == "model.layers.0.mlp.down_proj"
+    explorer.layer.index = 3
+    assert explorer.state.layer == "model.layers.3.mlp.down_proj"
+    assert explorer.spectrum.value != before
+
+
+def test_save_button_writes_and_says_where(explorer):
+    assert not explorer.state.run.plan_json.exists()  # nothing is written before
+    explorer.number.value = "4.0"
+    explorer.save.click()
+    assert str(explorer.state.run.plan_json) in explorer.saved.value
+    assert ProtectionPlan.read(explorer.state.run.plan_json).value == 4.0
+
+
+def test_only_core_widgets_are_used(explorer):
+    def walk(widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from walk(child)
+
+    modules = {w._model_module for w in walk(explorer.box)}
+    assert modules <= {"@jupyter-widgets/base", "@jupyter-widgets/controls"}
+
+
+def test_read_number():
+    assert read_number(" 3,25 ") == 3.25
+    with pytest.raises(PlanError, match="'x' is no number"):
+        read_number("x")
+
+
+# --- the page without a kernel ---------------------------------------------------------------------------
+
+
+def test_page_is_small_self_contained_and_the_same_each_time(tmp_path):
+    run = make_run(tmp_path / "run", 250)
+    path = write_explorer(run)
+    page = path.read_text(encoding="utf-8")
+    assert len(page.encode()) <= 3_000_000
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"src=|href=|url\(|@import", markup)
+    assert page.count("<script") - page.count("<script type=") == 0  # no script from elsewhere
+    write_explorer(run)
+    assert path.read_text(encoding="utf-8") == page
+
+
+def test_page_sums_are_plan_pys(state, layers):
+    data = page_data(state)
+    values = data["scores"]["alpha_hill"]["values"]
+    plan = make_plan(layers, rule="threshold", value=4.5)
+    kept = [value is not None and value >= 4.5 for value in values]
+    size = data["size_base"] + sum(
+        extra for extra, keep in zip(data["size_extra"], kept, strict=True) if keep
+    )
+    kl = sum(cost for cost, keep in zip(data["kl"], kept, strict=True) if not keep)
+    assert sum(kept) == len(plan.protected)
+    assert size == plan.bytes["total"]
+    assert kl == pytest.approx(plan.predicted_kl)
+    assert data["size_full"] == plan.bytes["total_16bit"]
+
+
+def test_page_survives_hostile_names_and_missing_values():
+    table = layer_table(7)
+    table.loc[2, ["name", "alpha_hill", "alpha_pl"]] = ["a</script><b>__DATA__", np.nan, np.nan]
+    page = explorer_html(ExplorerState(table, spectra=spectra_of(table)), "<b>model</b>")
+    assert "a</script>" not in page
+    assert "<title>&lt;b&gt;model" in page
+    line = next(line for line in page.splitlines() if line.startswith("const DATA = "))
+    data = json.loads(line.removeprefix("const DATA = ").removesuffix(";"))
+    assert data["layers"][1]["name"] == "a</script><b>__DATA__"
+    assert data["scores"]["alpha_hill"]["values"][1] is None
