@@ -97,10 +97,10 @@ def pose(
     check_direction(direction)
     wanted = check_formats(formats)
     additive = score_row(score).additive
-    values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     planned = layers["quantizable"].to_numpy(bool)
     if not planned.any():
         raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
+    values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     rows, values = layers[planned].reset_index(drop=True), values[planned]
     _refuse_failed(rows, values, score)
     names = tuple(rows["name"])

@@ -20,7 +20,7 @@ from spi_utils.scores import suggest
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
-EQUAL = 5e-3  # "equal bytes": within this share of the model's bytes
+EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
     if fixed:
         said.append(f"{fixed} layers are decided by force_16bit or forbid_16bit.")
     miss = weight.get("miss", 0)
-    if abs(miss) > EQUAL * weight["total"]:
+    share = miss / weight["total_16bit"]
+    if abs(share) > EQUAL:
         said.append(
-            f"The plan misses its budget by {miss / 1e6:.2f} MB ({100 * miss / weight['total']:.2f} % of the "
-            "model): no whole layer fits in what is left."
+            f"The plan misses its budget by {miss / 1e6:.2f} MB ({share:.2%} of the 16-bit model): no whole "
+            "layer fits in what is left."
         )
     return said
 
