@@ -35,3 +35,7 @@ class PublishError(SPIError):
 
 class RunError(SPIError):
     """A run directory or one of its files is missing, corrupt, or belongs to something else."""
+
+
+class PlatformError(SPIError):
+    """This machine, or the session on it, has to be changed before the work can go on."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spi_utils.errors import PublishError
-from spi_utils.platforms import Token, transport_errors
+from spi_utils.tokens import Token
 
 Result = TypeVar("Result")
 
@@ -36,6 +36,17 @@ STATUS = {
     507: "the storage of {owner} is full. Free some at https://huggingface.co/settings/billing, or publish "
     "to another owner. The Hub said: {said}.",
 }
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What a connection to the Hub that fails or breaks is raised as.
+
+    huggingface_hub 1.x speaks through httpx, 2.x through httpx2; its own error derives from theirs.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    parents = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return (*parents, ConnectionError)
 
 
 @dataclass(frozen=True)

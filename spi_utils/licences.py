@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spi_utils.platforms import transport_errors
+from spi_utils.hub_calls import transport_errors
 
 BUNDLED_LICENCE = "apache-2.0"  # SmolLM2's card on the Hub
 

@@ -1,29 +1,59 @@
 """Where this runs (Kaggle, Colab, a machine of one's own), what is there, and what has to be installed.
 
-Importable with the standard library alone, so that the first cell of a notebook can use it before anything
-else is installed.
+Imports the standard library alone, so that the first cell of a notebook can use it before anything else is
+installed. torch, numpy and ipywidgets are the platform's own and stay as they are.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import platform
+import shutil
+import subprocess
 import sys
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-TOKEN_NAME = "HF_TOKEN"
+from spi_utils.errors import PlatformError
+
+PACKAGE = "spi-utils"
+# Built for this platform's driver or its front end: a change breaks the session.
+PLATFORM_OWN = ("torch", "torchvision", "torchaudio", "triton", "numpy", "ipywidgets")
+SHOWN = ("torch", "transformers", "huggingface_hub", "bitsandbytes", "numpy", "ipywidgets", "papermill")
+CAPABILITY = (7, 5)  # T4; the CUDA 12.8 builds of torch hold no code for a P100 (6.0)
+MENUS = {
+    "kaggle": "menu Settings > Accelerator > GPU T4 x2, then Run all again",
+    "colab": "menu Runtime > Change runtime type > T4 GPU > Save, then Run all again",
+    "local": "use a machine with an NVIDIA GPU of compute capability 7.5 or more (T4, RTX 20 or newer)",
+}
+RESTARTS = {
+    "kaggle": "menu Run > Restart & clear cell outputs, then Run all",
+    "colab": "menu Runtime > Restart session, then Run all",
+    "local": "restart the kernel, then run all cells again",
+}
+DRIVE = Path("/content/drive")
 
 
 @dataclass(frozen=True)
-class Token:
-    """A Hub token and where it was found. The value is left out of every repr and print."""
+class Gpu:
+    """One CUDA device: name, compute capability, memory in bytes."""
 
-    value: str = field(repr=False)
-    source: str
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def usable(self) -> bool:
+        """True from compute capability 7.5 on."""
+        return self.capability >= CAPABILITY
 
     def __str__(self) -> str:
-        return f"a token from {self.source}"
+        major, minor = self.capability
+        return f"{self.name}, compute capability {major}.{minor}, {self.memory_bytes / 2**30:.1f} GiB"
 
 
 def platform_name() -> str:
@@ -33,66 +63,219 @@ def platform_name() -> str:
     return "colab" if os.environ.get("COLAB_RELEASE_TAG") or "google.colab" in sys.modules else "local"
 
 
-def hub_token() -> Token | None:
-    """The Hub token, looked for in the environment, Kaggle's secrets, Colab's secrets and the Hub's login.
+# --- the GPU ---------------------------------------------------------------------------------------------
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices that torch sees, in its order; none without torch or without a driver."""
+    try:
+        import torch
+    except ImportError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in found)
+
+
+def check_gpu(gpus: Sequence[Gpu], where: str, *, required: bool = False) -> str:
+    """Say whether device 0 can be used, and what to click where it can't.
+
+    Args:
+        gpus: `find_gpus()`.
+        where: `platform_name()`.
+        required: raise instead of going on with the small bundled model on the CPU.
+
+    Raises:
+        PlatformError: no usable GPU, and one is required.
+    """
+    if gpus and gpus[0].usable:
+        others = f" ({len(gpus)} are here; device 0 alone is used)" if len(gpus) > 1 else ""
+        return f"GPU: {gpus[0]}{others}"
+    problem = "There is no GPU in this session."
+    if gpus:
+        problem = (
+            f"{gpus[0]} is too old: this torch holds no code for it, and its first operation would fail."
+        )
+    advice = f"{problem} For Qwen3.5-4B: {MENUS[where]}."
+    if required:
+        raise PlatformError(advice)
+    return f"{advice} Going on with the small bundled model on the CPU (model='auto')."
+
+
+# --- what is there ---------------------------------------------------------------------------------------
+
+
+def environment_report(gpus: Sequence[Gpu], where: str) -> str:
+    """Platform, versions, memory and disk, in a few lines."""
+    versions = installed_versions()
+    shown = ", ".join(f"{name} {versions.get(_canonical(name), 'absent')}" for name in SHOWN)
+    disk = shutil.disk_usage(Path.cwd()).free / 1e9
+    lines = [
+        f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{_memory_bytes() / 1e9:.1f} GB of memory, {disk:.0f} GB free in {Path.cwd()}",
+        shown,
+        *(f"cuda:{index}: {gpu}" for index, gpu in enumerate(gpus)),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def installed_versions() -> dict[str, str]:
+    """Canonical distribution name -> version, of everything installed."""
+    return {_canonical(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+
+
+def loaded_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that this process has imported already."""
+    found = {name: getattr(sys.modules.get(name.replace("-", "_")), "__version__", None) for name in names}
+    return {_canonical(name): version for name, version in found.items() if version is not None}
+
+
+# --- what has to be installed ----------------------------------------------------------------------------
+
+
+def requirements() -> list[str]:
+    """What the project needs: the installed package's own list, or requirements.txt of a source checkout.
+
+    Raises:
+        PlatformError: neither is there.
+    """
+    try:
+        return metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        listed = Path(__file__).parent.parent / "requirements.txt"
+    if not listed.exists():
+        raise PlatformError(
+            f"{PACKAGE} is neither installed nor a source checkout: run the first cell again."
+        )
+    lines = (line.split("#")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def missing_packages(needed: Iterable[str], installed: Mapping[str, str]) -> list[str]:
+    """Requirements that are absent or too old here; the platform's own packages are never among them.
+
+    Args:
+        needed: lines as in requirements.txt or `importlib.metadata.requires`, extras and markers included.
+        installed: `installed_versions()`.
+
+    Raises:
+        PlatformError: one of the platform's own is absent or too old.
+    """
+    from packaging.requirements import Requirement
+
+    wanted = (Requirement(line) for line in needed)
+    missing = []
+    for one in wanted:
+        name = _canonical(one.name)
+        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+            continue
+        if name in installed and one.specifier.contains(installed[name], prereleases=True):
+            continue
+        if name in PLATFORM_OWN:
+            raise PlatformError(
+                f"{one} is needed, this session has {installed.get(name, 'none')}. It is the platform's own, "
+                "and not touched: choose the platform's latest environment (Kaggle: Settings > Environment)."
+            )
+        missing.append(str(one))
+    return missing
+
+
+def needs_restart(loaded: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
+    """Packages whose imported version isn't the installed one any more."""
+    return sorted(name for name, version in loaded.items() if installed.get(name, version) != version)
+
+
+def install_missing(
+    needed: Iterable[str], links: Path | None = None, run: Callable[..., object] = subprocess.run
+) -> list[str]:
+    """pip-install what is absent, with the platform's own packages held at their versions.
+
+    Args:
+        needed: as for `missing_packages`.
+        links: a folder of wheels (an attached dataset), used in place of the index.
+        run: `subprocess.run`.
 
     Returns:
-        None where there is none: publishing then stays local.
+        What was asked of pip; empty if nothing was missing.
     """
-    finders = (_from_environment, _from_kaggle, _from_colab, _from_login)
-    return next((token for token in (find() for find in finders) if token is not None), None)
+    installed = installed_versions()
+    missing = missing_packages(needed, installed)
+    if not missing:
+        return []
+    held = "".join(f"{name}=={installed[name]}\n" for name in PLATFORM_OWN if name in installed)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write(held)
+        constraints.flush()
+        source = ["--no-index", "--find-links", str(links)] if links is not None else []
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "-c",
+            constraints.name,
+            *source,
+            *missing,
+        ]
+        run(command, check=True)
+    importlib.invalidate_caches()
+    return missing
 
 
-def _token(value: str | None, source: str) -> Token | None:
-    cleaned = (value or "").strip()
-    return Token(cleaned, source) if cleaned else None
+def prepare(
+    *, drive: bool = False, links: str | Path | None = None, required: bool = False, folder: str = "spi-runs"
+) -> None:
+    """The first cell's work: report, install what is absent, check the GPU; before anything is downloaded.
 
+    Args:
+        drive: on Colab, mount Google Drive and work in `folder` there: it survives a disconnect.
+        links: a folder of wheels, where there is no internet.
+        required: stop where there is no usable GPU, instead of going on with the small model.
 
-def _from_environment() -> Token | None:
-    return _token(os.environ.get(TOKEN_NAME), f"the environment variable {TOKEN_NAME}")
-
-
-def _from_kaggle() -> Token | None:
-    """Kaggle's secrets; a fork has none attached, which their client answers by raising."""
-    if platform_name() != "kaggle":
-        return None
-    try:
-        client = importlib.import_module("kaggle_secrets").UserSecretsClient()
-        return _token(client.get_secret(TOKEN_NAME), "Kaggle's secrets")
-    except Exception as error:
-        print(f"Kaggle has no secret {TOKEN_NAME} attached to this notebook ({type(error).__name__}).")
-        return None
-
-
-def _from_colab() -> Token | None:
-    """Colab's secrets; a secret that is missing, or not shared with this notebook, is an exception there."""
-    if platform_name() != "colab":
-        return None
-    try:
-        userdata = importlib.import_module("google.colab.userdata")
-        return _token(userdata.get(TOKEN_NAME), "Colab's secrets")
-    except Exception as error:
-        print(f"Colab shares no secret {TOKEN_NAME} with this notebook ({type(error).__name__}).")
-        return None
-
-
-def _from_login() -> Token | None:
-    try:
-        from huggingface_hub import get_token
-    except ImportError:
-        return None
-    return _token(get_token(), "the Hub's login on this machine")
-
-
-def transport_errors() -> tuple[type[Exception], ...]:
-    """What a connection to the Hub that fails or breaks is raised as.
-
-    huggingface_hub 1.x speaks through httpx, 2.x through httpx2; its own error derives from theirs.
+    Raises:
+        PlatformError: a restart is needed, a package of the platform is too old, or no GPU where required.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    where = platform_name()
+    done = install_missing(requirements(), Path(links) if links is not None else None)
+    stale = needs_restart(loaded_versions([*SHOWN, "pandas", "scipy"]), installed_versions())
+    if stale:
+        raise PlatformError(
+            f"{', '.join(stale)} had been imported before a newer version was installed. {RESTARTS[where]}. "
+            "Nothing was downloaded yet."
+        )
+    gpus = find_gpus()
+    print(environment_report(gpus, where))
+    print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
+    print(check_gpu(gpus, where, required=required))
+    if where == "colab":
+        print(use_drive(folder) if drive else DRIVE_HINT)
 
-    parents = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
-    return (*parents, ConnectionError)
+
+DRIVE_HINT = (
+    "A disconnect deletes this machine's disk. To keep the run, set DRIVE = True above: it then lies on your "
+    "Google Drive, and the next session goes on where this one ended."
+)
+
+
+def use_drive(folder: str) -> str:
+    """Mount Google Drive (Colab asks for leave) and make `folder` there the working directory."""
+    importlib.import_module("google.colab.drive").mount(str(DRIVE))
+    target = DRIVE / "MyDrive" / folder
+    target.mkdir(parents=True, exist_ok=True)
+    os.chdir(target)
+    return (
+        f"Working on your Google Drive, in {target}; a disconnect loses at most the layer or window at work."
+    )
 
 
 def repository_url() -> str | None:

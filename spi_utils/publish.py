@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError, SPIError
 from spi_utils.licences import find_licence
-from spi_utils.platforms import Token, hub_token
 from spi_utils.rehearsal import Published, Rehearsal, collect_files, rehearse
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, read_json, run_info, stage
+from spi_utils.tokens import Token, hub_token
 from spi_utils.upload import owner_of, send
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError
 from spi_utils.hub_calls import Caller
-from spi_utils.platforms import Token
 from spi_utils.progress import interactive, progress
+from spi_utils.tokens import Token
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from spi_utils import licences, platforms, saved
+from spi_utils import licences, saved, tokens
 from spi_utils import publish as publishing
 from spi_utils.errors import PublishError, RunError
 from spi_utils.gates import checkpoint_hash, quantized_modules
@@ -31,7 +31,7 @@ def run(original, tmp_path):
 def nobody(monkeypatch, tmp_path):
     """No token of the machine's user, and no connection, in any test of this file."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(platforms, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_from_login", lambda: None)
     monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
 
 
@@ -318,7 +318,7 @@ def test_the_command_line_rehearses_and_refuses(run, capsys):
 
 
 def test_a_token_is_never_shown():
-    token = platforms.Token(TOKEN, "the environment")
+    token = tokens.Token(TOKEN, "the environment")
     assert (
         TOKEN not in repr(token) and TOKEN not in str(token) and TOKEN not in repr(replace(token, source="x"))
     )

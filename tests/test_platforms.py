@@ -1,0 +1,334 @@
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from spi_utils import platforms, tokens
+from spi_utils.errors import PlatformError
+from spi_utils.platforms import Gpu, check_gpu, install_missing, missing_packages, needs_restart
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+T4 = Gpu("Tesla T4", (7, 5), int(14.74 * GIB))
+P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 16 * GIB)
+REQUIREMENTS = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "# "]
+# What the platforms' images held in 2026-08, as far as is known, and the rest as fresh as their date.
+COMMON = {
+    "accelerate": "1.10.0",
+    "altair": "5.5.0",
+    "ipykernel": "6.30.1",
+    "joblib": "1.5.2",
+    "matplotlib": "3.10.0",
+}
+COMMON |= {
+    "nbclient": "0.10.2",
+    "nbformat": "5.10.4",
+    "pandas": "2.3.3",
+    "psutil": "7.0.0",
+    "pyyaml": "6.0.2",
+}
+COMMON |= {"safetensors": "0.6.2", "scipy": "1.16.1", "tqdm": "4.67.1"}
+KAGGLE = {**COMMON, "torch": "2.10.0+cu128", "transformers": "5.0.0", "huggingface-hub": "1.11.0"}
+KAGGLE |= {"ipywidgets": "8.1.5", "papermill": "2.6.0", "numpy": "2.0.2"}
+COLAB = {**COMMON, "torch": "2.11.0+cu128", "transformers": "5.15.0", "huggingface-hub": "1.27.0"}
+COLAB |= {"ipywidgets": "7.7.1", "numpy": "2.1.3"}
+
+
+def names(requirements):
+    return {line.split(">")[0].split("=")[0].strip() for line in requirements}
+
+
+# --- the GPU ---------------------------------------------------------------------------------------------
+
+
+def test_a_t4_is_used_and_the_second_one_is_not():
+    assert check_gpu([T4], "colab") == "GPU: Tesla T4, compute capability 7.5, 14.7 GiB"
+    assert "2 are here; device 0 alone is used" in check_gpu([T4, T4], "kaggle", required=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "menu"),
+    [("kaggle", "Settings > Accelerator > GPU T4 x2"), ("colab", "Runtime > Change runtime type > T4 GPU")],
+)
+@pytest.mark.parametrize(("gpus", "problem"), [([P100], "is too old"), ([], "There is no GPU")])
+def test_a_p100_and_no_gpu_name_the_menu_and_stop_only_where_one_is_required(where, menu, gpus, problem):
+    said = check_gpu(gpus, where)
+    assert problem in said and menu in said and "bundled model on the CPU" in said
+    with pytest.raises(PlatformError) as refused:
+        check_gpu(gpus, where, required=True)
+    assert problem in str(refused.value) and menu in str(refused.value)
+
+
+def fake_cuda(monkeypatch, *gpus):
+    import torch
+
+    properties = [
+        types.SimpleNamespace(
+            name=g.name, major=g.capability[0], minor=g.capability[1], total_memory=g.memory_bytes
+        )
+        for g in gpus
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpus[0].capability)
+    # torch says so on a T4, through emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+
+def test_the_devices_are_read_from_torch(monkeypatch):
+    fake_cuda(monkeypatch, T4, P100)
+    assert platforms.find_gpus() == (T4, P100)
+    fake_cuda(monkeypatch)
+    assert platforms.find_gpus() == ()
+
+
+def test_a_simulated_t4_computes_in_float16_on_device_0(monkeypatch):
+    import torch
+
+    from spi_utils.models import resolve_device, resolve_dtype
+
+    fake_cuda(monkeypatch, T4, T4)
+    assert torch.cuda.is_bf16_supported()
+    device = resolve_device("auto")
+    assert (str(device), resolve_dtype("auto", device)) == ("cuda:0", torch.float16)
+
+
+def test_a_simulated_p100_is_left_alone(monkeypatch):
+    from spi_utils.models import resolve_device
+
+    fake_cuda(monkeypatch, P100)
+    assert str(resolve_device("auto")) == "cpu"
+
+
+# --- what has to be installed ----------------------------------------------------------------------------
+
+
+def test_on_kaggle_only_what_is_absent_or_too_old_is_asked_for():
+    asked = missing_packages(REQUIREMENTS, KAGGLE)
+    assert names(asked) == {"bitsandbytes", "gguf", "vl-convert-python", "transformers"}
+    assert "transformers>=5.2" in asked
+
+
+def test_on_colab_papermill_is_asked_for_and_the_old_widgets_stay():
+    assert names(missing_packages(REQUIREMENTS, COLAB)) == {
+        "bitsandbytes",
+        "gguf",
+        "vl-convert-python",
+        "papermill",
+    }
+
+
+def test_the_platforms_own_packages_are_never_asked_for():
+    assert not names(missing_packages(["torch>=2.4", "numpy>=2.0", "ipywidgets>=7.7"], COLAB))
+    with pytest.raises(PlatformError, match=r"torch>=9.* this session has 2\.11\.0\+cu128"):
+        missing_packages(["torch>=9"], COLAB)
+    with pytest.raises(PlatformError, match="this session has none"):
+        missing_packages(["numpy>=2.0"], {})
+
+
+def test_extras_and_foreign_markers_are_left_out():
+    lines = ['pytest; extra == "test"', 'pywin32; sys_platform == "win32"', 'tomli; python_version < "3.11"']
+    assert missing_packages(lines, {}) == []
+
+
+def test_names_are_compared_as_pip_does():
+    assert (
+        missing_packages(
+            ["huggingface_hub>=1.11", "PyYAML>=6.0"], {"huggingface-hub": "1.11.0", "pyyaml": "6.0.2"}
+        )
+        == []
+    )
+
+
+class Pip:
+    """Stands for subprocess.run: records what pip would be asked, its constraints included."""
+
+    def __init__(self):
+        self.command, self.held = None, None
+
+    def __call__(self, command, check):
+        self.command = command
+        with open(command[command.index("-c") + 1]) as file:
+            self.held = file.read().split()
+
+
+def test_pip_is_asked_for_the_absent_alone_and_holds_the_platforms_own(monkeypatch, tmp_path):
+    pip = Pip()
+    monkeypatch.setattr(platforms, "installed_versions", lambda: COLAB)
+    asked = install_missing(REQUIREMENTS, run=pip)
+    assert pip.command[-len(asked) :] == asked and "--no-index" not in pip.command
+    assert set(pip.held) == {"torch==2.11.0+cu128", "numpy==2.1.3", "ipywidgets==7.7.1"}
+    assert not any(flag in pip.command for flag in ("--upgrade", "-U", "--force-reinstall"))
+    install_missing(REQUIREMENTS, tmp_path, run=pip)
+    assert pip.command[pip.command.index("--no-index") :][:3] == ["--no-index", "--find-links", str(tmp_path)]
+
+
+def test_pip_is_not_called_where_nothing_is_missing():
+    pip = Pip()
+    assert install_missing(REQUIREMENTS, run=pip) == [] and pip.command is None
+
+
+def test_a_restart_is_asked_for_when_a_loaded_package_was_replaced():
+    assert needs_restart(
+        {"transformers": "5.0.0", "numpy": "2.0.2"}, {"transformers": "5.23.0", "numpy": "2.0.2"}
+    ) == ["transformers"]
+    assert needs_restart({"transformers": "5.0.0"}, {"transformers": "5.0.0"}) == []
+
+
+def test_preparing_stops_before_any_download_where_a_restart_is_needed(monkeypatch):
+    monkeypatch.setattr(platforms, "install_missing", lambda *_: ["transformers>=5.2"])
+    monkeypatch.setattr(platforms, "loaded_versions", lambda _: {"transformers": "5.0.0"})
+    monkeypatch.setattr(platforms, "installed_versions", lambda: {"transformers": "5.23.0"})
+    monkeypatch.setattr(platforms, "platform_name", lambda: "colab")
+    with pytest.raises(PlatformError, match=r"Runtime > Restart session.*Nothing was downloaded yet"):
+        platforms.prepare()
+
+
+def test_preparing_reports_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
+    platforms.prepare()
+    said = capsys.readouterr().out
+    assert "nothing had to be installed" in said and "GPU: Tesla T4" in said and "bitsandbytes" in said
+
+
+def test_the_requirements_come_from_the_package_or_the_checkout(monkeypatch):
+    def absent(name):
+        raise platforms.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(platforms.metadata, "requires", absent)
+    assert platforms.requirements() == REQUIREMENTS
+    monkeypatch.setattr(platforms.metadata, "requires", lambda name: ["a>=1"])
+    assert platforms.requirements() == ["a>=1"]
+    monkeypatch.setattr(platforms.metadata, "requires", absent)
+    monkeypatch.setattr(platforms, "__file__", "/nowhere/spi_utils/platforms.py")
+    with pytest.raises(PlatformError, match="run the first cell again"):
+        platforms.requirements()
+
+
+# --- Colab's Drive ---------------------------------------------------------------------------------------
+
+
+def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path, capsys):
+    mounted = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platforms, "platform_name", lambda: "colab")
+    monkeypatch.setattr(platforms, "DRIVE", tmp_path / "drive")
+    monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
+    monkeypatch.setitem(sys.modules, "google.colab.drive", types.SimpleNamespace(mount=mounted.append))
+    platforms.prepare()
+    assert "set DRIVE = True" in capsys.readouterr().out and not mounted
+    platforms.prepare(drive=True)
+    assert mounted == [str(tmp_path / "drive")]
+    assert os.getcwd() == str(tmp_path / "drive" / "MyDrive" / "spi-runs")
+
+
+# --- the first cell --------------------------------------------------------------------------------------
+
+# A pip that installs nothing but a link to spi_utils, and notes what it was asked.
+STUB = """
+import os, pathlib, sys
+with open(os.environ["NOTED"], "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if "--no-deps" in sys.argv:
+    pathlib.Path(os.environ["SITE"], "spi_utils").symlink_to(os.environ["SPI"])
+"""
+
+
+def test_the_first_cell_installs_the_package_before_it_is_there(tmp_path):
+    site, noted = tmp_path / "site", tmp_path / "noted"
+    (site / "pip").mkdir(parents=True)
+    (site / "pip" / "__init__.py").touch()
+    (site / "pip" / "__main__.py").write_text(STUB)
+    text = (ROOT / "scripts" / "first_cell.py").read_text()
+    before, after = text.rsplit("prepare(drive=DRIVE", 1)
+    run = before + "print(prepare.__module__, DRIVE)\n"
+    assert after.startswith(", links=")
+    # The project's own finder, if it is installed for development, must not find spi_utils.
+    header = (
+        "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", header + run],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(site),
+            "SITE": str(site),
+            "NOTED": str(noted),
+            "SPI": str(ROOT / "spi_utils"),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["spi_utils.platforms", "False"]
+    asked = noted.read_text().splitlines()
+    assert len(asked) == 1 and asked[0].startswith("install -q --no-deps git+https://github.com/")
+
+
+def test_platforms_needs_the_standard_library_alone():
+    heavy = ["torch", "numpy", "pandas", "huggingface_hub", "packaging", "transformers"]
+    code = f"import sys, spi_utils.platforms; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the token -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """No token anywhere, on no platform."""
+    for name in ("HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    return monkeypatch
+
+
+def kaggle(monkeypatch, get):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    client = types.SimpleNamespace(get_secret=get)
+    monkeypatch.setitem(
+        sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=lambda: client)
+    )
+
+
+def colab(monkeypatch, get):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.setitem(sys.modules, "google.colab.userdata", types.SimpleNamespace(get=get))
+
+
+def missing(name):
+    raise RuntimeError(f"no secret {name}")
+
+
+def test_there_may_be_no_token(nowhere):
+    assert tokens.hub_token() is None
+    nowhere.setenv("HF_TOKEN", "  ")
+    assert tokens.hub_token() is None
+
+
+def test_the_environment_comes_before_kaggle(nowhere):
+    kaggle(nowhere, lambda name: f"{name}-of-kaggle")
+    assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-kaggle", "Kaggle's secrets")
+    nowhere.setenv("HF_TOKEN", " mine\n")
+    assert tokens.hub_token().value == "mine"
+
+
+def test_colabs_secret_is_found(nowhere):
+    colab(nowhere, lambda name: f"{name}-of-colab")
+    assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-colab", "Colab's secrets")
+
+
+@pytest.mark.parametrize("place", [kaggle, colab])
+def test_a_secret_that_is_not_attached_is_said_and_the_login_is_asked(nowhere, capsys, place):
+    place(nowhere, missing)
+    nowhere.setattr(tokens, "_from_login", lambda: tokens.Token("saved", "the login"))
+    assert tokens.hub_token().source == "the login"
+    assert "HF_TOKEN" in capsys.readouterr().out
