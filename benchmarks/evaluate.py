@@ -4,7 +4,7 @@
 
 `loss_ratio` and `loss_kl_ratio` are tokens a second of `token_scores` (loss alone; loss, KL, flips and Δp)
 over those of the model's own forward pass with logits, on the same windows of the bundled model: medians of
-alternating repeats in one process. `peak_extra_gb_248k_vocab` is the peak memory (10⁹ bytes) that scoring adds
+alternating repeats in one process. `peak_extra_gb_248k_vocab` is the peak memory (10⁹ bytes) scoring adds
 above a loaded model with Qwen3.5's vocabulary, in a process of its own.
 """
 

@@ -111,12 +111,12 @@ def quality_finding(evaluation: Evaluation) -> str:
         beside = {
             "supported": "lower than random layers'",
             "refuted": "higher than random layers'",
-            "not separable": "not separable from random layers'",
+            "not separable": "not separable from random's",
         }[verdict]
         random_kl = np.mean([one["kl_mean"] for key, one in variants.items() if is_random(key)])
         words += f", {beside} ({random_kl:.3g}) at equal bytes"
     if "int8" in variants:
-        words += f"; int8 everywhere reaches {variants['int8']['kl_mean']:.2g}"
+        words += f"; int8 everywhere: {variants['int8']['kl_mean']:.2g}"
     return words
 
 

@@ -191,16 +191,10 @@ def _gguf_note(evaluation: Evaluation) -> str:
     )
 
 
-LOSS_HEADS = ("variant", "size", "matrix bits", "perplexity", "a word", "a byte", "Δ loss", "p (Holm)", "KL")
+LOSS_HEADS = ("variant", "size", "matrix bits", "perplexity", "Δ loss", "p (Holm)", "KL")
 DIVERGENCE_HEADS = (
-    "variant",
-    "KL median",
-    "99 %",
-    "99.9 %",
-    "same top-1",
-    "Δp mean",
-    "Δp RMS",
-    "predicted KL",
+    *("variant", "KL median", "99 %", "99.9 %", "same top-1", "Δp mean", "Δp RMS", "predicted KL"),
+    *("word perplexity", "byte perplexity"),
 )
 
 
@@ -225,11 +219,9 @@ def _loss_row(one: Mapping[str, Any]) -> list[str]:
         size(one["bytes"]),
         "–" if bits is None else f"{bits:.2f}",
         f"{one['perplexity']:.3f}",
-        f"{one['word_perplexity']:.1f}",
-        f"{one['byte_perplexity']:.3f}",
         interval_cell(delta),
         p_cell(delta and delta["p_holm"]),
-        interval_cell(one.get("kl")),
+        interval_cell(one.get("kl"), plus=False),
     ]
 
 
@@ -244,6 +236,8 @@ def _divergence_row(one: Mapping[str, Any]) -> list[str]:
         signed(one["dp_mean"]),
         f"{one['dp_rms']:.4f}",
         "–" if predicted is None else f"{predicted:.4f}",
+        f"{one['word_perplexity']:.1f}",
+        f"{one['byte_perplexity']:.3f}",
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,18 @@ def verdict_cell(verdict: str) -> Html:
     return Html(f'<span class="verdict {kind}">{text(CAPTIONS.get(verdict, verdict))}</span>')
 
 
-def interval_cell(one: Mapping[str, Any] | None) -> Html:
-    """An estimate (`Estimate.as_dict`), its 95 % interval in small print below it."""
+def interval_cell(one: Mapping[str, Any] | None, *, plus: bool = True) -> Html:
+    """An estimate (`Estimate.as_dict`), its 95 % interval in small print below it; `plus`: signs shown."""
     if one is None:
         return Html("–")
-    low, high = ("unbounded" if one[end] is None else signed(one[end]) for end in ("low", "high"))
-    return Html(f"{signed(one['mean'])}<br><small>{low} … {high}</small>")
+    form = "+.4f" if plus else ".4f"
+    low, high = ("unbounded" if one[end] is None else signed(one[end], form) for end in ("low", "high"))
+    return Html(f"{signed(one['mean'], form)}<br><small>{low} … {high}</small>")
 
 
-def signed(value: float, form: str = ".4f") -> str:
-    """A number with its sign, a minus of the width of a plus."""
-    return f"{value:+{form}}".replace("-", "−") if math.isfinite(value) else "unbounded"
+def signed(value: float, form: str = "+.4f") -> str:
+    """A number in a format, its minus as wide as a plus."""
+    return format(value, form).replace("-", "−")
 
 
 def p_cell(value: float | None) -> str:
