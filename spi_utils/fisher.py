@@ -10,8 +10,8 @@ forward hook keeps x, a backward hook takes g, and ΔW is made from the format's
 
 How the slopes of a sequence are put together is a choice between bias and variance. (Σ_t s_t)² is unbiased,
 but one number a sequence: noisy. Σ_t s_t² averages over positions and drops their products, which are not
-zero between neighbours. `per_block`, the default, keeps the products within blocks of 16 positions: it ranks
-layers better than either (benchmarks/fisher.py).
+zero between neighbours. `per_block`, the default, keeps the products within blocks of 8 positions: on the
+model's own text it ranks layers better than either (benchmarks/fisher.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spi_utils.errors import AnalysisError
 from spi_utils.scoring import Head, final_hidden
 from spi_utils.variants import Switch
 
-BLOCK = 16  # neighbouring positions whose slopes are added before squaring (measured: 8 to 24 do as well)
+BLOCK = 8  # neighbouring positions whose slopes are added before squaring (measured: 4 to 16 do as well)
 SCALES = tuple(
     2.0**k for k in (10, 6, 2, -2, -6, -10)
 )  # of a float16 gradient, tried until nothing overflows
@@ -93,18 +93,36 @@ def slopes(
     state = generator.get_state()
     for scale in SCALES if model.dtype == torch.float16 else (1.0,):
         generator.set_state(state)
-        with _Directional(switch, formats) as hooks:
-            with torch.enable_grad(), _inputs_need_gradient(model):
-                hidden = final_hidden(model, windows)  # (B, T, d)
-                pull = _label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
-                hidden.backward((pull * scale).view_as(hidden))
-            found = hooks.collect(windows.shape, scale)
+        try:
+            found = _slopes_at(scale, model, switch, windows, formats, generator)
+        except torch.OutOfMemoryError as error:
+            raise AnalysisError(
+                f"Out of memory in a backward pass over {tuple(windows.shape)} tokens: {error}. Use a shorter "
+                "`length`, a device with more memory, or sensitivity='none'."
+            ) from error
         if all(np.isfinite(values).all() for values in found.values()):
             return found
     raise AnalysisError(
         f"The gradients of {type(model).__name__} are not numbers in {model.dtype}, at any scale; "
         "use dtype='bfloat16' or 'float32', or sensitivity='none'."
     )
+
+
+def _slopes_at(
+    scale: float,
+    model: Any,
+    switch: Switch,
+    windows: torch.Tensor,
+    formats: Sequence[str],
+    generator: torch.Generator,
+) -> dict[str, np.ndarray]:
+    """`slopes` with gradients multiplied by `scale` on their way."""
+    with _Directional(switch, formats) as hooks:
+        with torch.enable_grad(), _inputs_need_gradient(model):
+            hidden = final_hidden(model, windows)  # (B, T, d)
+            pull = _label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
+            hidden.backward((pull * scale).view_as(hidden))
+        return hooks.collect(windows.shape, scale)
 
 
 class _Directional:
