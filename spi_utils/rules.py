@@ -13,6 +13,7 @@ import pandas as pd
 
 from spi_utils.choice import Ints, Mask, Problem
 from spi_utils.errors import PlanError
+from spi_utils.formats import format_row
 from spi_utils.knapsack import in_order, least_cost
 from spi_utils.pricing import fixed_bytes
 from spi_utils.scores import suggest
@@ -20,6 +21,7 @@ from spi_utils.scores import suggest
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
+STOCK = "bitsandbytes"  # the checkpoint writer of the claim and of the defaults
 EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
 
 
@@ -109,6 +111,10 @@ def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
     fixed = int(p.count[~p.allowed[:, list(p.tiers)].all(axis=1)].sum())
     if fixed:
         said.append(f"{fixed} layers are decided by force_16bit or forbid_16bit.")
+    used = [p.formats[place] for place in np.unique(answer.formats)]
+    foreign = [fmt for fmt in used if STOCK not in format_row(fmt).writers]
+    if foreign:
+        said.append(f"A stock {STOCK} checkpoint can't hold {', '.join(foreign)}.")
     miss = weight.get("miss", 0)
     share = miss / weight["total_16bit"]
     if abs(share) > EQUAL:

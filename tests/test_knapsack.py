@@ -1,13 +1,14 @@
 """Budgets against brute force, and fast at thousands of layers."""
 
 import itertools
+import os
 import time
 
 import numpy as np
 import pytest
 
 from spi_utils.errors import PlanError
-from spi_utils.knapsack import GAP, in_order, least_cost
+from spi_utils.knapsack import GAP, _quiet, in_order, least_cost
 
 
 def brute_force(cost, size, limit, allowed):
@@ -65,6 +66,15 @@ def test_in_order_skips_what_does_not_fit_and_goes_on():
     taken = in_order(np.array([5, 4, 3, 2]), np.array([0, 1, 2, 3]), 10)
     assert taken.tolist() == [True, True, False, False]  # 5 + 4, then neither 3 nor 2 fits into 1
     assert in_order(np.array([5, 6, 3, 2]), np.array([0, 1, 2, 3]), 10).tolist() == [True, False, True, True]
+
+
+def test_the_solvers_chatter_is_kept_out_of_the_output(capfd):
+    with _quiet():
+        os.write(
+            1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\nanother thread\n"
+        )
+    print("after")
+    assert capfd.readouterr().out == "another thread\nafter\n"
 
 
 @pytest.mark.slow
