@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint bench batch links clean
+.PHONY: help install run test test-fast lint links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ run: $(INSTALLED)  ## the whole pipeline on the bundled model, into runs/smollm2
 	@$(PY) -m spi_utils run -p model bundled -p run_dir $(RUN) -p profile quick
 
 test: $(INSTALLED) lint  ## ruff, mypy and the whole test suite
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## unit tests only
 	@$(PY) -m pytest -m "not slow and not browser"
@@ -39,6 +39,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+links: $(INSTALLED)  ## write the repository's address from pyproject.toml into badges and first cells
+	@$(PY) scripts/links.py
 
 clean:  ## remove the virtual environment, caches and build folders (runs/ stays)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -63,9 +63,26 @@ def _echo(line: str) -> None:
 
 
 def _print_summary(run_dir: Path) -> None:
-    from spi_utils.report import summary
+    import pandas as pd
 
-    print(summary(run_dir))
+    from spi_utils.evaluate import Evaluation
+    from spi_utils.report import headline
+    from spi_utils.runs import existing_run
+
+    run = existing_run(run_dir)
+    table = Evaluation.read(run.evaluation_json).table()
+    columns = ["variant", "GB", "matrix bits", "perplexity", "KL", "same top-1"]
+    with pd.option_context("display.width", 160, "display.max_colwidth", 48):
+        print(table[columns].to_string(float_format=lambda value: f"{value:.4f}"))
+    print(f"\n{headline(run)}\n")
+    places = {
+        "report": run.report,
+        "figures": run.figures,
+        "explorer": run.explorer,
+        "checkpoint": run.model_dir,
+    }
+    for what, path in {**places, "model card": run.publish / "README.md"}.items():
+        print(f"{what:10s}  {path}")
 
 
 if __name__ == "__main__":
