@@ -170,7 +170,8 @@ def _refuse_unpriced(names: Sequence[str], cost: Floats | None, formats: Sequenc
 
 def _matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
     hit = np.zeros(len(names), dtype=bool)
-    for pattern in [patterns] if isinstance(patterns, str) else (patterns or ()):
+    given = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    for pattern in filter(None, given):  # an empty pattern is no wish; as an expression it would match all
         try:
             found = np.array([re.search(pattern, name) is not None for name in names])
         except re.error as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def check_value(rule: str, value: float | None) -> float:
             raise PlanError(f"rule='claim' fixes the number of layers itself; use rule='top_k' for {value}.")
         return 0.0
     wanted = RULES[rule].unit or RULES[rule].title
-    if value is None or isinstance(value, bool) or not np.isreal(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise PlanError(f"rule={rule!r} needs a value ({wanted}); got {value!r}.")
     if np.isnan(value) or (np.isinf(value) and rule != "threshold"):
         raise PlanError(f"rule={rule!r}: the value must be a finite number ({wanted}); got {value!r}.")

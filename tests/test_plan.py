@@ -259,6 +259,13 @@ def test_force_and_forbid():
     assert not [name for name in budget.protected if name.endswith("v_proj")]
 
 
+def test_empty_patterns_are_no_wish():
+    assert (
+        make_plan(layer_table(14), force_16bit="", forbid_16bit=[""]).formats
+        == make_plan(layer_table(14)).formats
+    )
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
@@ -272,6 +279,7 @@ def test_force_and_forbid():
         ({"rule": "top_k", "value": -1}, "21 layers"),
         ({"rule": "top_k", "value": 2.5}, "21 layers"),
         ({"rule": "top_k"}, "needs a value"),
+        ({"rule": "top_k", "value": "12"}, "needs a value"),
         ({"rule": "claim", "value": 12}, "use rule='top_k' for 12"),
         ({"rule": "threshold", "value": float("nan")}, "finite number"),
         ({"rule": "matrix_bits", "value": 4.0}, "4.5000 matrix bits .* in nf4 and 16.0000 .* in 16bit"),
