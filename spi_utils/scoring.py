@@ -18,8 +18,9 @@ import torch
 from spi_utils.errors import EvaluationError
 from spi_utils.variants import Switch
 
-LOGIT_BYTES = 200_000_000  # of one buffer of logits; at most two are alive, in the model's own dtype
+LOGIT_BYTES = 200_000_000  # of one buffer of logits; at most two are alive
 SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
+COLUMNS = {"nll": torch.float32, "kl": torch.float32, "same_top1": torch.bool, "dp": torch.float32}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # measured: larger batches are no faster on 2 cores
 
 
@@ -91,8 +92,12 @@ class Head:
         config = model.config.get_text_config()
         found = ((name, getattr(config, name, None)) for name in self._ADJUST)
         self.adjust = [(self._ADJUST[name], float(value)) for name, value in found if value]
-        self.chunk = max(16, LOGIT_BYTES // (self.weight.element_size() * self.weight.shape[0]))
         on_cpu = self.weight.device.type == "cpu"
+        # Half-precision logits near 16 are 0.016 (float16) or 0.125 (bfloat16) apart: too coarse for the KL of
+        # a good variant. CUDA keeps the product's float32 sums, from torch 2.8 on.
+        keeps_sums = not on_cpu and "dtype_out" in torch.ops.aten.mm.overloads()
+        self.dtype = torch.float32 if keeps_sums else self.weight.dtype
+        self.chunk = max(16, LOGIT_BYTES // (self.dtype.itemsize * self.weight.shape[0]))
         slice_bytes = SLICE_BYTES if on_cpu else 16 * SLICE_BYTES
         self.rows = max(1, slice_bytes // (4 * self.weight.shape[0]))
         self._buffers: dict[str, torch.Tensor] = {}
@@ -101,10 +106,13 @@ class Head:
         """The product with the head's weight, before `finish`; valid until the next call with this buffer."""
         if buffer not in self._buffers:
             self._buffers[buffer] = torch.empty(
-                self.chunk, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device
+                self.chunk, self.weight.shape[0], dtype=self.dtype, device=self.weight.device
             )
         out = self._buffers[buffer][: len(hidden)]
-        torch.mm(hidden, self.weight.t(), out=out)
+        if self.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.mm(hidden, self.weight.t(), self.dtype, out=out)
         return out if self.bias is None else out.add_(self.bias)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
@@ -244,20 +252,25 @@ def _variant_rows(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, reference: Reference | None
 ) -> dict[str, torch.Tensor]:
     """The columns of TokenScores for each row of `hidden` (N, d), without `reference` the loss alone."""
-    parts: list[dict[str, torch.Tensor]] = []
+    # Columns are made before the loop: small results kept between its large buffers would fragment the heap.
+    kinds = COLUMNS if reference is not None else {"nll": torch.float32}
+    columns = {k: torch.empty(len(hidden), dtype=v, device=hidden.device) for k, v in kinds.items()}
     for first in range(0, len(hidden), head.chunk):
         rows = slice(first, first + head.chunk)
         raw = head.raw(hidden[rows], "variant").split(head.rows)
         goals = targets[rows].split(head.rows)
+        places = {k: v[rows].split(head.rows) for k, v in columns.items()}
         if reference is None:
-            parts += [{"nll": _nll(head, z, goal)} for z, goal in zip(raw, goals, strict=True)]
+            for index, (z, goal) in enumerate(zip(raw, goals, strict=True)):
+                places["nll"][index].copy_(_nll(head, z, goal))
             continue
-        device = hidden.device
-        held = reference.hidden.flatten(0, 1)[rows].to(device)
+        held = reference.hidden.flatten(0, 1)[rows].to(hidden.device)
         raw_held = head.raw(held, "reference").split(head.rows)
-        top1 = reference.top1.flatten()[rows].to(device).split(head.rows)
-        parts += map(_compare, [head] * len(raw), raw, raw_held, goals, top1)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        top1 = reference.top1.flatten()[rows].to(hidden.device).split(head.rows)
+        for index, pieces in enumerate(zip(raw, raw_held, goals, top1, strict=True)):
+            for name, values in _compare(head, *pieces).items():
+                places[name][index].copy_(values)
+    return columns
 
 
 def _nll(head: Head, raw: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
