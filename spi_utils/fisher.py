@@ -97,8 +97,8 @@ def slopes(
             found = _slopes_at(scale, model, switch, windows, formats, generator)
         except torch.OutOfMemoryError as error:
             raise AnalysisError(
-                f"Out of memory in a backward pass over {tuple(windows.shape)} tokens: {error}. Use a shorter "
-                "`length`, a device with more memory, or sensitivity='none'."
+                f"Out of memory in a backward pass over {tuple(windows.shape)} tokens: {error}. Use shorter "
+                "windows (`length`), a device with more memory, or sensitivity='none'."
             ) from error
         if all(np.isfinite(values).all() for values in found.values()):
             return found
@@ -196,7 +196,7 @@ def _label_gradient(head: Head, hidden: torch.Tensor, generator: torch.Generator
         raw = head.raw(hidden[rows], "variant")  # (rows, V), overwritten by its gradient
         for part, u in zip(raw.split(head.rows), uniform[rows].split(head.rows), strict=True):
             part.copy_(_logit_gradient(head, part, u))
-        torch.mm(raw, head.weight, out=result[rows])
+        torch.mm(raw.to(head.weight.dtype), head.weight, out=result[rows])
     return result
 
 
