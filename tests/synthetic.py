@@ -122,14 +122,13 @@ def layer_table(count: int = 210, seed: int = 0) -> pd.DataFrame:
 def spectra_of(layers: pd.DataFrame, seed: int = 0) -> dict[str, np.ndarray]:
     """Singular values for every planned row, float64, descending: name -> (min(rows, cols),)."""
     rng = np.random.default_rng(seed)
+    kept = layers[layers["quantizable"] & (layers["status"] != "failed")]
+    small = kept[["rows", "cols"]].min(axis=1).to_numpy(int)
+    alpha = kept["alpha_hill"].to_numpy(float)
+    exponent = np.where(np.isfinite(alpha), alpha, 3.0).clip(1.3, 12)
     return {
-        row.name: spectrum(rng, min(row.rows, row.cols), _tail_exponent(row.alpha_hill))
-        for row in layers[layers["quantizable"] & (layers["status"] != "failed")].itertuples(index=False)
+        name: spectrum(rng, count, a) for name, count, a in zip(kept["name"], small, exponent, strict=True)
     }
-
-
-def _tail_exponent(alpha: float) -> float:
-    return float(np.clip(alpha, 1.3, 12)) if np.isfinite(alpha) else 3.0
 
 
 def make_run(directory: Path, count: int = 210, seed: int = 0, layers: pd.DataFrame | None = None) -> Run:

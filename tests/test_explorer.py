@@ -228,15 +228,15 @@ def test_slider_number_box_and_size_box_agree(explorer):
     assert float(explorer.number.value) == pytest.approx(state.threshold, rel=1e-4)
 
 
-@pytest.mark.parametrize("text", ["abc", "", "nan", "1e99", "-7"])
-def test_a_bad_number_is_refused_visibly(explorer, text):
-    before = explorer.state.threshold
-    explorer.number.value = text
-    assert explorer.state.threshold == before
-    assert "⚠" in explorer.message.value
-    assert float(explorer.number.value) == pytest.approx(before, rel=1e-4)
-    explorer.number.value = "4.2"
-    assert explorer.message.value == ""
+def test_a_bad_number_is_refused_visibly(explorer):
+    for text in ("abc", "", "nan", "1e99", "-7"):
+        before = explorer.state.threshold
+        explorer.number.value = text
+        assert explorer.state.threshold == before
+        assert "⚠" in explorer.message.value
+        assert float(explorer.number.value) == pytest.approx(before, rel=1e-4)
+        explorer.number.value = "4.2"
+        assert explorer.message.value == ""
 
 
 def test_the_browsers_rounding_of_a_slider_changes_nothing(explorer):

@@ -1,0 +1,112 @@
+"""explorer.html in a real browser, opened from a file with the network off."""
+
+import pytest
+
+from spi_utils.explorer_html import write_explorer
+from spi_utils.plan import make_plan
+from spi_utils.runs import read_layers
+from tests.synthetic import make_run
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("page") / "run", 70)
+    write_explorer(run)
+    return run
+
+
+@pytest.fixture
+def opened(run, visit):
+    one = visit(offline=True)
+    one.page.goto(run.explorer.as_uri())
+    one.page.wait_for_selector("body[data-ready=yes]")
+    yield one
+    assert one.errors == []
+
+
+def answer(page) -> str:
+    return page.inner_text("#answer")
+
+
+def expected(run, threshold: float, score="alpha_hill", direction="high") -> str:
+    plan = make_plan(read_layers(run), rule="threshold", value=threshold, score=score, direction=direction)
+    return f"{len(plan.protected)} of 70 layers in 16-bit"
+
+
+def picture(page, chart: str) -> str:
+    return page.evaluate(f"document.querySelector('#{chart} canvas').toDataURL()")
+
+
+def test_number_box_gives_plan_pys_answer(opened, run):
+    page = opened.page
+    before = [picture(page, chart) for chart in ("map", "histogram", "frontier")]
+    page.fill("#number", "4.5")
+    page.press("#number", "Enter")
+    plan = make_plan(read_layers(run), rule="threshold", value=4.5)
+    text = answer(page)
+    assert text.startswith(expected(run, 4.5))
+    assert f"{plan.bits_per_weight:.2f} bits a weight" in text
+    assert f"predicted KL {plan.predicted_kl:.3g}" in text
+    page.wait_for_timeout(300)
+    after = [picture(page, chart) for chart in ("map", "histogram", "frontier")]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_slider_moves_by_keyboard_and_mouse(opened, run):
+    page = opened.page
+    page.focus("#slider")
+    first = page.input_value("#number")
+    page.keyboard.press("ArrowRight")
+    second = page.input_value("#number")
+    assert float(second) > float(first)
+    box = page.locator("#slider").bounding_box()
+    page.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2)
+    third = float(page.input_value("#number"))
+    assert third > float(second)
+    assert answer(page).startswith(expected(run, third))
+
+
+def test_score_and_direction(opened, run):
+    page = opened.page
+    count = answer(page).split(" ")[0]
+    page.select_option("#score", "alpha_decay")
+    page.select_option("#direction", "low")
+    assert answer(page).split(" ")[0] == count  # as many layers stay protected
+    page.fill("#number", "0.2")
+    page.press("#number", "Enter")
+    assert answer(page).startswith(expected(run, 0.2, "alpha_decay", "low"))
+
+
+@pytest.mark.parametrize("bad", ["abc", "1e9", ""])
+def test_a_bad_number_is_refused_visibly(opened, bad):
+    page = opened.page
+    before = answer(page)
+    page.fill("#number", bad)
+    page.press("#number", "Enter")
+    assert page.locator("#refusal").is_visible()
+    assert "number" in page.inner_text("#refusal")
+    assert answer(page) == before
+
+
+def test_a_click_on_the_map_shows_that_layers_spectrum(opened):
+    page = opened.page
+    before = page.inner_text("#spectrum-title")
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + 0.6 * box["height"])
+    assert page.inner_text("#spectrum-title") != before
+    page.hover("#map canvas", position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert "KS distance" in page.inner_text("#vg-tooltip-element")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_is_cut_off(run, visit, width, theme):
+    one = visit(width, theme, offline=True)
+    one.page.goto(run.explorer.as_uri())
+    one.page.wait_for_selector("body[data-ready=yes]")
+    one.page.screenshot(path=run.figures / f"screen_page_{width}_{theme}.png", full_page=True)
+    assert one.cut_off() == []
+    assert one.errors == []
