@@ -1,0 +1,234 @@
+"""What a run will take on a machine, by arithmetic, before it starts: minutes, GPU memory, memory and disk.
+
+Operations and bytes are counted from the model's shapes; a machine is its data sheet times the share of it
+that this kind of work reaches (`Machine`'s fields, assumptions unless said otherwise). Good to a factor of
+two: enough to see that a run doesn't fit, or that a stage hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spi_utils.errors import PlatformError
+from spi_utils.formats import layer_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SENSITIVITY_TOKENS = 32 * 256
+BACKWARD = 3  # a forward and a backward pass, in forward passes
+CHANGES = 4  # ΔW·x for two formats, in and out of their codes, in forward passes of the matrices
+LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
+INTERPRETER = 3_000_000_000  # bytes of memory: Python, torch, CUDA's context
+SPEED_TOKENS = 2 * 6 * 64  # timed generations of two models
+NOTEBOOK_SECONDS = 12  # kernel start and imports of a stage
+KEPT, SHARE = 1.2, 0.85  # as in footprint.py, which imports torch
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine does in a second, and what it holds, in bytes and operations."""
+
+    name: str
+    gpu_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+    half: float  # multiply-adds count two
+    single: float
+    gpu_bandwidth: float
+    bus: float  # host to device
+    disk: float  # reading weights that are not in the page cache
+    download: float
+    hash: float  # SHA-256
+
+
+# T4: 65 and 8.1 TFLOP/s, 320 GB/s on its data sheet; 0.3, 0.5 and 0.7 of them assumed. Disk, bus and download
+# are assumed too; SHA-256 with the processor's own instructions. Kaggle has two T4, of which one is used.
+T4 = {
+    "half": 0.3 * 65e12,
+    "single": 0.5 * 8.1e12,
+    "gpu_bandwidth": 0.7 * 320e9,
+    "bus": 6e9,
+    "disk": 250e6,
+    "download": 60e6,
+    "hash": 1e9,
+}
+MACHINES = {
+    "kaggle": Machine("Kaggle, T4", int(14.7 * GIB), 31 * GIB, 20_000_000_000, **T4),
+    "colab": Machine("Colab, T4", int(14.7 * GIB), 12_700_000_000, 75_000_000_000, **T4),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes that the costs are counted from.
+
+    `shapes` (rows, cols) of the matrices that can be quantized; `other` all other parameters; `vocabulary`
+    and `hidden` of the head.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    other: int
+    vocabulary: int
+    hidden: int
+
+    @classmethod
+    def of_layers(cls, layers: pd.DataFrame) -> Model:
+        """From the layer table, or from `models.list_layers` as a frame.
+
+        Raises:
+            PlatformError: it names no head and no embedding.
+        """
+        planned = layers["quantizable"].astype(bool)
+        wide = layers[layers["role"].isin(["head", "embedding"])]
+        if wide.empty:
+            raise PlatformError(
+                "the layer table names no head and no embedding: run notebook 01_analyze again."
+            )
+        head = wide.iloc[-1]
+        shapes = tuple(zip(layers[planned]["rows"].tolist(), layers[planned]["cols"].tolist(), strict=True))
+        return cls(shapes, int(layers[~planned]["numel"].sum()), int(head["rows"]), int(head["cols"]))
+
+    @property
+    def planned(self) -> int:
+        """Weights in the matrices that can be quantized."""
+        return sum(rows * cols for rows, cols in self.shapes)
+
+    @property
+    def bytes_16bit(self) -> int:
+        """The whole model in 16-bit."""
+        return 2 * (self.planned + self.other)
+
+    def packed(self, fmt: str) -> int:
+        """Bytes of the planned matrices in a format."""
+        return sum(layer_bytes(fmt, rows, cols) for rows, cols in self.shapes)
+
+    @property
+    def forward(self) -> float:
+        """Operations a token: two a weight, the head included."""
+        return 2.0 * (self.planned + self.vocabulary * self.hidden)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage: minutes, and peaks in bytes; `disk` is what it leaves behind."""
+
+    stage: str
+    minutes: float
+    gpu: float
+    ram: float
+    disk: float
+
+
+def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: float = 0.55) -> list[Cost]:
+    """The cost of every stage.
+
+    Args:
+        model: the shapes.
+        machine: where it runs.
+        tokens: scored in all texts together: windows × length × texts.
+        variants: that are scored, the reference included.
+        kept: share of the planned weights that stay in 16-bit.
+    """
+    size = model.bytes_16bit
+    checkpoint = size - (1 - kept) * (2 * model.planned - model.packed("nf4"))
+    largest = 4 * max([rows * cols for rows, cols in model.shapes])
+    streamed = INTERPRETER + max(largest, 2 * model.vocabulary * model.hidden)
+    seconds = {
+        "fetch": (size / machine.download, 0.0, INTERPRETER, size),
+        "analyze": (_analyze(model, machine), _gradients(model, machine), streamed, 0.05e9),
+        "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
+        "quantize": (_quantize(model, machine, checkpoint), checkpoint + largest, streamed, checkpoint),
+        "evaluate": (_evaluate(model, machine, tokens, variants), size + 3 * largest, _codes(model), 0.1e9),
+        "publish": (2 * checkpoint / machine.hash, 0.0, INTERPRETER, 0.0),
+    }
+    return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in seconds.items()]
+
+
+def _gradients(model: Model, machine: Machine) -> float:
+    """Bytes of a backward pass over 1,024 tokens; footprint.choose_batch takes less on a smaller GPU."""
+    kept = 1024 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes)
+    most = SHARE * machine.gpu_bytes
+    return max(model.bytes_16bit + 0.5e9, min(model.bytes_16bit + kept, most))
+
+
+def _codes(model: Model) -> float:
+    """The evaluation keeps NF4 and 8-bit codes of every matrix in memory."""
+    return INTERPRETER + model.packed("nf4") + model.packed("int8")
+
+
+def _analyze(model: Model, machine: Machine) -> float:
+    """Seconds: every matrix' eigenvalues, then one backward pass over text that the model wrote."""
+    solve = sum(_eigenvalues(rows, cols, machine) for rows, cols in model.shapes)
+    write = 256 * model.bytes_16bit / machine.gpu_bandwidth  # all windows at once, token after token
+    passes = BACKWARD * model.forward + CHANGES * 2.0 * model.planned
+    read = 2 * model.bytes_16bit / machine.disk  # once for the spectra, once for the model
+    return solve + write + SENSITIVITY_TOKENS * passes / machine.half + read
+
+
+def _eigenvalues(rows: int, cols: int, machine: Machine) -> float:
+    """Seconds for the Gram matrix (2M²N operations) and its reduction (4M³/3, half of it bound by memory)."""
+    short, long = min(rows, cols), max(rows, cols)
+    work = 2.0 * short**2 * long + 2.0 / 3 * short**3
+    moved = 4.0 / 3 * short**3  # bytes: the trailing matrix once a column, in float32, half of it each
+    return work / machine.single + moved / machine.gpu_bandwidth + LAUNCH * short
+
+
+def _quantize(model: Model, machine: Machine, checkpoint: float) -> float:
+    """Seconds: read, write and read back for the proof; the codes themselves are bound by the disk."""
+    return (model.bytes_16bit + 3 * checkpoint) / machine.disk
+
+
+def _evaluate(model: Model, machine: Machine, tokens: int, variants: int) -> float:
+    """Seconds: forward passes, the head twice (reference and variant), and switching the layers."""
+    head = 2.0 * model.vocabulary * model.hidden
+    soft = 8 * 4 * model.vocabulary / machine.gpu_bandwidth  # passes over a token's logits
+    score = tokens * ((model.forward + head) / machine.half + soft)
+    switch = model.planned / machine.disk + model.packed("int8") / machine.bus  # half of them back to 16-bit
+    speed = SPEED_TOKENS * model.bytes_16bit / machine.gpu_bandwidth
+    return variants * (score + switch) + speed + 2 * model.bytes_16bit / machine.disk
+
+
+def check_budget(
+    costs: Sequence[Cost], machine: Machine, *, outside: Sequence[str] = ("fetch",)
+) -> list[str]:
+    """What does not fit, in sentences; empty if all does.
+
+    Args:
+        costs: `budget(...)`.
+        machine: the same.
+        outside: stages whose files lie elsewhere than in the working folder (the Hub's cache).
+    """
+    limits = {"gpu": (machine.gpu_bytes, "GPU memory"), "ram": (machine.ram_bytes, "memory")}
+    problems = [
+        f"{cost.stage} needs about {getattr(cost, kind) / 1e9:.1f} GB of {what}, "
+        f"{machine.name} has {limit / 1e9:.1f}"
+        for cost in costs
+        for kind, (limit, what) in limits.items()
+        if getattr(cost, kind) > limit
+    ]
+    disk = sum(cost.disk for cost in costs if cost.stage not in outside)
+    if disk > machine.disk_bytes:
+        problems.append(
+            f"the run leaves {disk / 1e9:.1f} GB, {machine.name} has {machine.disk_bytes / 1e9:.0f}"
+        )
+    return problems
+
+
+def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of the budget, with what run.json's stages really took beside it where they ran."""
+    lines = [
+        "| stage | minutes, budget | minutes, actual | GPU, GB | memory, GB | memory, actual | leaves, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cost in costs:
+        held = stages.get(cost.stage, {})
+        minutes = f"{held['seconds'] / 60:.1f}" if "seconds" in held else "–"
+        peak = f"{held['peak_rss_gb']:.1f}" if "peak_rss_gb" in held else "–"
+        numbers = f"{cost.gpu / 1e9:.1f} | {cost.ram / 1e9:.1f} | {peak} | {cost.disk / 1e9:.2f}"
+        lines.append(f"| {cost.stage} | {cost.minutes:.1f} | {minutes} | {numbers} |")
+    total = sum(cost.minutes for cost in costs)
+    return "\n".join([*lines, f"| **all** | **{total:.1f}** | | | | | |"])
