@@ -24,7 +24,7 @@ from spi_utils import stats
 from spi_utils.runs import existing_run, run_info
 
 if TYPE_CHECKING:
-    from spi_utils.evaluate import Evaluation
+    from spi_utils.evaluation import Evaluation
 
 ORIGINAL = "Qwen/Qwen3.5-4B"
 STATED_LAYERS, STATED_GB = 129, 3.9
@@ -286,7 +286,7 @@ def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     Raises:
         RunError: a folder is no run, or has no evaluation yet.
     """
-    from spi_utils.evaluate import Evaluation
+    from spi_utils.evaluation import Evaluation
 
     rows = []
     for folder in run_dirs:

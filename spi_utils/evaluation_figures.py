@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from spi_utils.evaluate import Evaluation
+    from spi_utils.evaluation import Evaluation
 
 
 class Look(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils import runs, stats
 from spi_utils.claims import audit
-from spi_utils.evaluate import Evaluation
+from spi_utils.evaluation import Evaluation
 from spi_utils.evaluation_figures import (
     kl_survival,
     predicted_and_real,

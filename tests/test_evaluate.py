@@ -271,7 +271,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(copy_of, monkeypatch):
 def test_a_corrupt_piece_is_named(copy_of, monkeypatch):
     run, source = copy_of()
     small = {**SMALL, "controls": []}
-    monkeypatch.setattr(evaluate, "_assemble", lambda *a: pytest.fail("assembled"))
+    monkeypatch.setattr(evaluate, "assemble", lambda *a: pytest.fail("assembled"))
     monkeypatch.setattr(session.Session, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(run, source, **small)
