@@ -108,6 +108,7 @@ def measure_shapes(repeats: int) -> dict[str, Any]:
     for rows, cols in SHAPES:
         matrix = random_matrix(rows, cols)
         analyze_matrix(matrix)  # the Gaussian null of this shape, made once a run
+        relative_error(matrix[:64], "nf4")  # imports
         work: dict[str, Callable[[torch.Tensor], Any]] = {
             "solve": lambda w: np.linalg.eigvalsh(gram(w.double().numpy())),
             "columns": lambda w: analyze_matrix(w, farms=False),

@@ -113,19 +113,31 @@ def analyze(
     if precision == "auto":
         precision = "float64" if place.type == "cpu" else "float32"
     options = Options(str(place), precision, seed, min_tail, formats)
-    listed = list_layers(source)
-    todo = _chosen(listed, layers, include_embeddings)
     how = {"workers": 1 if place.type == "cuda" else workers, "backend": backend, "scheduler": scheduler}
-    pieces = _spectra(run, source, todo, options, how, force)
+    listed = list_layers(source)
+    pieces = _spectra(run, source, _chosen(listed, layers, include_embeddings), options, how, force)
     costs: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
     costs |= {"windows": windows, "length": length, "dtype": dtype, "seed": seed, "device": str(place)}
-    files = [sha256_file(name) for name in (sensitivity, text) if Path(name).is_file()]
-    inputs = {**asdict(options), **costs, "spectra": sha256_file(run.spectra), "files": files}
+    return _table(run, source, listed, pieces, formats, costs, force)
+
+
+def _table(
+    run: Run,
+    source: ModelSource,
+    listed: list[Layer],
+    pieces: dict[str, Piece],
+    formats: tuple[str, ...],
+    costs: dict[str, Any],
+    force: bool,
+) -> pd.DataFrame:
+    """The `analyze` stage: the layer table, sensitivities joined on, as `layers.csv`."""
+    files = [sha256_file(name) for name in (costs["sensitivity"], costs["text"]) if Path(name).is_file()]
+    inputs = {**costs, "formats": formats, "spectra": sha256_file(run.spectra), "files": files}
     with stage(run, "analyze", inputs, [run.layers_csv.name], force=force) as current:
         if current.finished:
             return read_layers(run)
         table = layer_table(listed, pieces, formats, source.storage_dtype)
-        if sensitivity != "none" and _can_run(pieces):
+        if costs["sensitivity"] != "none" and _can_run(pieces):
             from spi_utils.sensitivity import sensitivities
 
             found = sensitivities(run, source, table, formats=formats, force=force, **costs)

@@ -19,6 +19,7 @@ from spi_utils.powerlaw import hill_alpha, hill_k
 
 DRAWS = 24
 BLOCK = 128
+MIN_BLOCKS = 48  # fewer shift alpha by several per cent from draw to draw; half of a larger grid by 1 to 2
 MAX_BLOCKS = 256
 
 
@@ -62,15 +63,16 @@ def _largest_gaussian_eigenvalues(rng: np.random.Generator, short: int, long: in
 def choose_blocks(rows: int, cols: int, *, seed: int = 0) -> np.ndarray:
     """Upper left corners (n, 2) of the 128 × 128 blocks that FARMS looks at.
 
-    The grid of blocks that don't overlap, or 256 of them drawn without replacement (seeded, the same for
-    equal shapes). Rows and columns beyond the last whole block are left out. Empty where a side is under
-    128.
+    Half of the grid of blocks that don't overlap, at least 48 of them (or all) and at most 256, drawn without
+    replacement: seeded, and the same for equal shapes. Rows and columns beyond the last whole block are left
+    out. Empty where a side is under 128.
     """
     across = cols // BLOCK
     total = (rows // BLOCK) * across
     chosen = np.arange(total)
-    if total > MAX_BLOCKS:
-        chosen = np.sort(np.random.default_rng([seed, rows, cols]).choice(total, MAX_BLOCKS, replace=False))
+    count = min(MAX_BLOCKS, max(MIN_BLOCKS, total // 2))
+    if total > count:
+        chosen = np.sort(np.random.default_rng([seed, rows, cols]).choice(total, count, replace=False))
     return np.stack([chosen // max(across, 1), chosen % max(across, 1)], axis=1) * BLOCK
 
 
