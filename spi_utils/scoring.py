@@ -93,9 +93,10 @@ class Head:
         found = ((name, getattr(config, name, None)) for name in self._ADJUST)
         self.adjust = [(self._ADJUST[name], float(value)) for name, value in found if value]
         on_cpu = self.weight.device.type == "cpu"
-        # Half-precision logits near 16 are 0.016 (float16) or 0.125 (bfloat16) apart: too coarse for the KL of
-        # a good variant. CUDA keeps the product's float32 sums, from torch 2.8 on.
-        keeps_sums = not on_cpu and "dtype_out" in torch.ops.aten.mm.overloads()
+        # Half-precision logits near 16 are 0.016 (float16) or 0.125 (bfloat16) apart: too coarse for the KL
+        # of a good variant. CUDA keeps the product's float32 sums, from torch 2.8 on.
+        on_cuda = self.weight.device.type == "cuda"
+        keeps_sums = on_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
         self.dtype = torch.float32 if keeps_sums else self.weight.dtype
         self.chunk = max(16, LOGIT_BYTES // (self.dtype.itemsize * self.weight.shape[0]))
         slice_bytes = SLICE_BYTES if on_cpu else 16 * SLICE_BYTES

@@ -28,7 +28,7 @@ from spi_utils.progress import progress
 from spi_utils.refine import Refinement, refine
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
 from spi_utils.scoring import reference_states
-from spi_utils.texts import load_text, make_windows, start_token
+from spi_utils.texts import NAMES, load_text, make_windows, start_token
 from spi_utils.variants import Switch
 from spi_utils.weights import open_weights
 
@@ -100,8 +100,8 @@ def sensitivities(
         EvaluationError: a text that can't be used, or numbers that overflow.
     """
     names = list(frame.loc[frame["quantizable"].astype(bool), "name"])
-    if not names:
-        return pd.DataFrame(index=pd.Index([], name="name"))
+    if not names or not formats:
+        return pd.DataFrame(index=pd.Index(names, name="name"))
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     default = YARDSTICK_WINDOWS if sensitivity == "measured" else WINDOWS
@@ -301,10 +301,10 @@ def _scaled(values: NDArray[np.float64], total: float) -> NDArray[np.float64]:
 
 
 def _check(settings: Settings) -> None:
-    known = {*KINDS, "measured"}
+    known = (*KINDS, "measured", *NAMES)
     if settings.sensitivity not in known and not Path(settings.sensitivity).is_file():
         raise AnalysisError(
-            f"sensitivity={settings.sensitivity!r} is neither {', '.join(sorted(known))}, none, nor a file."
+            f"sensitivity={settings.sensitivity!r} is none of {', '.join(known)}, none, and no file."
         )
     if settings.refine_at and settings.sensitivity == "measured":
         raise AnalysisError(
@@ -317,8 +317,8 @@ def _check(settings: Settings) -> None:
 def _claim(run: Run, source: ModelSource, settings: Settings, names: list[str], force: bool) -> Path:
     """The folder for unfinished work; emptied if other settings or another model made what lies there."""
     folder = run.partial / "analyze" / "sensitivity"
-    given = Path(settings.sensitivity)
-    content = load_text(given).sha256 if given.is_file() else None
+    given = [Path(spec) for spec in (settings.sensitivity, settings.text)]
+    content = [load_text(path).sha256 for path in given if path.is_file()]
     mark = fingerprint([ENGINE, source.identity(), asdict(settings), names, content])
     owner = folder / "fingerprint"
     if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):

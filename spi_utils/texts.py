@@ -251,6 +251,7 @@ def _pycode() -> Text:
 
 
 _LOADERS = {"wikitext2": _wikitext, "pydoc": _pydoc, "pycode": _pycode}
+NAMES = ("auto", *_LOADERS)
 
 
 def _from_file(path: Path) -> Text:

@@ -315,7 +315,7 @@ def test_a_killed_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sensitivity": "sefl"}, "neither.*random.*nor a file"),
+        ({"sensitivity": "sefl"}, r"'sefl' is none of self, random.*no file"),
         ({"refine_at": (3.0,)}, "between 4 and 16"),
         ({"sensitivity": "measured", "refine_at": (6.0,)}, "every layer already"),
     ],
