@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from spi_utils.platforms import platform_name
+from spi_utils.progress import interactive
 
 TOKEN_NAME = "HF_TOKEN"
 
@@ -54,8 +55,11 @@ def _from_kaggle() -> Token | None:
 
 
 def _from_colab() -> Token | None:
-    """Colab's secrets; a secret that is missing, or not shared with this notebook, is an exception there."""
-    if platform_name() != "colab":
+    """Colab's secrets; a secret that is missing, or not shared with this notebook, is an exception there.
+
+    Only the notebook that the browser shows can ask: in a stage run by 00_run_all the question would hang.
+    """
+    if platform_name() != "colab" or not interactive():
         return None
     try:
         userdata = importlib.import_module("google.colab.userdata")
@@ -66,8 +70,23 @@ def _from_colab() -> Token | None:
 
 
 def _from_login() -> Token | None:
+    """The Hub's own login; on Colab huggingface_hub would ask for the secret again, see above."""
+    if platform_name() == "colab" and not interactive():
+        return None
     try:
         from huggingface_hub import get_token
     except ImportError:
         return None
     return _token(get_token(), "the Hub's login on this machine")
+
+
+def share_token() -> str:
+    """Let the stages, which run in processes of their own, find this session's token; say where it was found.
+
+    It goes into this process' environment, which its children inherit, and nowhere else.
+    """
+    token = hub_token()
+    if token is None:
+        return f"Hub token: no {TOKEN_NAME} found; publishing will stay local, downloads are anonymous"
+    os.environ.setdefault(TOKEN_NAME, token.value)
+    return f"Hub token: found in {token.source}"

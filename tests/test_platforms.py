@@ -234,6 +234,7 @@ def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(platforms, "platform_name", lambda: "colab")
     monkeypatch.setattr(platforms, "DRIVE", tmp_path / "drive")
+    monkeypatch.setattr(tokens, "share_token", lambda: "Hub token: not asked here")
     monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
     monkeypatch.setitem(sys.modules, "google.colab.drive", types.SimpleNamespace(mount=mounted.append))
     platforms.prepare()
@@ -321,6 +322,12 @@ def colab(monkeypatch, get):
     monkeypatch.setitem(sys.modules, "google.colab.userdata", types.SimpleNamespace(get=get))
 
 
+@pytest.fixture
+def watched(monkeypatch):
+    """A person drives the notebook."""
+    monkeypatch.setattr(tokens, "interactive", lambda: True)
+
+
 def missing(name):
     raise RuntimeError(f"no secret {name}")
 
@@ -338,14 +345,29 @@ def test_the_environment_comes_before_kaggle(nowhere):
     assert tokens.hub_token().value == "mine"
 
 
-def test_colabs_secret_is_found(nowhere):
+def test_colabs_secret_is_found(nowhere, watched):
     colab(nowhere, lambda name: f"{name}-of-colab")
     assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-colab", "Colab's secrets")
 
 
 @pytest.mark.parametrize("place", [kaggle, colab])
-def test_a_secret_that_is_not_attached_is_said_and_the_login_is_asked(nowhere, capsys, place):
+def test_a_secret_that_is_not_attached_is_said_and_the_login_is_asked(nowhere, watched, capsys, place):
     place(nowhere, missing)
     nowhere.setattr(tokens, "_from_login", lambda: tokens.Token("saved", "the login"))
     assert tokens.hub_token().source == "the login"
     assert "HF_TOKEN" in capsys.readouterr().out
+
+
+def test_a_stage_on_colab_does_not_ask_for_the_secret(nowhere):
+    colab(nowhere, lambda name: pytest.fail("this would hang"))
+    nowhere.setattr(tokens, "interactive", lambda: False)
+    assert tokens.hub_token() is None
+
+
+def test_the_stages_inherit_the_sessions_token_which_is_not_shown(nowhere, watched):
+    assert "no HF_TOKEN found" in tokens.share_token() and "HF_TOKEN" not in os.environ
+    colab(nowhere, lambda name: "of-colab")
+    nowhere.setenv("HF_TOKEN", "")  # so that monkeypatch puts the environment back
+    nowhere.delenv("HF_TOKEN")
+    said = tokens.share_token()
+    assert os.environ["HF_TOKEN"] == "of-colab" and said == "Hub token: found in Colab's secrets"
