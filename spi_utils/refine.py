@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Z = 1.96  # half-width of an interval, in standard errors
-MODEL_ERROR = 0.15  # relative error of the estimate that its standard error doesn't know of (measured)
+MODEL_ERROR = 0.3  # relative error of the estimate that its standard error doesn't know of (measured)
 AT_ONCE = 4  # measurements between two looks at the plan
 REST = 2  # looks in a row that must find the plan unchanged before it counts as settled
 SHARE = 0.15  # of the oracle's evaluations that may be spent
@@ -48,7 +48,7 @@ def refine(
         measure: cost of the layer with this index.
         limit: most measurements; by default 15 % of the layers, at least 4.
     """
-    limit = max(AT_ONCE, math.floor(SHARE * len(values))) if limit is None else limit
+    limit = most_measurements(len(values)) if limit is None else limit
     measured: dict[int, float] = {}
     plans: list[list[bytes]] = []
     while True:
@@ -62,6 +62,11 @@ def refine(
             return Refinement(current, done, settled=at_rest)
         for index in open_layers[: min(AT_ONCE, room)]:
             measured[index] = measure(index)
+
+
+def most_measurements(layers: int) -> int:
+    """15 % of the layers, at least 4."""
+    return max(AT_ONCE, math.floor(SHARE * layers))
 
 
 def lifted(values: Floats, extra: Floats, budget: float) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ from spi_utils.footprint import checkpointed, choose_batch
 from spi_utils.measure import Measure
 from spi_utils.models import ModelSource, load_model, load_tokenizer, resolve_device, resolve_dtype
 from spi_utils.progress import progress
-from spi_utils.refine import Refinement, refine
+from spi_utils.refine import Refinement, most_measurements, refine
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
 from spi_utils.scoring import reference_states
 from spi_utils.texts import NAMES, load_text, make_windows, start_token
@@ -234,9 +234,15 @@ class Work:
         value, error = columns[f"fisher_{fmt}"], columns[f"fisher_{fmt}_se"]
         if not budgets:
             return Refinement(value.copy(), np.zeros(len(value), bool), settled=True)
+        names, most = self.switch.layers, most_measurements(len(value))
+        bar = progress(range(most), most, f"ΔKL near the cut, {fmt} (at most)")
+
+        def measure(index: int) -> float:
+            next(bar, None)
+            return self._one("own", names[index], fmt)
+
         with self._timed(f"refine_{fmt}"):
-            names = self.switch.layers
-            found = refine(value, error, extra, budgets, lambda i: self._one("own", names[i], fmt))
+            found = refine(value, error, extra, budgets, measure)
         self.notes[f"refined_{fmt}"] = {
             "matrix_bits": list(self.settings.refine_at),
             "evaluations": int(found.measured.sum()),
