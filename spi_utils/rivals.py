@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,13 @@ class Rival:
 
 def find_rivals(specs: Sequence[str]) -> list[Rival]:
     """Resolve folders and Hub ids; raises EvaluationError for one that is neither or holds no safetensors."""
-    return [_find(str(spec)) for spec in specs]
+    found: dict[str, Rival] = {}
+    for spec in specs:
+        rival = _find(str(spec))
+        same = sum(key.split("#")[0] == rival.key for key in found)  # every run's folder is called "model"
+        key = rival.key if not same else f"{rival.key}#{same + 1}"
+        found[key] = replace(rival, key=key)
+    return list(found.values())
 
 
 def _find(spec: str) -> Rival:

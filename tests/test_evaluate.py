@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spi_utils import controls, evaluate, measures, runs, session, speed
+from spi_utils import controls, evaluate, measures, runs, session, speed, texts
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
 from spi_utils.plan import ProtectionPlan, make_plan
@@ -30,6 +30,16 @@ SMALL = {"texts": "pydoc", "windows": 12, "length": 48, "random_seeds": 2, "spee
 def one_version_of_the_code(monkeypatch):
     """Files may change under a long test; the hash of the sources is not what is tested here."""
     monkeypatch.setattr(evaluate, "code_hash", lambda: "0" * 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_short_text():
+    """The first 30,000 characters of the offline text: a byte is a token here, all of it takes a second."""
+    whole = texts.load_text("pydoc")
+    short = replace(whole, text=whole.text[:30_000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(texts._LOADERS, "pydoc", lambda: short)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +73,7 @@ def copy_of(ready, tmp_path):
 
 
 def windows_of(source, found):
-    from spi_utils.texts import load_texts
-
-    return session.make_samples(source, load_texts("pydoc"), windows=12, length=48)[0]
+    return session.make_samples(source, [texts.load_text("pydoc")], windows=12, length=48)[0]
 
 
 def test_the_reference_is_what_transformers_says_with_labels(evaluated):
@@ -268,6 +276,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(copy_of, monkeypatch):
     assert run.evaluation_json.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_corrupt_piece_is_named(copy_of, monkeypatch):
     run, source = copy_of()
     small = {**SMALL, "controls": []}
@@ -333,6 +342,7 @@ def test_a_run_without_evaluation_says_which_notebook(ready, tmp_path):
 # --- rivals ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rivals_are_judged_by_the_same_protocol(copy_of, tmp_path):
     run, source = copy_of()
     config = BitsAndBytesConfig(load_in_8bit=True)
@@ -352,6 +362,17 @@ def test_rivals_are_judged_by_the_same_protocol(copy_of, tmp_path):
     assert found["rival:eight-bit"]["label"] == "eight-bit (bitsandbytes)"
 
 
+def test_rivals_of_one_name_are_kept_apart(ready):
+    from spi_utils.rivals import find_rivals
+
+    run, _ = ready
+    assert [one.key for one in find_rivals([str(run.model_dir)] * 3)] == [
+        "rival:model",
+        "rival:model#2",
+        "rival:model#3",
+    ]
+
+
 def test_bad_rivals(copy_of, tmp_path):
     run, source = copy_of()
     small = {**SMALL, "controls": []}
@@ -368,6 +389,7 @@ def test_bad_rivals(copy_of, tmp_path):
 # --- other architectures ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3_5", "gemma3"])
 def test_other_architectures(tiny, tmp_path, arch):
     run, source = ready_run(tiny(arch), tmp_path / arch)
@@ -378,11 +400,12 @@ def test_other_architectures(tiny, tmp_path, arch):
     assert kl["nf4"] > kl["plan"] > kl["reference"] == 0 and kl["nf4"] > kl["int8"] > 0
 
 
+@pytest.mark.slow
 def test_two_texts(copy_of, tmp_path):
     run, source = copy_of()
     (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(2000))), encoding="utf-8")
-    texts = ["pydoc", str(tmp_path / "numbers.txt")]
-    found = evaluate.evaluate(run, source, **{**SMALL, "texts": texts, "controls": []})
+    both = ["pydoc", str(tmp_path / "numbers.txt")]
+    found = evaluate.evaluate(run, source, **{**SMALL, "texts": both, "controls": []})
     assert [other["text"]["name"] for other in found.other_texts] == ["numbers"]
     assert found.other_texts[0]["variants"]["plan"]["delta"]["clusters"] == 12
     assert found.variants["plan"]["nll"] != found.other_texts[0]["variants"]["plan"]["nll"]
@@ -457,6 +480,7 @@ def test_bytes_that_a_token_reads_by_hand(tiny, tmp_path):
     assert speed.bytes_per_token(packed) == rest + matrices // 2 + matrices // 64 * 4
 
 
+@pytest.mark.slow
 def test_speed_of_a_checkpoint_in_a_process_of_its_own(ready):
     run, _ = ready
     found = speed.measure_in_subprocess(
@@ -470,6 +494,7 @@ def test_speed_of_a_checkpoint_in_a_process_of_its_own(ready):
     assert 0.1 < found["memory"]["peak_rss_gb"] < 3 and isinstance(found["sample"], str)
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="speed_repeats=0"):
         speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
