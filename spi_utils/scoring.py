@@ -18,7 +18,7 @@ import torch
 from spi_utils.errors import EvaluationError
 from spi_utils.variants import Switch
 
-LOGIT_BYTES = 200_000_000  # of one buffer of logits; at most two are alive
+LOGIT_BYTES = 100_000_000  # of one buffer of logits; at most two are alive
 SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
 COLUMNS = {"nll": torch.float32, "kl": torch.float32, "same_top1": torch.bool, "dp": torch.float32}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # measured: larger batches are no faster on 2 cores
