@@ -53,6 +53,7 @@ class ExplorerState:
         score: str = "alpha_hill",
         direction: str = "high",
         share: float = 0.52,
+        threshold: float | None = None,
         double_quant: bool = False,
     ) -> None:
         """Start from a table in memory; `open` starts from a run directory.
@@ -61,7 +62,8 @@ class ExplorerState:
             layers: the layer table.
             run: where `save` writes; None for exploring only.
             spectra: name -> singular values, for `spectrum_picture`.
-            share: of the layers, how many are protected at first.
+            share: of the layers, how many are protected at first; unless
+            threshold: says where to start, in the score's units.
             double_quant: NF4 with double quantization.
 
         Raises:
@@ -76,6 +78,8 @@ class ExplorerState:
         self.layer = str(self.planned["name"].iloc[0])
         self.threshold = 0.0  # until the score is set, next line
         self._use(score, direction, round(share * len(self.planned)))
+        if threshold is not None:
+            self.set_threshold(threshold)
 
     @classmethod
     def open(cls, run_dir: str | Path | Run, **options: Any) -> ExplorerState:
@@ -88,8 +92,7 @@ class ExplorerState:
         layers = read_layers(run)
         held = _held_plan(run)
         if held is not None:
-            start = {"score": held.score, "direction": held.direction, "double_quant": held.double_quant}
-            options = {**start, "share": held.count("16bit") / max(len(held.formats), 1), **options}
+            options = {**_start_of(held, options), **options}
         return cls(layers, run=run, spectra=read_spectra(run), **options)
 
     # --- what can be chosen ------------------------------------------------------------------------------
@@ -273,6 +276,15 @@ class ExplorerState:
             random_median=middle,
             random_high=high,
         )
+
+
+def _start_of(plan: ProtectionPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that start at a plan; its threshold only if no other score is asked for."""
+    start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1)}
+    if not {"score", "direction", "share"} & set(options):
+        start |= {"score": plan.score, "direction": plan.direction}
+        start |= {"threshold": plan.value} if plan.rule == "threshold" else {}
+    return start | {"double_quant": plan.double_quant}
 
 
 def _held_plan(run: Run) -> ProtectionPlan | None:

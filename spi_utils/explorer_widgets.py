@@ -29,7 +29,7 @@ def explore(run_dir: str | Path | Run, **options: Any) -> widgets.VBox:
 
     Args:
         run_dir: a run directory, or the `Run`.
-        options: `score`, `direction`, `share`, `double_quant` to start from instead of the run's plan.
+        options: `score`, `direction`, `share`, `threshold`, `double_quant`, instead of the run's plan's.
 
     Raises:
         RunError: no analysis there; says which notebook to run.

@@ -23,11 +23,11 @@ from spi_utils.plotting import (
     gigabytes,
     headline,
     new_figure,
+    short_label,
     shorten,
     styled,
 )
 from spi_utils.score_figures import planned_layers
-from spi_utils.scores import score_row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -201,7 +201,7 @@ def _draw_scores(axes: Axes, curves: pd.DataFrame, plan: ProtectionPlan | None) 
     for (score, direction), (colour, line) in styles.items():
         curve = of_scores[(of_scores["score"] == score) & (of_scores["direction"] == direction)]
         if len(curve):
-            label = f"{shorten(score_row(score).title.split(':')[0].split(' (')[0], 26)}, {direction}"
+            label = f"{short_label(score)}, {direction}"
             axes.plot(curve["bytes"] / 1e9, curve["predicted_kl"], color=colour, lw=2, ls=line, label=label)
 
 

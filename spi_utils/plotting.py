@@ -66,6 +66,17 @@ AXIS_LABELS = {
     "measured": "measured KL avoided (nats a token per GB)",
 }
 
+# Names short enough for a legend.
+SHORT_LABELS = {
+    "alpha_hill": "α Hill",
+    "alpha_pl": "α Clauset",
+    "alpha_farms": "α FARMS",
+    "alpha_excess": "α over noise",
+    "alpha_decay": "rank decay a",
+    "nf4_error": "NF4 error",
+    "fisher": "Fisher",
+}
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -96,8 +107,10 @@ def new_figure(width: float = 9.0, height: float = 4.6) -> Figure:
 def headline(figure: Figure, finding: str, detail: str = "") -> None:
     """Title a figure with what it shows, and one smaller line on how to read it."""
     columns = int(figure.get_figwidth() * 10.2)
+    # A Greek letter stays as it is; an ordinary sentence begins with a capital.
+    sentence = finding if finding.startswith("α") else finding[:1].upper() + finding[1:]
     figure.suptitle(
-        textwrap.fill(finding, columns), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.3
+        textwrap.fill(sentence, columns), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.3
     )
     if detail:
         text = textwrap.fill(detail, int(columns * 1.5))
@@ -160,6 +173,11 @@ def hollow_row(axes: Axes, positions: NDArray[np.float64]) -> None:
             zorder=5,
             gid="failed",
         )
+
+
+def short_label(score: str) -> str:
+    """A score's name for a legend."""
+    return SHORT_LABELS.get(score, score.replace("_", " "))
 
 
 def gigabytes(count: float) -> str:

@@ -302,5 +302,4 @@ def _histogram_finding(
         finite = values[np.isfinite(values)]
         low, high = (finite.min(), finite.max()) if len(finite) else (np.nan, np.nan)
         parts.append(f"{score_symbol(score)} runs from {low:.3g} to {high:.3g}")
-    sentence = "; ".join(parts)
-    return sentence[0].upper() + sentence[1:] if not sentence.startswith("α") else sentence
+    return "; ".join(parts)

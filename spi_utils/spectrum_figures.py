@@ -17,6 +17,7 @@ from spi_utils.plotting import (
     headline,
     new_figure,
     shorten,
+    signed,
     styled,
 )
 from spi_utils.score_figures import planned_layers, planned_values
@@ -189,7 +190,7 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | No
         axes.plot(*line, color=colour, lw=1.2, ls="--")
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="σ_k / σ_1")
     figure.legend(loc="outside right center")
-    headline(figure, _decay_finding(decays), "Dashed: σ_k ~ k^-a fitted over k = 2 … M/2. Large a: compact.")
+    headline(figure, _decay_finding(decays), "Dashed: σ_k ~ k^−a fitted over k = 2 … M/2. Large a: compact.")
     return figure
 
 
@@ -208,8 +209,8 @@ def _decay_finding(decays: Mapping[str, float]) -> str:
         return f"Rank decay of {', '.join(decays)}"
     fast, slow = max(finite, key=lambda name: finite[name]), min(finite, key=lambda name: finite[name])
     return (
-        f"Singular values fall as k^-{finite[fast]:.2f} in {fast}, "
-        f"as k^-{finite[slow]:.2f} in {slow}: the second spectrum is the flatter one"
+        f"Singular values fall as k^{signed(-finite[fast])} in {fast}, "
+        f"as k^{signed(-finite[slow])} in {slow}: the second spectrum is the flatter one"
     )
 
 

@@ -156,7 +156,8 @@ def test_save_writes_the_plan_and_a_reopened_explorer_starts_there(tmp_path):
     )
     assert plan.protected == tuple(state.planned["name"][state.choice.mask])
     again = ExplorerState.open(run.path)
-    assert (again.score, again.direction, again.choice.layers) == ("alpha_decay", "low", state.choice.layers)
+    assert (again.score, again.direction, again.threshold) == ("alpha_decay", "low", state.threshold)
+    assert ExplorerState.open(run, score="alpha_hill").score == "alpha_hill"
 
 
 def test_a_run_without_analysis_names_the_notebook(tmp_path):
@@ -229,13 +230,13 @@ def test_slider_number_box_and_size_box_agree(explorer):
 
 
 def test_a_bad_number_is_refused_visibly(explorer):
-    for text in ("abc", "", "nan", "1e99", "-7"):
+    for place, text in enumerate(("abc", "", "nan", "1e99", "-7")):
         before = explorer.state.threshold
         explorer.number.value = text
         assert explorer.state.threshold == before
         assert "⚠" in explorer.message.value
         assert float(explorer.number.value) == pytest.approx(before, rel=1e-4)
-        explorer.number.value = "4.2"
+        explorer.number.value = f"4.{place + 1}"
         assert explorer.message.value == ""
 
 
