@@ -1,11 +1,14 @@
 """A weight matrix -> its singular values, by the eigenvalues of its Gram matrix.
 
-In float64 they give the same alpha as a float64 SVD to 1e-12, for a quarter of the arithmetic. numpy's
-`eigvalsh` and `matmul` (OpenBLAS) won. Tried and left: scipy's `eigh` with ev, evr and evd (as fast, but they
-keep the GIL, so that layers can't share a process); torch's MKL (slower up to M = 2,000, no faster above);
-LAPACK's two-stage tridiagonalisation (4 to 10 times slower in OpenBLAS' build); `dsyrk` (numpy calls it by
-itself); stacks of equal shapes (LAPACK takes one at a time, and the Python around it is under 1 ms a matrix);
-BLAS threads instead of a layer a core (on 2 cores a third less throughput at M = 576, a tenth less at 2,560).
+In float64 they give the same alpha as a float64 SVD to 1e-12, for a quarter of the arithmetic. What won by
+measurement: numpy's `matmul`, which sees the symmetric product and calls ?syrk, and OpenBLAS' ?syevd (lapack.py).
+What did not:
+
+- the drivers ?syev and ?syevr: the same without vectors; torch's MKL: slower up to M = 2,000, no faster above;
+- numpy's `eigvalsh`: no float32 inside; scipy's `eigh`: keeps the GIL, so layers can't share a process;
+- LAPACK's two-stage tridiagonalisation: 4 to 10 times slower in OpenBLAS' build;
+- stacks of equal shapes: LAPACK takes one at a time, and the Python around it is under 1 ms a matrix;
+- BLAS threads instead of a layer a core: on 2 cores a third less throughput at M = 576, a tenth at 2,560.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 
 from spi_utils.errors import AnalysisError
+from spi_utils.lapack import symmetric_eigenvalues
 from spi_utils.nulls import BLOCK, choose_blocks
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -103,9 +107,7 @@ def _host_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarray,
         return np.full(short, np.nan), NO_MOMENTS
     low, high = torch.aminmax(matrix)
     moments = _moments(sums, shift, matrix.numel(), float(high) - float(low))
-    # Of the drivers tried (scipy's ev, evr and evd; torch's MKL), numpy's is as fast as the fastest and the
-    # only one of them that lets another thread decompose at the same time.
-    return np.linalg.eigvalsh(gram).astype(np.float64), moments
+    return symmetric_eigenvalues(gram).astype(np.float64), moments
 
 
 def _power_sums(entries: np.ndarray, shift: float) -> np.ndarray:
@@ -159,5 +161,5 @@ def block_eigenvalues(matrix: torch.Tensor, *, precision: str = "float64", seed:
         values = torch.linalg.eigvalsh(blocks @ blocks.mT).double().cpu().numpy()
     else:
         stack = blocks.numpy()
-        values = np.linalg.eigvalsh(stack @ stack.transpose(0, 2, 1)).astype(np.float64)
+        values = symmetric_eigenvalues(stack @ stack.transpose(0, 2, 1)).astype(np.float64)
     return np.maximum(values, 0.0)

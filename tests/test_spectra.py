@@ -10,6 +10,7 @@ import torch
 from spi_utils import decompose as decomposition
 from spi_utils.decompose import block_eigenvalues, decompose
 from spi_utils.errors import AnalysisError
+from spi_utils.lapack import symmetric_eigenvalues
 from spi_utils.nulls import block_hill, choose_blocks, gaussian_hill
 from spi_utils.powerlaw import decay_alpha, fit_power_law, hill_alpha
 from spi_utils.spectra import COLUMNS, analyze_matrix
@@ -99,6 +100,23 @@ def test_the_device_path_gives_the_host_numbers(precision):
     np.testing.assert_allclose(values, expected, rtol=1e-3 if precision == "float32" else 1e-10)
     for name in ("mean", "variance", "kurtosis", "span"):
         assert getattr(moments, name) == pytest.approx(getattr(same, name), rel=1e-3), name
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (77, 77), (3, 40, 40)])
+def test_lapack_called_directly_gives_numpys_eigenvalues(dtype, shape):
+    half = np.random.default_rng(0).standard_normal(shape)
+    symmetric = (half + half.swapaxes(-1, -2)).astype(dtype)
+    got = symmetric_eigenvalues(symmetric.copy())
+    assert got.dtype == dtype
+    tolerance = 1e-12 if dtype == np.float64 else 1e-4
+    np.testing.assert_allclose(got, np.linalg.eigvalsh(symmetric.astype(np.float64)), atol=tolerance)
+
+
+@pytest.mark.parametrize("matrix", [np.eye(3, 4), np.ones((2, 2), int), np.eye(4)[::2, ::2], np.ones(3)])
+def test_lapack_refuses_what_it_would_misread(matrix):
+    with pytest.raises(ValueError, match="expected C-contiguous"):
+        symmetric_eigenvalues(matrix)
 
 
 # --- the power-law fit -----------------------------------------------------------------------------------
