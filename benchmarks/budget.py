@@ -11,11 +11,9 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from spi_utils.budget import MACHINES, Cost, Machine, Model, beside_actual, budget, check_budget
+from spi_utils.budget import MACHINES, Cost, Machine, Model, beside_actual, budget, check_budget, work_of
 from spi_utils.runs import existing_run, read_layers, run_info, write_json
 
-# Texts × windows × length, and variants scored (reference, nf4, plan, controls) of evaluate's profiles.
-PROFILES = {"quick": (24 * 256, 11), "full": (2 * 96 * 512, 16)}
 LIMITS = {"quick": 20, "full": 40}  # minutes that the project promises on a T4
 
 
@@ -31,7 +29,7 @@ def qwen35_4b() -> Model:
 
 def table(model: Model, machine: Machine, profile: str, run: Path | None) -> tuple[list[Cost], str]:
     """The costs of one profile on one machine, and them as a Markdown table with its problems."""
-    tokens, variants = PROFILES[profile]
+    tokens, variants = work_of(profile)
     costs = budget(model, machine, tokens=tokens, variants=variants)
     stages = run_info(existing_run(run))["stages"] if run else {}
     notes = check_budget(costs, machine) or [
@@ -48,7 +46,7 @@ def main() -> None:
     model = Model.of_layers(read_layers(existing_run(asked.run))) if asked.run else qwen35_4b()
     results = {}
     for machine in MACHINES.values():
-        for profile in PROFILES:
+        for profile in LIMITS:
             costs, text = table(model, machine, profile, asked.run)
             print(f"### {machine.name}, {profile}\n\n{text}")
             results[f"{machine.name}, {profile}"] = [asdict(cost) for cost in costs]

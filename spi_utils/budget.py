@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
+from spi_utils.platforms import find_gpus, platform_name
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from spi_utils.models import ModelSource
 
 SENSITIVITY_TOKENS = 32 * 256
 BACKWARD = 3  # a forward and a backward pass, in forward passes
@@ -232,3 +235,36 @@ def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]
         lines.append(f"| {cost.stage} | {cost.minutes:.1f} | {minutes} | {numbers} |")
     total = sum(cost.minutes for cost in costs)
     return "\n".join([*lines, f"| **all** | **{total:.1f}** | | | | | |"])
+
+
+def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> list[Cost]:
+    """Print the budget of all stages on Kaggle or Colab before they start; nothing, and no costs, elsewhere.
+
+    Raises:
+        PlatformError: the run does not fit this platform; says which stage lacks what.
+    """
+    import pandas as pd
+
+    from spi_utils.models import list_layers
+
+    machine = MACHINES.get(platform_name())
+    if machine is None or not any(gpu.usable for gpu in find_gpus()[:1]):
+        return []
+    model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
+    tokens, variants = work_of(profile, random_seeds)
+    costs = budget(model, machine, tokens=tokens, variants=variants)
+    problems = check_budget(costs, machine)
+    if problems:
+        raise PlatformError(f"{source.id} does not fit: {'; '.join(problems)}. Use a smaller model.")
+    print(f"Budget on {machine.name}, by arithmetic:\n{beside_actual(costs, {})}")
+    return costs
+
+
+def work_of(profile: str, random_seeds: int = 5) -> tuple[int, int]:
+    """Tokens scored and variants scored (reference, nf4 and plan among them) of an evaluation's profile."""
+    from spi_utils.evaluate import PROFILES
+
+    chosen = PROFILES[profile]
+    named = [control for control in chosen.controls if control != "random"]
+    randoms = random_seeds if "random" in chosen.controls else 0
+    return chosen.windows * chosen.length * chosen.texts, 3 + len(named) + randoms

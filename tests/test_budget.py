@@ -3,17 +3,29 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from benchmarks.budget import LIMITS, PROFILES, qwen35_4b, table
+from benchmarks.budget import LIMITS, qwen35_4b, table
+from spi_utils import budget as budgets
 from spi_utils import footprint
-from spi_utils.budget import KEPT, MACHINES, SHARE, Model, beside_actual, budget, check_budget
+from spi_utils.budget import (
+    KEPT,
+    MACHINES,
+    SHARE,
+    Model,
+    announce,
+    beside_actual,
+    budget,
+    check_budget,
+    work_of,
+)
 from spi_utils.errors import PlatformError
+from spi_utils.platforms import Gpu
 from spi_utils.runs import stage
 
 KAGGLE, COLAB = MACHINES["kaggle"], MACHINES["colab"]
 
 
 def quick(model, machine):
-    tokens, variants = PROFILES["quick"]
+    tokens, variants = work_of("quick")
     return budget(model, machine, tokens=tokens, variants=variants)
 
 
@@ -53,7 +65,7 @@ def test_the_table_gives_the_same_model_as_the_shapes():
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", LIMITS)
 def test_qwen_fits_a_t4_in_the_promised_time(machine, profile):
     costs, _ = table(qwen35_4b(), machine, profile, None)
     assert check_budget(costs, machine) == []
@@ -67,6 +79,26 @@ def test_what_does_not_fit_is_said():
     assert any("evaluate needs about" in line and "GB of memory" in line for line in problems)
     small = replace(KAGGLE, disk_bytes=5_000_000_000)
     assert check_budget(quick(qwen35_4b(), small), small) == ["the run leaves 6.3 GB, Kaggle, T4 has 5"]
+
+
+def test_the_profiles_work_is_counted():
+    assert work_of("quick") == (24 * 256, 11)  # reference, nf4, plan; other end, fisher, int8; 5 random
+    assert work_of("full", random_seeds=2) == (2 * 96 * 512, 13)
+
+
+def test_a_run_is_announced_on_a_t4_only_and_refused_where_it_does_not_fit(tiny, monkeypatch, capsys):
+    from spi_utils.models import resolve
+
+    source = resolve(str(tiny("llama")))
+    assert announce(source, "quick") == [] and capsys.readouterr().out == ""
+    monkeypatch.setattr(budgets, "platform_name", lambda: "colab")
+    monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("Tesla T4", (7, 5), COLAB.gpu_bytes),))
+    costs = announce(source, "quick")
+    assert "Budget on Colab, T4" in capsys.readouterr().out
+    assert next(c for c in costs if c.stage == "fetch").disk == 2 * 631_936
+    monkeypatch.setitem(budgets.MACHINES, "colab", replace(COLAB, ram_bytes=1))
+    with pytest.raises(PlatformError, match=r"does not fit: fetch needs about 3\.0 GB of memory"):
+        announce(source, "quick")
 
 
 def test_twice_the_windows_cost_no_more_than_twice_the_evaluation():
