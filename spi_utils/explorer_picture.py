@@ -141,7 +141,7 @@ def _places(length: int, cells: int) -> tuple[NDArray[np.int64], NDArray[np.bool
 
 
 def _draw_map(axes: Axes, grid: LayerGrid) -> None:
-    draw_grid(axes, grid)
+    draw_grid(axes, grid, most_labels=16)
     axes.set_title("What is kept in 16-bit, a cell a layer", loc="left", fontsize=10)
     axes.plot([], [], "s", ms=8, color=KEPT, label="16-bit")
     axes.plot([], [], "s", ms=8, color=REST, label="4-bit (NF4)")

@@ -27,6 +27,7 @@ from spi_utils.plotting import (
     shorten,
     styled,
 )
+from spi_utils.pricing import nominal_bits
 from spi_utils.score_figures import planned_layers
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 
 FORMAT_LABELS = {"16bit": "16-bit", "int8": "8-bit (int8)", "nf4": "4-bit (NF4)"}
 EMPTY = "#FFFFFF"
+OTHER_FORMAT = SKY
 MOST_COLUMNS = 400
+MOST_LABELS = 40
 
 
 class LayerGrid:
@@ -81,7 +84,7 @@ class LayerGrid:
         image = np.zeros((*self.shape, 3), np.float32)
         for name, chosen in formats.items():
             share = np.nan_to_num(self.share(chosen)).astype(np.float32)
-            image += share[..., None] * np.array(to_rgb(FORMAT_COLOURS.get(name, GREY)), np.float32)
+            image += share[..., None] * np.array(to_rgb(FORMAT_COLOURS.get(name, OTHER_FORMAT)), np.float32)
         image[self._empty] = to_rgb(EMPTY)
         return (255 * image.clip(0, 1) + 0.5).astype(np.uint8)
 
@@ -91,11 +94,16 @@ class LayerGrid:
         return [f"{k}/{n}" for k, n in zip(kept, np.bincount(self.rows), strict=True)]
 
 
-def draw_grid(axes: Axes, grid: LayerGrid) -> None:
-    """Set up the axes of a depth × type map: ticks, labels and thin white lines between cells."""
+def draw_grid(axes: Axes, grid: LayerGrid, most_labels: int = MOST_LABELS) -> None:
+    """Set up the axes of a depth × type map: ticks, labels and thin white lines between cells.
+
+    Args:
+        most_labels: how many types can be named without overlap; of more, every second, third, … is.
+    """
     left, right, bottom, top = grid.extent
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="depth (block)")
-    axes.set_yticks(range(grid.shape[0]), [shorten(name, 24) for name in grid.types])
+    named = range(0, grid.shape[0], -(-grid.shape[0] // most_labels))
+    axes.set_yticks(named, [shorten(grid.types[row], 24) for row in named])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -110,7 +118,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     grid = LayerGrid(layers)
     planned = planned_layers(layers)
     held = np.array([plan.formats.get(name, "16bit") for name in planned["name"]])
-    figure = new_figure(height=1.7 + 0.32 * len(grid.types))
+    figure = new_figure(height=1.7 + 0.32 * min(len(grid.types), MOST_LABELS))
     axes = figure.add_subplot()
     draw_grid(axes, grid)
     image = grid.colours({name: held == name for name in np.unique(held)})
@@ -120,8 +128,9 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
         axes.annotate(
             count, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=GREY
         )
-    for name in sorted(set(held), key=list(FORMAT_COLOURS).index):
-        axes.plot([], [], "s", ms=9, color=FORMAT_COLOURS[name], label=FORMAT_LABELS[name])
+    for name in sorted(set(held), key=nominal_bits, reverse=True):
+        colour = FORMAT_COLOURS.get(name, OTHER_FORMAT)
+        axes.plot([], [], "s", ms=9, color=colour, label=FORMAT_LABELS.get(name, name))
     figure.legend(loc="outside lower center", ncols=3)
     headline(figure, _map_finding(plan, held))
     return figure

@@ -230,7 +230,7 @@ def single_spectrum(layers: pd.DataFrame, spectra: Spectra, name: str) -> Figure
         draw_density(left, spectra[name], row)
         left.set_ylabel("density of eigenvalues")
         _draw_decay(right, spectra[name])
-    headline(figure, f"{shorten(name, 70)}  ({row['rows']} × {row['cols']}, {row['status']})")
+    headline(figure, f"Layer {shorten(name, 64)}  ({row['rows']} × {row['cols']}, {row['status']})")
     return figure
 
 

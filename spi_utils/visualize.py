@@ -83,7 +83,8 @@ def all_figures(
     }
     if sensitivity_column(layers) is not None:
         figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
-        curves = frontier(layers, double_quant=plan.double_quant)
+        formats = tuple(dict.fromkeys(["nf4", *plan.formats.values(), "16bit"]))
+        curves = frontier(layers, formats=formats, double_quant=plan.double_quant)
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(curves, plan)
     return figures

@@ -206,6 +206,17 @@ def test_plan_map_colours_each_cell_by_its_format(layers):
     assert title(figure).startswith("20 of 70 layers stay in 16-bit")
 
 
+def test_plans_of_three_formats_are_drawn(layers):
+    plan = make_plan(layers, score="fisher", rule="matrix_bits", value=7.0, formats=("nf4", "int8", "16bit"))
+    figures = visualize.all_figures(layers, spectra_of(layers), plan)
+    labels = [text.get_text() for text in figures["plan_map"].legends[0].get_texts()]
+    assert "8-bit (int8)" in labels
+    optimum = next(line for line in figures["frontier"].axes[0].lines if line.get_label() == "optimum")
+    assert plan.predicted_kl == pytest.approx(
+        np.interp(plan.bytes["total"] / 1e9, optimum.get_xdata(), optimum.get_ydata()), rel=0.5
+    )
+
+
 def test_cells_that_several_layers_share_show_the_share_of_weights():
     table = pd.DataFrame(
         {"type": ["e", "e", "e"], "depth": [0, 0, 1], "numel": [30, 10, 5], "quantizable": True}
