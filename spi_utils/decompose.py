@@ -1,11 +1,12 @@
 """A weight matrix -> its singular values, by the eigenvalues of its Gram matrix.
 
 In float64 they give the same alpha as a float64 SVD to 1e-12, for a quarter of the arithmetic. What won by
-measurement: numpy's `matmul`, which sees the symmetric product and calls ?syrk, and OpenBLAS' ?syevd (lapack.py).
+measurement: numpy's `matmul`, which sees the symmetric product and calls ?syrk, and OpenBLAS' ?syevd
+(lapack.py).
 What did not:
 
 - the drivers ?syev and ?syevr: the same without vectors; torch's MKL: slower up to M = 2,000, no faster above;
-- numpy's `eigvalsh`: no float32 inside; scipy's `eigh`: keeps the GIL, so layers can't share a process;
+- numpy's `eigvalsh`: no float32 inside; scipy's `eigh`: keeps the GIL, so no layers side by side;
 - LAPACK's two-stage tridiagonalisation: 4 to 10 times slower in OpenBLAS' build;
 - stacks of equal shapes: LAPACK takes one at a time, and the Python around it is under 1 ms a matrix;
 - BLAS threads instead of a layer a core: on 2 cores a third less throughput at M = 576, a tenth at 2,560.
