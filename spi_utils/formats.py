@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import AnalysisError, PlanError
-from spi_utils.nf4 import BLOCK, CHUNK, NF4_LEVELS, TINY, check_finite, nf4_codes, nf4_levels
+from spi_utils.nf4 import BLOCK, CHUNK, NF4_LEVELS, TINY, check_finite, nf4_codes, nf4_levels, one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -237,19 +236,6 @@ def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
         state.shape = torch.Size((1, numel + numel % 2))
     values = functional.dequantize_4bit(packed.codes, state)
     return values.reshape(-1)[:numel].reshape(packed.shape)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums under this context don't depend on the number of threads."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:

@@ -8,13 +8,20 @@ by it, becomes the index of the nearest of 16 levels, quantiles of a normal dist
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, TypeVar
 
 from spi_utils.errors import AnalysisError
 
 if TYPE_CHECKING:
     import torch
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 BLOCK = 64  # weights that share one absmax
 TINY = 1e-38  # bitsandbytes divides by max(absmax, TINY), so that an all-zero block stays zero
@@ -28,6 +35,9 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+ZERO_INDEX = NF4_LEVELS.index(0.0)  # the code of the zero that pads an odd number of weights
+
+_THREADS = RLock()
 
 
 def nf4_levels(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -49,20 +59,60 @@ def nf4_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = numel - numel % BLOCK
     codes = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
-    for start in range(0, whole, CHUNK):
-        x = flat[start : min(start + CHUNK, whole)].float().view(-1, BLOCK)
-        peak = x.abs().amax(dim=1)
-        check_finite(peak)
-        absmax[start // BLOCK :][: len(peak)] = peak
-        x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1).view(-1)
-        codes[start // 2 :][: len(x) // 2, 0] = _pairs(_nearest_level(x))
-    if whole < numel:  # the last, partial block: bitsandbytes divides, instead of multiplying by a reciprocal
-        rest = flat[whole:].float()
-        absmax[-1] = rest.abs().max().clamp(min=TINY)
-        check_finite(absmax[-1:])
-        x = torch.nn.functional.pad((rest / absmax[-1]).clamp_(-1, 1), (0, numel % 2))
-        codes[whole // 2 :, 0] = _pairs(_nearest_level(x))
+
+    def fill(start: int) -> None:
+        stop = min(start + CHUNK, whole)
+        absmax[start // BLOCK : stop // BLOCK], index = _whole_blocks(flat[start:stop])
+        codes[start // 2 : stop // 2, 0] = _pairs(index)
+
+    map_parts(fill, range(0, whole, CHUNK))
+    if whole < numel:
+        absmax[-1:], index = _last_block(flat[whole:])
+        codes[whole // 2 :, 0] = _pairs(torch.nn.functional.pad(index, (0, numel % 2), value=ZERO_INDEX))
     return codes, absmax
+
+
+def _whole_blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # (n,) -> absmax (n/64,), indices (n,)
+    x = weights.float().view(-1, BLOCK)
+    peak = x.abs().amax(dim=1)
+    check_finite(peak)
+    x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1)
+    return peak, _nearest_level(x.view(-1))
+
+
+def _last_block(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # The last, partial block: bitsandbytes divides, instead of multiplying by a reciprocal, and keeps TINY.
+    x = weights.float()
+    peak = x.abs().amax().clamp(min=TINY)
+    check_finite(peak)
+    return peak[None], _nearest_level((x / peak).clamp_(-1, 1))
+
+
+def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """`work` on every part, a thread a part, while torch's own operations use one thread.
+
+    Splitting each small operation between threads instead waits for the slowest of them every time: on a busy
+    machine that costs more than it gains.
+    """
+    if len(parts) < 2:
+        return [work(part) for part in parts]
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, parts))
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """torch operations use one thread here, so sums don't depend on the machine; yields how many it had."""
+    import torch
+
+    with _THREADS:  # the number is the process', not the caller's
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(threads)
 
 
 def check_finite(absmax: torch.Tensor) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,9 @@ import torch
 
 from spi_utils.checkpoint import Item, SavedWeights, Saving, in_linear_order, read_saved, saved_weights
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import BLOCK, NESTED_BLOCK, one_thread
+from spi_utils.formats import NESTED_BLOCK
 from spi_utils.models import ModelSource, Weights
+from spi_utils.nf4 import BLOCK, map_parts, one_thread
 from spi_utils.progress import progress
 from spi_utils.tensorfile import TensorReader
 from spi_utils.weights import shard_paths
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 SIZE_TOLERANCE = 0.005  # share of the predicted size
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 LOGIT_TOLERANCE = 0.01  # share of the logits' standard deviation; equal bits leave only the kernels' rounding
-CHUNK = 1 << 22  # weights that bitsandbytes quantizes at once: its CPU path makes many float32 copies
+CHUNK = 1 << 20  # weights that bitsandbytes quantizes at once: its CPU path makes many float32 copies
 MEMORY_FACTOR = 1.3  # a loaded model against its files
 INTERPRETER = 1_500_000_000  # bytes of a process with transformers and bitsandbytes in it, and activations
 FRESH_CHECK = Path(__file__).with_name("fresh_check.py")
@@ -110,10 +112,10 @@ def bitsandbytes_tensors(weight: torch.Tensor, double_quant: bool) -> dict[str, 
     """What bitsandbytes' own functions make of a matrix, in parts: its blocks don't depend on each other."""
     from bitsandbytes import functional
 
-    parts = [
-        functional.quantize_4bit(part.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        for part in weight.reshape(-1).split(CHUNK)
-    ]
+    def quantize_part(part: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return functional.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4")
+
+    parts = map_parts(quantize_part, weight.reshape(-1).split(CHUNK))
     state = parts[0][1]
     state.absmax = torch.cat([part[1].absmax for part in parts])
     state.shape = weight.shape
@@ -172,6 +174,11 @@ def check_fresh(
             "The model is too large to be loaded on this machine: classes were checked without weights (meta "
             "device), all bits by reading the files; logits were not compared."
         )
+    if shadowed := shadowed_modules(folder, items):
+        report["notes"].append(
+            f"{', '.join(shadowed[:3])}: their names begin like that of a 16-bit module, which transformers "
+            "before 5.23 takes for the same: there they would stay unquantized, and not load."
+        )
     if awkward:
         report["notes"].append(
             f"{len(awkward)} NF4 layers ({', '.join(awkward[:3])}) have out_features that 32 does not divide "
@@ -179,6 +186,18 @@ def check_fresh(
             "AVX512-BF16, so logits were not compared on the CPU."
         )
     return report
+
+
+def shadowed_modules(folder: Path, items: Sequence[Item]) -> list[str]:
+    """NF4 modules that the looser name matching of transformers 5.0 to 5.15 takes for skipped ones."""
+    config = json.loads((folder / "config.json").read_text())
+    skipped = config.get("quantization_config", {}).get("llm_int8_skip_modules") or []
+    return [
+        item.module
+        for item in items
+        if item.fmt == "nf4"
+        and any(re.match(key, item.module) or item.module.endswith(key) for key in skipped)
+    ]
 
 
 def _runs_everywhere(item: Item, weights: Weights) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_double_quantization_is_bitsandbytes_whatever_the_threads(threads):
     torch.set_num_threads(before)
     assert torch.equal(packed.codes, expected.codes)
     assert packed.nested[2] == expected.nested[2]
+
+
+def test_many_callers_at_once_get_the_same_codes_and_leave_the_threads_alone():
+    weight = gaussian(700, 1031, torch.float16)  # three parts
+    expected = quantize(weight, "nf4").codes
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: quantize(weight, "nf4").codes, range(8)))
+    assert all(torch.equal(codes, expected) for codes in found)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -196,6 +196,14 @@ def test_layers_that_some_cpus_cannot_run_are_said(tmp_path, here):
     assert "AVX512-BF16" in notes[0] and "mlp" in notes[0]
 
 
+def test_names_that_older_transformers_confuse_are_found(tmp_path):
+    config = {"quantization_config": {"llm_int8_skip_modules": ["model.layers.1.mlp.gate", "up_proj"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ["model.layers.1.mlp.gate_proj", "model.layers.11.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    items = [SimpleNamespace(module=name, fmt="nf4") for name in names]
+    assert verify.shadowed_modules(tmp_path, items) == [names[0], names[2]]
+
+
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_everything_and_nothing(tiny, tmp_path, keep, here):
     run, source, plan = prepare(tiny("llama"), tmp_path, keep=keep)
