@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.quantize import synthetic
 from spi_utils import fresh_check, verify
 from spi_utils import quantize as q
 from spi_utils.checkpoint import saved_weights
@@ -294,6 +297,15 @@ def test_the_same_is_recognised_and_another_plan_replaces_it(tiny, tmp_path, her
     q.quantize(run, source, plan_for(source, keep=0.2), device="cpu")
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != first
     assert not (run.path / ".model-old").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_4_gb_needs_its_largest_tensor_and_little_more():
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(synthetic, 4.4).result()
+    assert found["source_gb"] >= 4
+    assert found["peak_rss_above_gb"] <= 1.5 + found["largest_tensor_gb"]
+    assert found["saved_gb"] == pytest.approx(found["planned_gb"], rel=0.005)
 
 
 # --- casts -----------------------------------------------------------------------------------------------
