@@ -83,8 +83,8 @@ def sensitivities(
             (the oracle, no gradients), or a text as in `texts.load_text`.
         formats: whose costs are wanted.
         device, dtype: where and in which compute dtype.
-        seed: of the sampled text and of the pseudo-labels.
-        refine_at: matrix bits (bits a weight over the planned matrices) at whose cut layers are measured.
+        seed: of the sampled text and labels.
+        refine_at: matrix bits at whose cut layers are measured, on the text that gradients are taken on.
         windows, length: of the text that gradients are taken on (32 × 256), or the oracle is measured on (8).
         text: what the sum over layers is measured on, and the oracle's layers.
         force: forget unfinished work.
@@ -92,8 +92,8 @@ def sensitivities(
     Returns:
         A row a quantizable layer, indexed by name, nats a token: `fisher_<fmt>` (per block of positions),
         `fisher_token_<fmt>`, `fisher_seq_<fmt>`, each with its standard error `…_se`; `measured_<fmt>` or
-        `refined_<fmt>` where asked for; and `predicted_<fmt>`.
-        `attrs["sensitivity"]` says what was done: texts, costs, the measured sums.
+        `refined_<fmt>` where asked for; and `predicted_<fmt>`. `attrs["sensitivity"]` tells
+        the texts, the costs and the measured sums.
 
     Raises:
         AnalysisError: an unknown setting, or not enough memory (says how much, and what to change).
@@ -104,16 +104,13 @@ def sensitivities(
         return pd.DataFrame(index=pd.Index(names, name="name"))
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    default = YARDSTICK_WINDOWS if sensitivity == "measured" else WINDOWS
-    settings = Settings(
-        sensitivity, tuple(formats), str(place), str(kind), seed, tuple(refine_at),
-        windows or default, length or LENGTH, text,
-    )  # fmt: skip
+    count = windows or (YARDSTICK_WINDOWS if sensitivity == "measured" else WINDOWS)
+    where = (str(place), str(kind), seed, tuple(refine_at), count, length or LENGTH, text)
+    settings = Settings(sensitivity, tuple(formats), *where)
     _check(settings)
     folder = _claim(run, source, settings, names, force)
     with open_weights(source) as weights:
-        model = load_model(source, device=place, dtype=kind)
-        switch = Switch(model, weights, names)
+        switch = Switch(load_model(source, device=place, dtype=kind), weights, names)
         work = Work(folder, switch, load_tokenizer(source), settings)
         columns = work.columns(frame.set_index("name").loc[names])
     table = pd.DataFrame(columns, index=pd.Index(names, name="name"))
@@ -194,7 +191,7 @@ class Work:
         )
         self.notes["estimated_peak_gb"] = round(plan.bytes / 1e9, 2)
         firsts = range(0, len(windows), plan.batch)
-        paths = [self.folder / f"slopes-{first:05d}.npz" for first in firsts]
+        paths = [self.folder / f"slopes-{first:05d}-{plan.batch}.npz" for first in firsts]
         todo = [(first, path) for first, path in zip(firsts, paths, strict=True) if not path.exists()]
         if todo:
             self._quantize()
