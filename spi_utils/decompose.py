@@ -5,7 +5,7 @@ measurement: numpy's `matmul`, which sees the symmetric product and calls ?syrk,
 (lapack.py).
 What did not:
 
-- the drivers ?syev and ?syevr: the same without vectors; torch's MKL: slower up to M = 2,000, no faster above;
+- the drivers ?syev and ?syevr: the same without vectors; torch's MKL: slower up to M = 2,000;
 - numpy's `eigvalsh`: no float32 inside; scipy's `eigh`: keeps the GIL, so no layers side by side;
 - LAPACK's two-stage tridiagonalisation: 4 to 10 times slower in OpenBLAS' build;
 - stacks of equal shapes: LAPACK takes one at a time, and the Python around it is under 1 ms a matrix;
