@@ -1,4 +1,4 @@
-"""What SafeFP16Linear costs beside nn.Linear, and what doing without dequantization is worth: NF4 beside 16-bit.
+"""What SafeFP16Linear costs beside nn.Linear, and what no dequantization is worth: NF4 beside 16-bit.
 
     python -m benchmarks.safe_linear [--json FILE] [--device cpu] [--rounds 15]
 
