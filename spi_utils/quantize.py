@@ -7,18 +7,16 @@ disk and proven before the stage reports success (verify.py).
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from spi_utils.checkpoint import (
     OVERFLOW,
@@ -34,13 +32,14 @@ from spi_utils.checkpoint import (
     scan_casts,
     settle,
 )
+from spi_utils.companions import skip_modules, write_rest
 from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.models import ModelSource, Weights, list_layers, open_weights, resolve_device
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
-from spi_utils.runs import Run, atomic_path, read_json, stage, write_json, write_text
+from spi_utils.runs import Run, atomic_path, read_json, stage, write_json
 from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
-from spi_utils.tensorfile import TensorReader, TensorWriter, header_bound
+from spi_utils.tensorfile import TensorWriter, header_bound
 from spi_utils.verify import verify
 
 if TYPE_CHECKING:
@@ -57,12 +56,6 @@ __all__ = [
     "skip_modules",
 ]
 
-INDEX = "model.safetensors.index.json"
-# What travels along from the source's folder.
-COMPANIONS = (
-    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken"),
-    *("chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
 SPARE_DISK = 50_000_000  # bytes beside the weights: tokenizer, index, directory entries
 WORKING_MEMORY = 1_000_000_000  # bytes beside the largest tensor's own
 
@@ -135,7 +128,7 @@ def _make(
         casts = scan_casts(weights, items, saving.storage)
         saving = settle(saving, casts)
         _write_shards(folder, _split(items, shard_bytes), weights, saving)
-        _write_rest(folder, source, weights, plan, saving)
+        write_rest(folder, source, weights, plan, saving)
         report = verify(folder, source, weights, items, plan, saving)
     return report | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
 
@@ -262,85 +255,6 @@ def _write_shard(path: Path, items: Sequence[Item], weights: Weights, saving: Sa
             value = read_saved(weights, item, saving)
             for name, tensor in file_tensors(value, item, weights, saving.double_quant):
                 writer.add(name, tensor)
-
-
-# --- what lies beside the weights ------------------------------------------------------------------------
-
-
-def _write_rest(
-    folder: Path,
-    source: ModelSource,
-    weights: Weights,
-    plan: ProtectionPlan,
-    saving: Saving,
-) -> None:
-    """Index, configuration, tokenizer and the like, the plan, and the script that runs the model."""
-    _write_index(folder)
-    for path in _companions(source):
-        shutil.copyfile(path, folder / path.name)
-    plan.write(folder / "plan.json")
-    write_text(folder / "generate.py", _example("generate.py"))
-    config = copy.deepcopy(weights.model.config)
-    config.architectures = [type(weights.model).__name__]
-    config.dtype = saving.storage
-    if any(fmt == "nf4" for fmt in plan.formats.values()):
-        config.quantization_config = _quantization_config(weights.model, plan, saving)
-    config.save_pretrained(folder)
-
-
-def _write_index(folder: Path) -> None:
-    shards = sorted(folder.glob("*.safetensors"))
-    if len(shards) == 1:
-        return
-    where: dict[str, str] = {}
-    total = 0
-    for path in shards:
-        with TensorReader(path) as reader:
-            where |= dict.fromkeys(reader.keys(), path.name)
-            total += reader.nbytes()
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-
-
-def _companions(source: ModelSource) -> list[Path]:
-    patterns = (*COMPANIONS, "*.py") if source.trust_remote_code else COMPANIONS
-    found = {path for pattern in patterns for path in source.directory.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
-
-
-def _example(name: str) -> str:
-    """The text of a script from `examples/`, installed or beside this package."""
-    try:
-        return resources.files("spi_utils.examples").joinpath(name).read_text(encoding="utf-8")
-    except ModuleNotFoundError:
-        return (Path(__file__).parent.parent / "examples" / name).read_text(encoding="utf-8")
-
-
-def _quantization_config(model: nn.Module, plan: ProtectionPlan, saving: Saving) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=saving.compute,
-        bnb_4bit_use_double_quant=plan.double_quant,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=skip_modules(model, plan),
-    )
-
-
-def skip_modules(model: nn.Module, plan: ProtectionPlan) -> list[str]:
-    """Full names of all modules that bitsandbytes would replace and the plan doesn't make NF4.
-
-    Giving any list drops transformers' own, so heads (tied ones too) must stand in it. Names are plain, not
-    escaped: other loaders match them as they are.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and plan.formats.get(name) != "nf4"
-    ]
 
 
 def _promote(made: Path, target: Path) -> None:
