@@ -30,10 +30,10 @@ run: $(INSTALLED)  ## the whole pipeline on the bundled model, into runs/smollm2
 	@$(PY) -m spi_utils run -p model bundled -p run_dir $(RUN) -p profile quick
 
 test: $(INSTALLED) lint  ## ruff, mypy and the whole test suite
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## unit tests only
-	@$(PY) -m pytest -m "not slow and not browser"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	@$(PY) -m ruff check .

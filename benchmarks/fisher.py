@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from spi_utils.fisher import BLOCK, per_block, random_windows, sample_windows, slopes
-from spi_utils.footprint import choose_batch
-from spi_utils.measure import IN_BLOCK, Measure
+from spi_utils.costs.fisher import BLOCK, per_block, random_windows, sample_windows, slopes
+from spi_utils.costs.footprint import choose_batch
+from spi_utils.costs.measure import IN_BLOCK, Measure
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.progress import progress
 from spi_utils.runs import write_json

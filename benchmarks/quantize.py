@@ -90,7 +90,7 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
     import pandas as pd
 
     from spi_utils import quantize as q
-    from spi_utils import verify
+    from spi_utils.checkpoints import verify
     from spi_utils.models import list_layers
     from spi_utils.plan import make_plan
     from spi_utils.runs import open_run, peak_rss_bytes, run_info
@@ -121,7 +121,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spi_utils.tensorfile import TensorWriter, header_bound
+    from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 
     per_layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
     layers = max(1, -(-int(gigabytes * 1e9 - 2 * HIDDEN * VOCABULARY) // per_layer))

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from spi_utils.analyze import analyze
-from spi_utils.fisher import per_sequence, per_token, sample_windows, slopes
+from spi_utils.costs.fisher import per_sequence, per_token, sample_windows, slopes
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.plan import equal_bytes_plan, predicted_kl
-from spi_utils.pricing import price
+from spi_utils.planning.pricing import price
+from spi_utils.planning.scores import available_scores
 from spi_utils.runs import atomic_path, fingerprint, open_run, run_info, write_json, write_text
-from spi_utils.scores import available_scores
 from spi_utils.scoring import Reference, reference_states, token_scores
 from spi_utils.sensitivity import sensitivities
 from spi_utils.stats import draw_counts, estimate

@@ -47,11 +47,11 @@ def _run(parameters: dict[str, Any]) -> None:
 
 def _auto_run_dir(parameters: dict[str, Any]) -> Path:
     from spi_utils.runs import run_path
-    from spi_utils.sources import resolve
+    from spi_utils.source.sources import resolve
 
     defaults = parameters_of(ALL)
     names = ("model", "revision", "trust_remote_code")
-    chosen = {name: parameters.get(name, defaults.get(name)) for name in names}
+    chosen: dict[str, Any] = {name: parameters.get(name, defaults[name]) for name in names}
     source = resolve(
         chosen["model"], chosen["revision"] or None, trust_remote_code=chosen["trust_remote_code"]
     )

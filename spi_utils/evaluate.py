@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import spi_utils
 from spi_utils import runs
-from spi_utils.claims import audit
-from spi_utils.controls import FULL, QUICK, make_variants
 from spi_utils.errors import EvaluationError
-from spi_utils.evaluation import Evaluation, Job, assemble
+from spi_utils.judging.claims import audit
+from spi_utils.judging.controls import FULL, QUICK, make_variants
+from spi_utils.judging.evaluation import Evaluation, Job, assemble
+from spi_utils.judging.speed import measure_run
 from spi_utils.plan import ProtectionPlan
-from spi_utils.speed import measure_run
 
 if TYPE_CHECKING:
+    from spi_utils.judging.rivals import Rival
     from spi_utils.models import ModelSource
-    from spi_utils.rivals import Rival
     from spi_utils.texts import Text
 
 
@@ -129,7 +129,7 @@ def _where(device: str, dtype: str) -> dict[str, str]:
 def _prepare(
     run: runs.Run, source: ModelSource, settings: dict[str, Any], texts: str | Path | Sequence[str | Path]
 ) -> Job:
-    from spi_utils.rivals import find_rivals
+    from spi_utils.judging.rivals import find_rivals
     from spi_utils.texts import load_texts
 
     layers = runs.read_layers(run)
@@ -151,7 +151,7 @@ def _hashes(
     run: runs.Run, source: ModelSource, texts: Sequence[Text], rivals: Sequence[Rival]
 ) -> dict[str, str]:
     """SHA-256 of everything that the numbers depend on."""
-    from spi_utils.saved import checkpoint_hash
+    from spi_utils.checkpoints.saved import checkpoint_hash
 
     return {
         "weights": source.sha256,
@@ -167,7 +167,7 @@ def _hashes(
 def code_hash() -> str:
     """SHA-256 over the package's version and its modules' sources, in name order."""
     total = hashlib.sha256(spi_utils.__version__.encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         total.update(f"{file.name} {runs.sha256_file(file)}\n".encode())
     return total.hexdigest()
 
@@ -176,7 +176,7 @@ def _evaluate(job: Job, stage: runs.Stage) -> Evaluation:
     """Score, compute the numbers and audit the claim."""
     import torch
 
-    from spi_utils.session import Session, make_samples
+    from spi_utils.judging.session import Session, make_samples
 
     settings = job.settings
     samples = make_samples(
@@ -201,7 +201,7 @@ def _evaluate(job: Job, stage: runs.Stage) -> Evaluation:
     scores = session.score()
     evaluation = assemble(job, session, scores)
     if settings["lm_eval"]:
-        from spi_utils.tasks import score_tasks
+        from spi_utils.judging.tasks import score_tasks
 
         *names, limit = settings["lm_eval"]
         evaluation = replace(evaluation, tasks=score_tasks(session, names, limit))

@@ -15,8 +15,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from spi_utils.checkpoints.nf4 import (
+    BLOCK,
+    CHUNK,
+    NF4_LEVELS,
+    TINY,
+    check_finite,
+    nf4_codes,
+    nf4_levels,
+    one_thread,
+)
 from spi_utils.errors import AnalysisError, PlanError
-from spi_utils.nf4 import BLOCK, CHUNK, NF4_LEVELS, TINY, check_finite, nf4_codes, nf4_levels, one_thread
 
 if TYPE_CHECKING:
     import torch

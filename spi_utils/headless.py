@@ -299,6 +299,6 @@ def _is_done(run: Run, name: str, mark: str) -> bool:
 def _code_hash() -> str:
     """One hash of this package's modules: other code means the stages must look again."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+    for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
         total.update(f"{path.name} {sha256_file(path)}\n".encode())
     return total.hexdigest()

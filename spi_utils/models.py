@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from spi_utils.errors import ModelError
-from spi_utils.sources import ModelSource, first_line, has_capable_gpu, resolve
-from spi_utils.weights import Weights, open_weights, tied_names
+from spi_utils.source.sources import ModelSource, first_line, has_capable_gpu, resolve
+from spi_utils.source.weights import Weights, open_weights, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spi_utils.choice import Patterns, pose
 from spi_utils.errors import PlanError
-from spi_utils.pricing import bit_rates, nominal_bits, price
-from spi_utils.protection import PlanDiff, ProtectionPlan, check_plan, check_writer, diff
-from spi_utils.rules import RULES, Ask, check_value, remarks
-from spi_utils.scores import SCORES, predicted_cost, score_values
+from spi_utils.planning.choice import Patterns, pose
+from spi_utils.planning.pricing import bit_rates, nominal_bits, price
+from spi_utils.planning.protection import PlanDiff, ProtectionPlan, check_plan, check_writer, diff
+from spi_utils.planning.rules import RULES, Ask, check_value, remarks
+from spi_utils.planning.scores import SCORES, predicted_cost, score_values
 
 __all__ = [
     "RULES",

@@ -275,7 +275,7 @@ def prepare(
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
     print(check_gpu(gpus, where, required=required))
     if where != "local":
-        print(importlib.import_module("spi_utils.tokens").share_token())
+        print(importlib.import_module("spi_utils.hub.tokens").share_token())
     if where == "colab":
         print(use_drive(folder) if drive else DRIVE_HINT)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError, SPIError
-from spi_utils.licences import find_licence
-from spi_utils.rehearsal import Published, Rehearsal, collect_files, rehearse
+from spi_utils.hub.licences import find_licence
+from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
+from spi_utils.hub.tokens import Token, hub_token
+from spi_utils.hub.upload import owner_of, send
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, read_json, run_info, stage
-from spi_utils.tokens import Token, hub_token
-from spi_utils.upload import owner_of, send
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spi_utils.checkpoint import (
+from spi_utils.checkpoints.checkpoint import (
     OVERFLOW,
     Item,
     SavedWeights,
@@ -32,15 +32,15 @@ from spi_utils.checkpoint import (
     scan_casts,
     settle,
 )
-from spi_utils.companions import skip_modules, write_rest
+from spi_utils.checkpoints.companions import skip_modules, write_rest
+from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
+from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
+from spi_utils.checkpoints.verify import verify
 from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.models import ModelSource, Weights, list_layers, open_weights, resolve_device
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, read_json, stage, write_json
-from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
-from spi_utils.tensorfile import TensorWriter, header_bound
-from spi_utils.verify import verify
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan

@@ -13,15 +13,15 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from spi_utils import runs, stats
-from spi_utils.claims import audit
-from spi_utils.evaluation import Evaluation
-from spi_utils.evaluation_figures import (
+from spi_utils.figures.evaluation_figures import (
     kl_survival,
     predicted_and_real,
     quality_by_bytes,
     window_differences,
 )
-from spi_utils.plotting import save_figure
+from spi_utils.figures.plotting import save_figure
+from spi_utils.judging.claims import audit
+from spi_utils.judging.evaluation import Evaluation
 from spi_utils.report_html import (
     Html,
     code,

@@ -19,18 +19,18 @@ import numpy as np
 import pandas as pd
 import torch
 
+from spi_utils.costs.fisher import per_block, per_sequence, per_token, random_windows, sample_windows, slopes
+from spi_utils.costs.footprint import checkpointed, choose_batch
+from spi_utils.costs.measure import Measure
+from spi_utils.costs.refine import Refinement, most_measurements, refine
 from spi_utils.errors import AnalysisError
-from spi_utils.fisher import per_block, per_sequence, per_token, random_windows, sample_windows, slopes
-from spi_utils.footprint import checkpointed, choose_batch
-from spi_utils.measure import Measure
 from spi_utils.models import ModelSource, load_model, load_tokenizer, resolve_device, resolve_dtype
 from spi_utils.progress import progress
-from spi_utils.refine import Refinement, most_measurements, refine
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
 from spi_utils.scoring import reference_states
+from spi_utils.source.weights import open_weights
 from spi_utils.texts import NAMES, load_text, make_windows, start_token
 from spi_utils.variants import Switch
-from spi_utils.weights import open_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spi_utils.decompose import Moments, block_eigenvalues, checked, choose_precision, decompose
-from spi_utils.nulls import block_hill, gaussian_hill
-from spi_utils.powerlaw import (
+from spi_utils.spectral.decompose import Moments, block_eigenvalues, checked, choose_precision, decompose
+from spi_utils.spectral.nulls import block_hill, gaussian_hill
+from spi_utils.spectral.powerlaw import (
     EIGENVALUE_FLOOR,
     FEW_VALUES,
     PowerLawFit,

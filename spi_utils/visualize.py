@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spi_utils.errors import RunError
-from spi_utils.explorer import ExplorerState
-from spi_utils.explorer_html import write_explorer
-from spi_utils.explorer_widgets import explore
-from spi_utils.frontier import frontier
+from spi_utils.explorer.page import write_explorer
+from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer.widgets import explore
+from spi_utils.figures.plan_figures import frontier_figure, plan_map
+from spi_utils.figures.plotting import save_figure
+from spi_utils.figures.score_figures import planned_layers, planned_values, score_by_depth, score_histogram
+from spi_utils.figures.sensitivity_figures import score_against_sensitivity, sensitivity_column
+from spi_utils.figures.spectrum_figures import rank_decay, spectra_figure
 from spi_utils.plan import ProtectionPlan
-from spi_utils.plan_figures import frontier_figure, plan_map
-from spi_utils.plotting import save_figure
+from spi_utils.planning.frontier import frontier
 from spi_utils.runs import read_layers, read_spectra, run_info
-from spi_utils.score_figures import planned_layers, planned_values, score_by_depth, score_histogram
-from spi_utils.sensitivity_figures import score_against_sensitivity, sensitivity_column
-from spi_utils.spectrum_figures import rank_decay, spectra_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

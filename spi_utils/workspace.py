@@ -7,7 +7,7 @@ from typing import Any
 
 from spi_utils.errors import RunError
 from spi_utils.runs import Run, existing_run, open_run, run_info, run_path, slug, write_json
-from spi_utils.sources import BUNDLED_ID, ModelSource, chosen_model, resolve
+from spi_utils.source.sources import BUNDLED_ID, ModelSource, chosen_model, resolve
 
 
 def begin_run(

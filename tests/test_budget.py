@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.budget import LIMITS, qwen35_4b, table
 from spi_utils import budget as budgets
-from spi_utils import footprint
 from spi_utils.budget import (
     KEPT,
     MACHINES,
@@ -17,6 +16,7 @@ from spi_utils.budget import (
     check_budget,
     work_of,
 )
+from spi_utils.costs import footprint
 from spi_utils.errors import PlatformError
 from spi_utils.platforms import Gpu
 from spi_utils.runs import stage

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spi_utils import controls, evaluate, measures, runs, session, speed, texts
+from spi_utils import evaluate, runs, texts
+from spi_utils.checkpoints.saved import saved_tensors
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
+from spi_utils.judging import controls, measures, session, speed
 from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.saved import saved_tensors
 from spi_utils.scoring import TokenScores
 from tests.evaluated_run import layer_table, ready_run, write_checkpoint
 from tests.synthetic import layer_table as large_table
@@ -363,7 +364,7 @@ def test_rivals_are_judged_by_the_same_protocol(copy_of, tmp_path):
 
 
 def test_rivals_of_one_name_are_kept_apart(ready):
-    from spi_utils.rivals import find_rivals
+    from spi_utils.judging.rivals import find_rivals
 
     run, _ = ready
     assert [one.key for one in find_rivals([str(run.model_dir)] * 3)] == [
@@ -506,7 +507,7 @@ def test_a_folder_that_does_not_load_is_an_error(tmp_path):
 @pytest.fixture
 def claim_of(evaluated):
     """The verdict of one row of the audit after changes to an evaluation."""
-    from spi_utils.claims import audit
+    from spi_utils.judging.claims import audit
 
     def claim(key, *, speed=None, variant=None, **changes):
         found = evaluated[2]
@@ -576,7 +577,7 @@ def test_rows_that_need_the_original_say_so(claim_of):
 
 
 def test_a_table_over_runs(evaluated):
-    from spi_utils.claims import generalization
+    from spi_utils.judging.claims import generalization
 
     run, source, found = evaluated
     rows = generalization([run.path, run.path])

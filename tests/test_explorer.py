@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from spi_utils.errors import AnalysisError, PlanError, RunError
-from spi_utils.explorer import ExplorerState
-from spi_utils.explorer_html import explorer_html, page_data, write_explorer
-from spi_utils.explorer_picture import ChoicePicture, encode_png
-from spi_utils.explorer_widgets import Explorer, explore, read_number
+from spi_utils.explorer.page import explorer_html, page_data, write_explorer
+from spi_utils.explorer.picture import ChoicePicture, encode_png
+from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer.widgets import Explorer, explore, read_number
+from spi_utils.figures.plotting import FORMAT_COLOURS
 from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.plotting import FORMAT_COLOURS
-from spi_utils.scores import available_scores
+from spi_utils.planning.scores import available_scores
 from tests.synthetic import layer_table, make_run, spectra_of
 
 

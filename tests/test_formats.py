@@ -13,6 +13,7 @@ import torch
 from bitsandbytes import functional as bnb
 from scipy.stats import norm
 
+from spi_utils.checkpoints.nf4 import NF4_LEVELS
 from spi_utils.errors import AnalysisError, PlanError
 from spi_utils.formats import (
     FORMATS,
@@ -23,7 +24,6 @@ from spi_utils.formats import (
     quantize,
     relative_error,
 )
-from spi_utils.nf4 import NF4_LEVELS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from spi_utils.chooser import Chooser, threshold_choice
 from spi_utils.errors import PlanError
-from spi_utils.frontier import QUANTILES, Field, frontier
 from spi_utils.plan import make_plan
+from spi_utils.planning.chooser import Chooser, threshold_choice
+from spi_utils.planning.frontier import QUANTILES, Field, frontier
 from tests.synthetic import layer_table
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spi_utils.errors import PlanError
-from spi_utils.knapsack import GAP, _quiet, in_order, least_cost
+from spi_utils.planning.knapsack import GAP, _quiet, in_order, least_cost
 
 
 def brute_force(cost, size, limit, allowed):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spi_utils import gguf, models, sources
+from spi_utils import models
 from spi_utils.errors import ModelError
+from spi_utils.source import gguf, sources
 from tests.tiny import ARCHITECTURES
 
 
@@ -258,7 +259,7 @@ class Hub(BaseHTTPRequestHandler):
 
 FETCH = """
 from spi_utils.errors import ModelError
-from spi_utils.fetch import download
+from spi_utils.source.fetch import download
 import sys
 try:
     download(sys.argv[1])
@@ -313,7 +314,7 @@ def test_hub_errors_say_what_to_do(hub, repo, message, tmp_path):
     ],
 )
 def test_repositories_without_safetensors_are_refused(files, message):
-    from spi_utils.fetch import _require_safetensors
+    from spi_utils.source.fetch import _require_safetensors
 
     info = types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in files])
     with pytest.raises(ModelError, match=message):

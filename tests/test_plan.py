@@ -18,8 +18,8 @@ from spi_utils.plan import (
     price,
     random_plan,
 )
-from spi_utils.pricing import bit_rates
-from spi_utils.rules import EQUAL
+from spi_utils.planning.pricing import bit_rates
+from spi_utils.planning.rules import EQUAL
 from tests.synthetic import layer_table
 
 MODEL = {

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spi_utils import platforms, tokens
+from spi_utils import platforms
 from spi_utils.errors import PlatformError
+from spi_utils.hub import tokens
 from spi_utils.platforms import Gpu, check_gpu, install_missing, missing_packages, needs_restart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ COMMON |= {
     "pyyaml": "6.0.2",
 }
 COMMON |= {"safetensors": "0.6.2", "scipy": "1.16.1", "tqdm": "4.67.1"}
+COMMON |= {"jinja2": "3.1.6", "packaging": "25.0", "threadpoolctl": "3.6.0"}  # with torch, pip, scikit-learn
 KAGGLE = {**COMMON, "torch": "2.10.0+cu128", "transformers": "5.0.0", "huggingface-hub": "1.11.0"}
 KAGGLE |= {"ipywidgets": "8.1.5", "papermill": "2.6.0", "numpy": "2.0.2"}
 COLAB = {**COMMON, "torch": "2.11.0+cu128", "transformers": "5.15.0", "huggingface-hub": "1.27.0"}

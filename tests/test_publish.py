@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from spi_utils import licences, saved, tokens
 from spi_utils import publish as publishing
+from spi_utils.checkpoints import saved
 from spi_utils.errors import PublishError, RunError
-from spi_utils.gates import checkpoint_hash, quantized_modules
+from spi_utils.hub import licences, tokens
+from spi_utils.hub.gates import checkpoint_hash, quantized_modules
 from spi_utils.publish import Published, Rehearsal, main, publish
 from spi_utils.runs import Run, write_json
 from tests.finished_run import KEPT, make_finished_run

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.quantize import synthetic
-from spi_utils import fresh_check, verify
 from spi_utils import quantize as q
-from spi_utils.checkpoint import saved_weights
+from spi_utils.checkpoints import fresh_check, verify
+from spi_utils.checkpoints.checkpoint import saved_weights
 from spi_utils.errors import CheckpointError, ModelError, PlanError
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.plan import make_plan

@@ -8,11 +8,12 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from spi_utils import measures, report, runs
-from spi_utils.claims import audit
+from spi_utils import report, runs
 from spi_utils.errors import RunError
-from spi_utils.evaluation import Evaluation
-from spi_utils.evaluation_figures import quality_by_bytes, quality_finding, window_differences
+from spi_utils.figures.evaluation_figures import quality_by_bytes, quality_finding, window_differences
+from spi_utils.judging import measures
+from spi_utils.judging.claims import audit
+from spi_utils.judging.evaluation import Evaluation
 from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text
 from spi_utils.scoring import TokenScores
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.errors import CheckpointError, EvaluationError, PlanError
-from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
 
 
 def linear(weight, bias=None):

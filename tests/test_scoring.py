@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spi_utils import scoring
+from spi_utils.costs.measure import Measure
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
-from spi_utils.measure import Measure
 from spi_utils.variants import Originals, Switch
 from tests.tiny import make_tiny
 

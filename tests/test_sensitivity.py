@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spi_utils import fisher, footprint, sensitivity
+from spi_utils import sensitivity
+from spi_utils.costs import fisher, footprint
+from spi_utils.costs.refine import cut, refine
 from spi_utils.errors import AnalysisError
 from spi_utils.formats import layer_bytes
 from spi_utils.models import list_layers, resolve
-from spi_utils.refine import cut, refine
 from spi_utils.runs import open_run
 from spi_utils.sensitivity import sensitivities
 from spi_utils.variants import Originals, Switch
@@ -281,7 +282,8 @@ def test_a_killed_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     run = open_run(tmp_path / "run", source.identity())
     script = f"""
         import os, signal
-        from spi_utils import sensitivity, footprint
+        from spi_utils import sensitivity
+        from spi_utils.costs import footprint
         from spi_utils.models import resolve
         from spi_utils.runs import open_run
         from tests.test_sensitivity import OPTIONS, make_frame

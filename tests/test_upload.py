@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from spi_utils import upload
-from spi_utils.hub_calls import LONGEST_WAIT
+from spi_utils.hub import upload
+from spi_utils.hub.hub_calls import LONGEST_WAIT
 from spi_utils.publish import main
 from spi_utils.runs import Run
 from tests.finished_run import make_finished_run
@@ -26,8 +26,8 @@ REPO = "me/tiny-llama-SPI-nf4"
 # Small "large" files, so that a tiny checkpoint is sent shard by shard.
 PUBLISH = """
 import sys
-from spi_utils import upload
-from spi_utils.hub_calls import LONGEST_WAIT
+from spi_utils.hub import upload
+from spi_utils.hub.hub_calls import LONGEST_WAIT
 upload.SENT_ALONE = 1000
 from spi_utils.publish import main
 sys.exit(main(sys.argv[1:]))

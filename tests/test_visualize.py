@@ -13,13 +13,10 @@ from scipy import stats
 
 from spi_utils import visualize
 from spi_utils.errors import AnalysisError, PlanError, RunError
-from spi_utils.explorer_picture import png_of
-from spi_utils.frontier import frontier
-from spi_utils.plan import make_plan
-from spi_utils.plan_figures import LayerGrid, frontier_figure, plan_map
-from spi_utils.plotting import FORMAT_COLOURS, save_figure, shorten, type_styles
-from spi_utils.runs import Run, existing_run
-from spi_utils.score_figures import (
+from spi_utils.explorer.picture import png_of
+from spi_utils.figures.plan_figures import LayerGrid, frontier_figure, plan_map
+from spi_utils.figures.plotting import FORMAT_COLOURS, save_figure, shorten, type_styles
+from spi_utils.figures.score_figures import (
     between_share,
     histogram_edges,
     is_wide,
@@ -28,8 +25,17 @@ from spi_utils.score_figures import (
     score_by_depth,
     score_histogram,
 )
-from spi_utils.sensitivity_figures import score_against_sensitivity
-from spi_utils.spectrum_figures import density_of, pick_layers, rank_decay, single_spectrum, spectra_figure
+from spi_utils.figures.sensitivity_figures import score_against_sensitivity
+from spi_utils.figures.spectrum_figures import (
+    density_of,
+    pick_layers,
+    rank_decay,
+    single_spectrum,
+    spectra_figure,
+)
+from spi_utils.plan import make_plan
+from spi_utils.planning.frontier import frontier
+from spi_utils.runs import Run, existing_run
 from tests.synthetic import layer_table, make_run, spectra_of
 
 

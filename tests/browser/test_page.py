@@ -2,7 +2,7 @@
 
 import pytest
 
-from spi_utils.explorer_html import write_explorer
+from spi_utils.explorer.page import write_explorer
 from spi_utils.plan import make_plan
 from spi_utils.runs import read_layers
 from tests.synthetic import make_run

@@ -1,0 +1,1 @@
+"""Writing, proving and reading a quantized checkpoint: the parts of `quantize`."""

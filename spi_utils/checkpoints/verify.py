@@ -1,0 +1,274 @@
+"""Proof that a checkpoint on the disk is what was planned.
+
+1. Every tensor, read back from the files, is bit-equal to the source's (or its stated cast), or to what
+   bitsandbytes' own quantizer makes of it: `check_bits`.
+2. The files weigh what the plan predicted: `check_size`.
+3. A process that never imports spi_utils loads it with stock libraries, finds `Linear4bit` exactly where
+   planned, and computes the logits of the original weights quantized in memory: `check_fresh`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from spi_utils.checkpoints.checkpoint import (
+    Item,
+    SavedWeights,
+    Saving,
+    in_linear_order,
+    read_saved,
+    saved_weights,
+)
+from spi_utils.checkpoints.nf4 import BLOCK, map_parts, one_thread
+from spi_utils.checkpoints.tensorfile import TensorReader
+from spi_utils.errors import CheckpointError
+from spi_utils.formats import NESTED_BLOCK
+from spi_utils.models import ModelSource, Weights
+from spi_utils.progress import progress
+from spi_utils.source.weights import shard_paths
+
+if TYPE_CHECKING:
+    from spi_utils.plan import ProtectionPlan
+
+SIZE_TOLERANCE = 0.005  # share of the predicted size
+SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
+LOGIT_TOLERANCE = 0.01  # share of the logits' standard deviation; equal bits leave only the kernels' rounding
+CHUNK = 1 << 20  # weights that bitsandbytes quantizes at once: its CPU path makes many float32 copies
+MEMORY_FACTOR = 1.3  # a loaded model against its files
+INTERPRETER = 1_500_000_000  # bytes of a process with transformers and bitsandbytes in it, and activations
+FRESH_CHECK = Path(__file__).with_name("fresh_check.py")
+LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
+
+
+def verify(
+    folder: Path,
+    source: ModelSource,
+    weights: Weights,
+    items: Sequence[Item],
+    plan: ProtectionPlan,
+    saving: Saving,
+) -> dict[str, Any]:
+    """Run every check; what was found, for run.json.
+
+    Raises:
+        CheckpointError: which check failed, and for which layers.
+    """
+    report = check_size(folder, plan.bytes["total"])
+    with saved_weights(folder, trust_remote_code=source.trust_remote_code) as saved:
+        report["bits"] = check_bits(saved, weights, items, saving)
+    report["fresh_process"] = check_fresh(folder, source, weights, items, saving)
+    return report
+
+
+# --- size ------------------------------------------------------------------------------------------------
+
+
+def check_size(folder: Path, planned: int) -> dict[str, Any]:
+    """Compare the files' bytes with the plan's prediction; a truncated file is found here too."""
+    size = 0
+    for path in shard_paths(folder):
+        with TensorReader(path):
+            size += path.stat().st_size
+    if abs(size - planned) > max(SIZE_TOLERANCE * planned, SIZE_FLOOR):
+        raise CheckpointError(
+            f"{folder}: the weights take {size:,} bytes, the plan predicted {planned:,} "
+            f"({size / planned - 1:+.2%}). The plan was made for other layers: run notebook 02_visualize "
+            "again."
+        )
+    return {"bytes": size, "bytes_planned": planned}
+
+
+# --- bits ------------------------------------------------------------------------------------------------
+
+
+def check_bits(
+    saved: SavedWeights, weights: Weights, items: Sequence[Item], saving: Saving
+) -> dict[str, int | str]:
+    """Compare every saved tensor with the source, bit for bit; counts of tensors by format."""
+    wrong: list[str] = []
+    for item in progress(items, len(items), "verify"):
+        value = read_saved(weights, item, saving)
+        if item.fmt == "nf4":
+            expected = bitsandbytes_tensors(in_linear_order(value, item), saving.double_quant)
+            same = _same_nf4(saved.parts(item.module), expected)
+        else:
+            same = _same_bits(saved.tensor(item.name), value.cpu())
+        wrong += [] if same else [item.name]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(items)} tensors on the disk differ from the source's: "
+            f"{', '.join(wrong[:5])}. The disk or the memory is unreliable, or two runs wrote here at once: "
+            "run the stage again with force=True."
+        )
+    quantized = sum(item.fmt == "nf4" for item in items)
+    return {"nf4": quantized, "16bit": len(items) - quantized, "against": "bitsandbytes and the source"}
+
+
+def bitsandbytes_tensors(weight: torch.Tensor, double_quant: bool) -> dict[str, Any]:
+    """What bitsandbytes' own functions make of a matrix, in parts: its blocks don't depend on each other."""
+    from bitsandbytes import functional
+
+    def quantize_part(part: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return functional.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4")
+
+    parts = map_parts(quantize_part, weight.reshape(-1).split(CHUNK))
+    state = parts[0][1]
+    state.absmax = torch.cat([part[1].absmax for part in parts])
+    state.shape = weight.shape
+    if double_quant:
+        with one_thread():
+            state.offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=NESTED_BLOCK
+        )
+        state.nested = True
+    made = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {"weight": torch.cat([part[0] for part in parts]), **made}
+
+
+def _same_nf4(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        _same_bits(found[key], expected[key].cpu()) for key in expected
+    )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    )
+
+
+# --- a fresh process -------------------------------------------------------------------------------------
+
+
+def check_fresh(
+    folder: Path, source: ModelSource, weights: Weights, items: Sequence[Item], saving: Saving
+) -> dict[str, Any]:
+    """Load the checkpoint in a process of its own; compare classes, dtypes and, where it fits, logits."""
+    awkward = [item.module for item in items if item.fmt == "nf4" and not _runs_everywhere(item, weights)]
+    fits = _fits(folder, saving.device)
+    forward = fits and not (awkward and saving.device.type == "cpu")
+    answer = _ask(
+        {
+            "model": str(folder.resolve()),
+            "source": str(source.directory.resolve()),
+            "trust": source.trust_remote_code,
+            "device": str(saving.device),
+            "threads": torch.get_num_threads(),
+            "load": fits,
+            "forward": forward,
+        }
+    )
+    _check_classes(answer, items, saving)
+    _check_logits(answer)
+    report = {key: value for key, value in answer.items() if key != "modules"}
+    report |= {"loaded": fits, "modules": len(answer["modules"]), "notes": []}
+    if not fits:
+        report["notes"].append(
+            "The model is too large to be loaded on this machine: classes were checked without weights (meta "
+            "device), all bits by reading the files; logits were not compared."
+        )
+    if shadowed := shadowed_modules(folder, items):
+        report["notes"].append(
+            f"{', '.join(shadowed[:3])}: their names begin like that of a 16-bit module, which transformers "
+            "before 5.23 takes for the same: there they would stay unquantized, and not load."
+        )
+    if awkward:
+        report["notes"].append(
+            f"{len(awkward)} NF4 layers ({', '.join(awkward[:3])}) have out_features that 32 does not divide "
+            "or in_features that 64 does not: bitsandbytes runs them on GPUs, but not on CPUs with "
+            "AVX512-BF16, so logits were not compared on the CPU."
+        )
+    return report
+
+
+def shadowed_modules(folder: Path, items: Sequence[Item]) -> list[str]:
+    """NF4 modules that the looser name matching of transformers 5.0 to 5.15 takes for skipped ones."""
+    config = json.loads((folder / "config.json").read_text())
+    skipped = config.get("quantization_config", {}).get("llm_int8_skip_modules") or []
+    return [
+        item.module
+        for item in items
+        if item.fmt == "nf4"
+        and any(re.match(key, item.module) or item.module.endswith(key) for key in skipped)
+    ]
+
+
+def _runs_everywhere(item: Item, weights: Weights) -> bool:
+    shape = weights.shape(item.name)
+    rows, cols = shape[::-1] if item.transposed else shape
+    return rows % 32 == 0 and cols % 64 == 0
+
+
+def _fits(folder: Path, device: torch.device) -> bool:
+    need = MEMORY_FACTOR * sum(path.stat().st_size for path in shard_paths(folder)) + INTERPRETER
+    if device.type == "cuda":
+        return need < torch.cuda.mem_get_info(device)[0]
+    return need < psutil.virtual_memory().available
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        question.write_text(json.dumps(request))
+        # -P: the script's own folder, which is this package, must not be importable in there
+        command = [sys.executable, "-P", str(FRESH_CHECK), str(question), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not answer.exists():
+            raise CheckpointError(
+                f"{request['model']}: stock transformers can't load this checkpoint in a fresh process "
+                f"(exit code {done.returncode}):\n{done.stderr[-2000:]}"
+            )
+        return json.loads(answer.read_text())
+
+
+def _check_classes(answer: Mapping[str, Any], items: Sequence[Item], saving: Saving) -> None:
+    modules = answer["modules"]
+    planned = {item.module for item in items if item.fmt == "nf4"}
+    found = {name for name, module in modules.items() if module["class"] == LINEAR_4BIT}
+    if found != planned:
+        extra, lost = sorted(found - planned), sorted(planned - found)
+        raise CheckpointError(
+            f"Loaded by transformers {answer['transformers']}, {len(extra)} modules are 4-bit unplanned "
+            f"({', '.join(extra[:3])}), and {len(lost)} planned ones are not ({', '.join(lost[:3])})."
+        )
+    floating = {"float16", "bfloat16", "float32"}
+    odd = [
+        f"{name} ({module['class']}, {module['dtype']})"
+        for name, module in modules.items()
+        if name not in planned
+        and (module["dtype"] not in floating or (_is_linear(module) and module["class"] not in PLAIN))
+    ]
+    if odd:
+        raise CheckpointError(f"{len(odd)} modules that should be 16-bit are not: {', '.join(odd[:3])}.")
+    if answer["spi_utils"]:
+        raise CheckpointError("The fresh process had imported spi_utils, so its check proves nothing.")
+
+
+def _is_linear(module: Mapping[str, str]) -> bool:
+    return module["class"].startswith("bitsandbytes.") or module["class"] in PLAIN
+
+
+def _check_logits(answer: Mapping[str, Any]) -> None:
+    if "max_logit_difference" not in answer:
+        return
+    difference, spread = answer["max_logit_difference"], answer["logit_spread"]
+    if not answer["finite"] or not difference <= LOGIT_TOLERANCE * spread:
+        raise CheckpointError(
+            f"The reloaded model's logits differ from the in-memory model's by up to {difference:.3g} (their "
+            f"spread is {spread:.3g}), although all weights are equal. Please report this with the versions: "
+            f"transformers {answer['transformers']}, torch {answer['torch']}."
+        )

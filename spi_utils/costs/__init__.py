@@ -1,0 +1,1 @@
+"""What quantizing a layer costs: the parts of `sensitivity`."""

@@ -1,0 +1,140 @@
+"""The Vega-Lite charts of the kernel-less explorer, made with Altair; the page feeds them data by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spi_utils.figures.plotting import BLUE, FORMAT_COLOURS, SKY, VERMILLION
+from spi_utils.figures.score_figures import planned_values
+
+if TYPE_CHECKING:
+    from spi_utils.explorer.state import ExplorerState
+
+STATES = {"16-bit": FORMAT_COLOURS["16bit"], "4-bit": "#A9C6DA"}
+NO_SCORE = {"4-bit, no score": "#8A8A8A"}
+# Columns of the layer table that a tooltip shows, where the table has them.
+TOOLTIP = (
+    ("alpha_hill", "α (Hill)"),
+    ("alpha_pl", "α (Clauset)"),
+    ("alpha_pl_ks", "KS distance"),
+    ("alpha_pl_tail", "values in the tail"),
+    ("alpha_decay", "rank decay a"),
+    ("effective_rank_rel", "effective rank / M"),
+    ("stable_rank", "stable rank"),
+    ("error_nf4", "NF4 error"),
+    ("fisher_nf4", "Fisher cost, nats"),
+    ("measured_nf4", "measured cost, nats"),
+    ("bytes_16bit", "bytes in 16-bit"),
+    ("bytes_nf4", "bytes in NF4"),
+)
+KL = "predicted KL (nats a token)"
+INK = {"expr": "ink"}  # a parameter that the page sets to its text colour: dark on light, light on dark
+
+
+def chart_specs(state: ExplorerState, map_height: int) -> dict[str, Any]:
+    """Element id -> Vega-Lite specification, without data; `map_height` in pixels."""
+    charts = {"histogram": _histogram(), "map": _map(state, map_height), "spectrum": _spectrum()}
+    if state.field is not None:
+        charts["frontier"] = _frontier()
+    fit = {"type": "fit", "contains": "padding"}
+    specs = {
+        name: chart.properties(width="container", autosize=fit).to_dict() for name, chart in charts.items()
+    }
+    return {name: spec | {"params": [{"name": "ink", "value": "black"}]} for name, spec in specs.items()}
+
+
+def _state_colour(alt: Any, states: dict[str, str], legend: Any = None) -> Any:
+    scale = alt.Scale(domain=list(states), range=list(states.values()))
+    return alt.Color("state:N", scale=scale, legend=legend)
+
+
+def _histogram() -> Any:
+    import altair as alt
+
+    bars = (
+        alt.Chart(alt.NamedData("bins"))
+        .mark_rect()
+        .encode(
+            x=alt.X("left:Q", title=None, scale=alt.Scale(zero=False, nice=False)),
+            x2="right:Q",
+            y=alt.Y("low:Q", title="layers", axis=alt.Axis(tickMinStep=1, tickCount=5)),
+            y2="high:Q",
+            color=_state_colour(alt, STATES),
+            tooltip=[alt.Tooltip("count:Q", title="layers"), "state:N"],
+        )
+    )
+    cut = alt.Chart(alt.NamedData("cut")).mark_rule(strokeWidth=2, color=INK).encode(x=alt.X("threshold:Q"))
+    return (bars + cut).properties(height=230)
+
+
+def _frontier() -> Any:
+    import altair as alt
+
+    size = alt.X("size:Q", title="model size (GB)", scale=alt.Scale(zero=False))
+    kl = alt.Y("kl:Q", title=KL)
+    band = alt.Chart(alt.NamedData("band"))
+    area = band.mark_area(color="#9A9A9A", opacity=0.45).encode(
+        x=size, y=alt.Y("low:Q", title=KL, scale=alt.Scale(domainMin=0)), y2="high:Q"
+    )
+    best = band.mark_line(strokeDash=[5, 4], strokeWidth=1.8, color=INK).encode(x=size, y="optimum:Q")
+    curve = alt.Chart(alt.NamedData("curve")).mark_line(color=BLUE, strokeWidth=2.2).encode(x=size, y=kl)
+    point = (
+        alt.Chart(alt.NamedData("point"))
+        .mark_point(filled=True, size=130, color=VERMILLION, opacity=1)
+        .encode(
+            x=size,
+            y=kl,
+            tooltip=[alt.Tooltip("size:Q", format=".3f", title="GB"), alt.Tooltip("kl:Q", format=".4g")],
+        )
+    )
+    return (area + best + curve + point).properties(height=230)
+
+
+def _map(state: ExplorerState, height: int) -> Any:
+    import altair as alt
+
+    known = [(column, title) for column, title in TOOLTIP if column in state.planned]
+    tooltip = [
+        alt.Tooltip("name:N", title="layer"),
+        alt.Tooltip("state:N", title="stored in"),
+        alt.Tooltip("score:Q", title="score", format=".5~g"),
+        alt.Tooltip("shape:N", title="shape"),
+        *(alt.Tooltip(f"{column}:Q", title=title, format=",.5~g") for column, title in known),
+        alt.Tooltip("status:N", title="status"),
+    ]
+    missing = any(not np.isfinite(planned_values(state.layers, name)).all() for name in state.scores)
+    states = STATES | (NO_SCORE if missing else {})
+    blocks = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False)
+    return (
+        alt.Chart(alt.NamedData("layers"))
+        .mark_rect(stroke="white", strokeWidth=0.5, cursor="pointer")
+        .encode(
+            x=alt.X("depth:O", title="depth (block)", axis=blocks),
+            y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False)),
+            color=_state_colour(alt, states, alt.Legend(title=None, orient="top")),
+            tooltip=tooltip,
+        )
+        .properties(height=height)
+    )
+
+
+def _spectrum() -> Any:
+    import altair as alt
+
+    log = alt.Scale(type="log", nice=False)
+    axis = alt.Axis(format="~g", tickCount=5, grid=False)
+    bars = (
+        alt.Chart(alt.NamedData("bars"))
+        .mark_rect(color=SKY, opacity=0.75)
+        .encode(
+            x=alt.X("left:Q", scale=log, title="eigenvalue λ = σ²", axis=axis),
+            x2="right:Q",
+            y=alt.Y("floor:Q", scale=log, title="density", axis=axis),
+            y2="density:Q",
+        )
+    )
+    fit = alt.Chart(alt.NamedData("fit")).mark_line(color=VERMILLION, strokeWidth=2.5)
+    fit = fit.encode(x=alt.X("x:Q", scale=log), y=alt.Y("density:Q", scale=log))
+    return (bars + fit).properties(height=230)

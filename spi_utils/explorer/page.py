@@ -1,0 +1,160 @@
+"""The explorer without a kernel: one self-contained HTML file, scripts inline, opens offline.
+
+This module writes the data, charts.py the four Vega-Lite charts; page.js turns the controls
+and adds up the consequences with plan.py's sums; page.html holds it all.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spi_utils.explorer.charts import TOOLTIP, chart_specs
+from spi_utils.explorer.state import ExplorerState
+from spi_utils.figures.plotting import score_label, shorten
+from spi_utils.figures.score_figures import is_wide, planned_values
+from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of
+from spi_utils.runs import run_info, write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from spi_utils.runs import Run
+
+SCRIPTS = "window.vegaEmbed = vegaEmbed;"  # what the bundle gives the page
+SPECTRA_UP_TO = 1000  # layers; beyond, the file would grow past what an e-mail carries
+DIGITS = 5  # significant digits of what is only shown; scores keep all, as thresholds are compared with them
+
+
+def write_explorer(run: Run, **options: Any) -> Path:
+    """Write the run's explorer.html and return its path.
+
+    Args:
+        options: `score`, `direction`, `share` and `double_quant` to start from, as `ExplorerState.open`.
+
+    Raises:
+        RunError: no analysis in this run; says which notebook to run.
+    """
+    state = ExplorerState.open(run, **options)
+    write_text(run.explorer, explorer_html(state, str(run_info(run)["model"]["id"])))
+    return run.explorer
+
+
+def explorer_html(state: ExplorerState, model: str) -> str:
+    """The page for one layer table, starting at the state's choice. `model` is its heading."""
+    files = resources.files("spi_utils.explorer")
+    height = 70 + 24 * len(state.grid.types)
+    parts = {
+        "__TITLE__": html.escape(f"{model}: what stays in 16-bit"),
+        "__BUNDLE__": _scripts(),
+        "__DATA__": _json(page_data(state)),
+        "__SPECS__": _json(chart_specs(state, height)),
+        "__SCRIPT__": files.joinpath("page.js").read_text(encoding="utf-8"),
+    }
+    page = files.joinpath("page.html").read_text(encoding="utf-8")
+    # One pass, so that nothing inside a part is taken for a mark.
+    return re.sub("|".join(parts), lambda mark: parts[mark.group()], page)
+
+
+@cache
+def _scripts() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, about 0.9 MB."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle(SCRIPTS).replace("</script", "<\\/script")
+
+
+def page_data(state: ExplorerState) -> dict[str, Any]:
+    """What page.js reads as DATA: layers, scores, and the summands of bytes and KL."""
+    chooser, p = state.chooser, state.chooser.problem
+    low, top = p.tiers
+    header_extra = p.header[:, top] - p.header[:, low]
+    size_base, kl = int(chooser.file_bytes[0]), p.predicted[:, low]
+    return {
+        "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
+        "layers": _layers(state),
+        "scores": {name: _score(state, name, title) for name, title in state.scores.items()},
+        "size_base": size_base,
+        "size_full": state.choice.total_bytes + state.choice.saved_bytes,
+        "size_extra": (p.payload[:, top] - p.payload[:, low] + header_extra).tolist(),
+        "header_base": size_base - int(chooser.data_bytes[0]),
+        "header_extra": header_extra.tolist(),
+        "weights": chooser.all_weights,
+        "kl": kl.tolist() if np.isfinite(kl).all() else None,
+        "frontier": _frontier(state),
+        "spectra": _spectra(state),
+    }
+
+
+def _layers(state: ExplorerState) -> list[dict[str, Any]]:
+    """A record a layer, with the numbers that its tooltip shows."""
+    numbers = [column for column, _ in TOOLTIP if column in state.planned]
+    columns = ["name", "type", "depth", "rows", "cols", "status", *numbers]
+    records: list[dict[str, Any]] = [
+        dict(zip(columns, row, strict=True)) for row in state.planned[columns].itertuples(index=False)
+    ]
+    for record in records:
+        record["label"] = shorten(str(record.pop("type")), 24)
+        record["shape"] = f"{record.pop('rows')} × {record.pop('cols')}"
+        record.update({column: _short(record[column]) for column in numbers})
+    return records
+
+
+def _score(state: ExplorerState, name: str, title: str) -> dict[str, Any]:
+    values = planned_values(state.layers, name)
+    held = [float(value) if np.isfinite(value) else None for value in values]
+    return {"title": title, "axis": score_label(name), "wide": is_wide(values), "values": held}
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
+
+
+def _frontier(state: ExplorerState) -> dict[str, Any] | None:
+    if state.field is None:
+        return None
+    low, median, high = np.quantile(state.field.random, (0.05, 0.5, 0.95), axis=0)
+    curves = {"optimum": state.field.optimum, "random_low": low, "random_median": median, "random_high": high}
+    return {"size": state.field.file_bytes.round().tolist()} | {
+        name: [_short(value) for value in curve] for name, curve in curves.items()
+    }
+
+
+def _spectra(state: ExplorerState) -> list[dict[str, Any] | None] | None:
+    if len(state.planned) > SPECTRA_UP_TO:
+        return None
+    return [_spectrum(row, state.spectra.get(row["name"])) for _, row in state.planned.iterrows()]
+
+
+def _spectrum(row: pd.Series, singular_values: NDArray[np.float64] | None) -> dict[str, Any] | None:
+    """One layer's density and fit; None where there is no spectrum to draw."""
+    eigenvalues = eigenvalues_of(np.empty(0) if singular_values is None else singular_values)
+    if len(eigenvalues) < 2 or np.ptp(eigenvalues) == 0:
+        return None
+    edges, density = density_of(eigenvalues)
+    fitted = all(np.isfinite(row.get(f"alpha_pl{part}", np.nan)) for part in ("", "_xmin", "_ks", "_tail"))
+    return {
+        "low": _short(edges[0]),
+        "high": _short(edges[-1]),
+        "floor": _short(density[density > 0].min() / 3),
+        "density": [_short(value) for value in density],
+        "alpha": _short(row["alpha_pl"]) if fitted else None,
+        "xmin": _short(row["alpha_pl_xmin"]) if fitted else None,
+        "ks": _short(row["alpha_pl_ks"]) if fitted else None,
+        "tail": int(row["alpha_pl_tail"]) if fitted else None,
+        "share": _short(row["alpha_pl_tail"] / len(eigenvalues)) if fitted else None,
+    }
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")

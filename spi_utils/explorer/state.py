@@ -1,0 +1,293 @@
+"""The alpha explorer without its widgets: one plain object that holds a choice and knows its consequences.
+
+`explorer_widgets.explore` puts sliders on it; tests and scripts drive it directly:
+
+    state = ExplorerState.open("runs/smollm2-135m-instruct")
+    state.set_threshold(4.5)
+    print(state.line())
+    state.save()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spi_utils.errors import PlanError, RunError
+from spi_utils.explorer.picture import ChoicePicture, Curves, png_of
+from spi_utils.figures.plan_figures import LayerGrid
+from spi_utils.figures.plotting import gigabytes
+from spi_utils.figures.score_figures import is_wide, planned_layers
+from spi_utils.figures.spectrum_figures import single_spectrum
+from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.planning.chooser import Chooser
+from spi_utils.planning.frontier import Field, Standing
+from spi_utils.planning.scores import SCORES, available_scores
+from spi_utils.runs import Run, existing_run, layers_fingerprint, read_layers, read_spectra, run_info
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+SLIDER_STEPS = 500
+PICTURES_KEPT = 8  # bitmaps of recently used scores, 2.4 MB each
+
+
+class ExplorerState:
+    """A layer table, a score with its direction, and a threshold; everything shown follows from these.
+
+    `chooser`, `choice` and `threshold` are the present choice; `layer` is whose spectrum is shown.
+    """
+
+    def __init__(
+        self,
+        layers: pd.DataFrame,
+        *,
+        run: Run | None = None,
+        spectra: Mapping[str, NDArray[np.float64]] | None = None,
+        score: str = "alpha_hill",
+        direction: str = "high",
+        share: float = 0.52,
+        threshold: float | None = None,
+        double_quant: bool = False,
+    ) -> None:
+        """Start from a table in memory; `open` starts from a run directory.
+
+        Args:
+            layers: the layer table.
+            run: where `save` writes; None for exploring only.
+            spectra: name -> singular values, for `spectrum_picture`.
+            share: of the layers, how many are protected at first; unless
+            threshold: says where to start, in the score's units.
+            double_quant: NF4 with double quantization.
+
+        Raises:
+            PlanError, AnalysisError: unknown score, failed layers, nothing to plan.
+        """
+        self.layers, self.run, self.spectra = layers, run, dict(spectra or {})
+        self.planned = planned_layers(layers)
+        self.double_quant = double_quant
+        self.grid = LayerGrid(layers)
+        self._choosers: dict[tuple[str, str], Chooser] = {}
+        self._pictures: dict[tuple[str, str], ChoicePicture] = {}
+        self.layer = str(self.planned["name"].iloc[0])
+        self.threshold = 0.0  # until the score is set, next line
+        self._use(score, direction, round(share * len(self.planned)))
+        if threshold is not None:
+            self.set_threshold(threshold)
+
+    @classmethod
+    def open(cls, run_dir: str | Path | Run, **options: Any) -> ExplorerState:
+        """Start from a run directory, at the plan it holds if there is one.
+
+        Raises:
+            RunError: no analysis there; says which notebook to run.
+        """
+        run = run_dir if isinstance(run_dir, Run) else existing_run(run_dir)
+        layers = read_layers(run)
+        held = _held_plan(run)
+        if held is not None:
+            options = {**_start_of(held, options), **options}
+        return cls(layers, run=run, spectra=read_spectra(run), **options)
+
+    # --- what can be chosen ------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """Scores that this table holds: name -> title."""
+        return {name: SCORES[name].title for name in available_scores(self.layers)}
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The thresholds allowed: a little beyond the finite scores, so the ends protect all and none."""
+        low, high = self.chooser.limits
+        if self.wide:
+            step = (high / low) ** (2 / SLIDER_STEPS)
+            return low / step, high * step
+        pad = (high - low) * 2 / SLIDER_STEPS or max(abs(high) * 0.05, 1e-9)
+        return low - pad, high + pad
+
+    @property
+    def wide(self) -> bool:
+        """Whether the score spans decades, so that its slider is logarithmic."""
+        return is_wide(self.chooser.cut)
+
+    @property
+    def size_bounds(self) -> tuple[int, int]:
+        """File sizes in bytes with nothing and with everything scored in 16-bit."""
+        return int(self.chooser.file_bytes[0]), int(self.chooser.file_bytes[len(self.chooser.cut)])
+
+    # --- choosing ----------------------------------------------------------------------------------------
+
+    def set_score(self, score: str, direction: str) -> None:
+        """Rank the layers by another score or from its other end; as many stay protected as before."""
+        self._use(score, direction, self.choice.layers)
+
+    def set_threshold(self, value: float) -> None:
+        """Protect the layers whose score is at `value` or beyond it.
+
+        Raises:
+            PlanError: not a finite number, or outside `bounds`; the choice stays as it was.
+        """
+        low, high = self.bounds
+        if not math.isfinite(value) or not low <= value <= high:
+            raise PlanError(
+                f"threshold {value:g}: expected a number between {low:.4g} and {high:.4g}, the range of "
+                f"{self.score}. The threshold stays at {self.threshold:.4g}."
+            )
+        self.threshold = float(value)
+        self.choice = self.chooser.at_threshold(self.threshold)
+
+    def set_size(self, total_bytes: float) -> None:
+        """Protect as many layers, in the score's order, as a file of `total_bytes` has room for.
+
+        Raises:
+            PlanError: not a finite number, or no such size is possible; the choice stays as it was.
+        """
+        low, high = self.size_bounds
+        slack = 0.005 * high  # a size as it is displayed, rounded, is still meant
+        if not math.isfinite(total_bytes) or not low - slack <= total_bytes <= high + slack:
+            raise PlanError(
+                f"{gigabytes(total_bytes)}: expected a size between {gigabytes(low)} (no layer in 16-bit) "
+                f"and {gigabytes(high)} (all). The size stays at {gigabytes(self.choice.total_bytes)}."
+            )
+        self._at(self.chooser.threshold_for(total_bytes))
+
+    def select(self, name: str) -> None:
+        """Choose the layer whose spectrum is shown.
+
+        Raises:
+            PlanError: no planned layer has this name.
+        """
+        if name not in set(self.planned["name"]):
+            raise PlanError(f"{name!r} is none of the {len(self.planned)} planned layers of this model.")
+        self.layer = name
+
+    # --- what follows ------------------------------------------------------------------------------------
+
+    @cached_property
+    def field(self) -> Field | None:
+        """What random selections and the optimum reach at each size; None without sensitivity."""
+        return Field.of(self.layers, double_quant=self.double_quant)
+
+    @property
+    def standing(self) -> Standing | None:
+        """Where the choice stands at its size; None without sensitivity."""
+        if self.field is None or self.choice.predicted_kl is None:
+            return None
+        return self.field.standing(self.choice.total_bytes, self.choice.predicted_kl)
+
+    def line(self) -> str:
+        """The consequences of the choice, as one line."""
+        c = self.choice
+        return (
+            f"{c.layers} of {len(self.planned)} layers in 16-bit · {gigabytes(c.total_bytes)} in all, "
+            f"{gigabytes(c.saved_bytes)} saved · {c.bits_per_weight:.2f} bits a weight"
+            + ("" if c.predicted_kl is None else f" · predicted KL {c.predicted_kl:.3g} nats a token")
+        )
+
+    def comparison(self) -> str:
+        """Where the choice stands against random and the best choice of the same size, as one line."""
+        s = self.standing
+        if s is None:
+            return "No sensitivity in this run: the cost of a choice is not predicted."
+        return (
+            f"At this size: random {s.random_low:.3g}–{s.random_high:.3g}, optimum {s.optimum:.3g}. "
+            f"Better than {s.better_than:.0%} of random choices; {s.gain:.0%} of the possible gain."
+        )
+
+    def picture(self) -> bytes:
+        """The choice as a PNG: histogram with threshold, frontier, depth × type map."""
+        key = (self.score, self.direction)
+        if key not in self._pictures:
+            if len(self._pictures) >= PICTURES_KEPT:
+                del self._pictures[next(iter(self._pictures))]
+            values = self.chooser.problem.raw[self.chooser.problem.member]
+            self._pictures[key] = ChoicePicture(self.grid, values, *key, self._curves())
+        kl = self.choice.predicted_kl
+        point = None if kl is None else (float(self.choice.total_bytes), kl)
+        return self._pictures[key].png(self.threshold, self.choice.mask, point)
+
+    def spectrum_picture(self) -> bytes:
+        """The chosen layer's spectrum and fit as a PNG."""
+        return png_of(single_spectrum(self.layers, self.spectra, self.layer))
+
+    def plan(self) -> ProtectionPlan:
+        """The present choice as a plan, by plan.py's own rule."""
+        return make_plan(
+            self.layers,
+            score=self.score,
+            direction=self.direction,
+            rule="threshold",
+            value=self.threshold,
+            double_quant=self.double_quant,
+            model=run_info(self.run)["model"] if self.run else None,
+            layers_fingerprint=layers_fingerprint(self.run) if self.run else "",
+            origin="slider",
+        )
+
+    def save(self) -> Path:
+        """Write the present choice as the run's plan.json, and return its path.
+
+        Raises:
+            RunError: this state has no run directory, or it can't be written.
+        """
+        if self.run is None:
+            raise RunError(
+                "this explorer has no run directory to save to: open it with ExplorerState.open(run_dir)."
+            )
+        self.plan().write(self.run.plan_json)
+        return self.run.plan_json
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _use(self, score: str, direction: str, count: int) -> None:
+        key = (score, direction)
+        if key not in self._choosers:
+            self._choosers[key] = Chooser.of(self.layers, score, direction, double_quant=self.double_quant)
+        self.score, self.direction = key
+        self.chooser = self._choosers[key]
+        cut = self.chooser.cut
+        if count <= 0 or not len(cut):
+            self._at(self.bounds[1] if direction == "high" else self.bounds[0])
+        else:
+            self._at(float(cut[min(count, len(cut)) - 1]))
+
+    def _at(self, threshold: float) -> None:
+        low, high = self.bounds
+        self.threshold = float(np.clip(threshold, low, high))
+        self.choice = self.chooser.at_threshold(self.threshold)
+
+    def _curves(self) -> Curves | None:
+        if self.field is None:
+            return None
+        low, middle, high = np.quantile(self.field.random, (0.05, 0.5, 0.95), axis=0)
+        return Curves(
+            size=self.chooser.file_bytes.astype(np.float64),
+            kl=self.chooser.kl,
+            grid=self.field.file_bytes,
+            optimum=self.field.optimum,
+            random_low=low,
+            random_median=middle,
+            random_high=high,
+        )
+
+
+def _start_of(plan: ProtectionPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that start at a plan; its threshold only if no other score is asked for."""
+    start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1)}
+    if not {"score", "direction", "share"} & set(options):
+        start |= {"score": plan.score, "direction": plan.direction}
+        start |= {"threshold": plan.value} if plan.rule == "threshold" else {}
+    return start | {"double_quant": plan.double_quant}
+
+
+def _held_plan(run: Run) -> ProtectionPlan | None:
+    if not run.plan_json.exists():
+        return None
+    return ProtectionPlan.read(run.plan_json, model=run_info(run)["model"])

@@ -1,0 +1,1 @@
+"""Functions from data to a matplotlib Figure. No model, no pyplot."""

@@ -1,0 +1,1 @@
+"""Model card, gates and upload: the parts of `publish`."""

@@ -1,0 +1,184 @@
+"""What has to be true of a run before it may be published, checked from its files.
+
+Each gate reads what is on the disk now, not what a stage once said: a file that was changed, or made from
+another plan, closes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spi_utils.errors import RunError
+from spi_utils.hub.licences import Licence
+from spi_utils.runs import HASH_ALWAYS_BELOW, NOTEBOOKS, Run, read_json, run_info, sha256_file
+
+SIZE_TOLERANCE = 0.005  # of the plan's bytes
+BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
+CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
+TEXT_TYPES = {".json", ".md", ".csv", ".py", ".txt", ".jinja", ".svg"}
+MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
+SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
+# Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
+QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition: its name, whether it is met, and what was found (and what to do where it is not)."""
+
+    name: str
+    passed: bool
+    found: str
+
+    def __str__(self) -> str:
+        return f"{'open  ' if self.passed else 'CLOSED'} {self.name}: {self.found}"
+
+
+def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[Gate, ...]:
+    """All gates, in the order in which a person would mend them."""
+    return (
+        _stages(run),
+        _complete(run),
+        _planned(run),
+        _evaluated(run),
+        _size(run),
+        _licensed(licence),
+        _clean(files),
+    )
+
+
+def checkpoint_hash(model_dir: Path) -> str:
+    """SHA-256 over one line `name sha256` for each weight file: what an evaluation calls its checkpoint."""
+    lines = (f"{path.name} {sha256_file(path)}\n" for path in weight_files(model_dir))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order."""
+    return sorted(model_dir.glob("*.safetensors"))
+
+
+def _stages(run: Run) -> Gate:
+    """Every stage before publishing has finished, and what it measured or made stands unchanged."""
+    stages = run_info(run)["stages"]
+    for name in BEFORE_PUBLISH:
+        if name not in stages:
+            return Gate("stages", False, f"{name} has not finished; run notebook {NOTEBOOKS[name]}")
+        for path, held in stages[name]["outputs"].items():
+            if path.startswith(MEASURED) and not _unchanged(run.path / path, held):
+                again = f"run notebook {NOTEBOOKS[name]} again"
+                return Gate("stages", False, f"{path} is not what {name} wrote; {again}")
+    return Gate("stages", True, ", ".join(BEFORE_PUBLISH) + " finished")
+
+
+def _unchanged(path: Path, held: Mapping[str, Any]) -> bool:
+    """Size, and the hash too where it is quick; the evaluation's gate hashes the weights."""
+    if not path.exists() or path.stat().st_size != held["bytes"]:
+        return False
+    return held["bytes"] >= HASH_ALWAYS_BELOW or sha256_file(path) == held["sha256"]
+
+
+def _complete(run: Run) -> Gate:
+    missing = [name for name in CHECKPOINT_FILES if not (run.model_dir / name).is_file()]
+    if missing or not weight_files(run.model_dir):
+        what = ", ".join(missing) or "*.safetensors"
+        return Gate("checkpoint", False, f"model/ lacks {what}; run notebook {NOTEBOOKS['quantize']}")
+    return Gate(
+        "checkpoint", True, f"{len(weight_files(run.model_dir))} weight file(s), tokenizer, generate.py"
+    )
+
+
+def _planned(run: Run) -> Gate:
+    """The quantized modules, read from the files' headers, are exactly the plan's."""
+    plan = _read(run.plan_json)
+    if plan is None:
+        return Gate("plan", False, f"no readable plan.json; run notebook {NOTEBOOKS['visualize']}")
+    planned = {name for name, form in plan["formats"].items() if form != "16bit"}
+    held = quantized_modules(run.model_dir)
+    if planned != held:
+        example = sorted(planned ^ held)[0]
+        return Gate(
+            "plan",
+            False,
+            f"{len(planned ^ held)} modules differ between plan.json and model/, the first {example}; "
+            f"run notebook {NOTEBOOKS['quantize']} again",
+        )
+    return Gate("plan", True, f"{len(held)} modules quantized and {len(plan['protected'])} kept, as planned")
+
+
+def quantized_modules(model_dir: Path) -> set[str]:
+    """Names of the modules whose weights are stored quantized, from the safetensors headers alone."""
+    names = (name for path in weight_files(model_dir) for name in _header(path))
+    return {found["module"] for found in map(QUANTIZED.match, names) if found}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length))
+
+
+def _evaluated(run: Run) -> Gate:
+    """The evaluation names the hashes of the checkpoint and the plan that lie here now."""
+    evaluation = _read(run.evaluation_json)
+    again = f"run notebook {NOTEBOOKS['evaluate']}"
+    if evaluation is None:
+        return Gate("evaluation", False, f"no readable evaluation.json; {again}")
+    held, own = str(evaluation.get("checkpoint_sha256")), checkpoint_hash(run.model_dir)
+    if held != own:
+        found = f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {again}"
+        return Gate("evaluation", False, found)
+    if evaluation["hashes"]["plan"] != sha256_file(run.plan_json):
+        return Gate("evaluation", False, f"plan.json changed after it; {again}")
+    return Gate("evaluation", True, f"of this very checkpoint, {own[:12]}")
+
+
+def _size(run: Run) -> Gate:
+    plan, size = _read(run.plan_json), sum(path.stat().st_size for path in weight_files(run.model_dir))
+    if plan is None:
+        return Gate("size", False, f"no readable plan.json; run notebook {NOTEBOOKS['visualize']}")
+    planned = plan["bytes"]["total"]
+    off = size / planned - 1
+    found = f"{size:,} bytes on disk, {planned:,} planned ({100 * off:+.2f} %)"
+    if abs(off) > SIZE_TOLERANCE:
+        return Gate("size", False, f"{found}; allowed is ±{100 * SIZE_TOLERANCE} %; quantize again")
+    return Gate("size", True, found)
+
+
+def _licensed(licence: Licence) -> Gate:
+    if licence.usable:
+        return Gate("licence", True, f"{licence.id}, {licence.found}")
+    why = "forbids passing on changed weights" if licence.forbids else "is unknown"
+    advice = (
+        "if you know that you may publish, pass allow_license='<its id>' (the card will say that you did)"
+    )
+    return Gate("licence", False, f"the base's licence {why} ({licence.id or licence.found}); {advice}")
+
+
+def _clean(files: Mapping[str, Path]) -> Gate:
+    """No file holds something that looks like a secret; names of this machine's folders are pointed out."""
+    home, named = str(Path.home()), []
+    for name, path in files.items():
+        if path.suffix not in TEXT_TYPES:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if SECRET.search(text):
+            return Gate("secrets", False, f"{name} holds what looks like an access token; remove it")
+        if len(home) > 1 and f"{home}/" in text:
+            named.append(name)
+    note = f"; {', '.join(named)} name a folder below your home directory" if named else ""
+    return Gate("secrets", True, f"none found in {len(files)} files{note}")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file of the run, or None where there is none that can be read: the gate says so."""
+    try:
+        return read_json(path)
+    except RunError:
+        return None

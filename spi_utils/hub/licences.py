@@ -1,0 +1,145 @@
+"""Whether a model's licence lets its quantized weights be passed on.
+
+A quantized checkpoint is a derivative of its base, so the base's licence decides. It is read, never guessed:
+from the base's own card or licence file. Where it can't be read the answer is "unknown", and a person has to
+state it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spi_utils.hub.hub_calls import transport_errors
+
+BUNDLED_LICENCE = "apache-2.0"  # SmolLM2's card on the Hub
+
+# Licence ids of the Hub that forbid passing on a changed work.
+FORBIDDING = re.compile(r"(^|-)nd(-|$)|no-?deriv|^unlicensed$|^proprietary$|all-rights-reserved")
+
+# Ids of the Hub that allow it, under conditions that the publisher has to meet.
+CONDITIONS = {
+    "llama": "Meta's Llama licence: the repository's name must begin with “Llama”, and “Built with Llama”, "
+    "the licence and its notice must be shown.",
+    "gemma": "Gemma's terms of use, its use restrictions included, must be passed on.",
+    "cc-by-nc": "Non-commercial use only.",
+    "openrail": "The use restrictions of the OpenRAIL licence must be passed on.",
+}
+
+# First words of licence files, for bases that state no id.
+TEXTS = {
+    "apache-2.0": "apache license version 2.0",
+    "mit": "permission is hereby granted, free of charge, to any person obtaining a copy",
+    "gpl-3.0": "gnu general public license version 3",
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence id as the Hub spells it (None: unknown), where it was found, and what it asks for."""
+
+    id: str | None
+    found: str
+    stated: bool = False  # by the person who publishes, not found in the base
+
+    @property
+    def forbids(self) -> bool:
+        """True where the base's licence allows no derivative."""
+        return self.id is not None and bool(FORBIDDING.search(self.id.lower()))
+
+    @property
+    def usable(self) -> bool:
+        """True where publishing may go on: a known licence that allows it, or a person's own statement."""
+        return self.stated or (self.id not in (None, "other", "unknown") and not self.forbids)
+
+    @property
+    def condition(self) -> str | None:
+        """What the licence asks of the publisher, in a sentence; None for nothing beyond the usual notice."""
+        name = (self.id or "").lower()
+        return next((text for start, text in CONDITIONS.items() if start in name), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest and the environment record."""
+        return {**asdict(self), "condition": self.condition}
+
+
+def find_licence(identity: Mapping[str, Any], model_dir: Path, allow: str | None = None) -> Licence:
+    """The base's licence.
+
+    Args:
+        identity: `run.json["model"]`.
+        model_dir: the checkpoint's folder, which the base's licence file may have travelled to.
+        allow: a licence id that the publisher states; it overrides what is found, and is recorded as stated.
+    """
+    found = _first_found(identity, model_dir)
+    if allow is None:
+        return found
+    said = f"the base says {found.id}" if found.id else "none was found in the base"
+    return Licence(allow, f"stated by the publisher ({said})", stated=True)
+
+
+def _first_found(identity: Mapping[str, Any], model_dir: Path) -> Licence:
+    if identity["kind"] == "bundled":
+        return Licence(BUNDLED_LICENCE, f"the card of {identity['id']}")
+    folders = [model_dir]
+    if identity["kind"] == "local":
+        folders.append(Path(identity["id"]))
+    readers: list[Callable[[Path], Licence | None]] = [_from_card, _from_text]
+    for folder in folders:
+        for reader in readers:
+            licence = reader(folder)
+            if licence is not None:
+                return licence
+    if identity["kind"] == "hub":
+        return _from_hub(identity["id"], identity.get("revision"))
+    return Licence(None, "no licence file and no model card with a licence beside the weights")
+
+
+def _from_card(folder: Path) -> Licence | None:
+    """The licence in the YAML of a README.md."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    return _licence_of_data(card.data.to_dict(), "the base's model card")
+
+
+def _from_text(folder: Path) -> Licence | None:
+    """A licence that its file's own words give away."""
+    for path in sorted(folder.glob("LICEN[CS]E*")):
+        words = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
+        for name, start in TEXTS.items():
+            if start in words.replace(", ", " ") or start in words:
+                return Licence(name, f"the base's file {path.name}")
+    return None
+
+
+def _from_hub(model_id: str, revision: str | None) -> Licence:
+    """The licence in the base's card on the Hub, or unknown with the reason."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    unanswered: tuple[type[Exception], ...] = (HfHubHTTPError, *transport_errors())
+    try:
+        info = HfApi().model_info(model_id, revision=revision)
+    except unanswered as error:
+        return Licence(
+            None, f"the Hub could not be asked for the card of {model_id} ({type(error).__name__})"
+        )
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    return _licence_of_data(data, f"the card of {model_id}") or Licence(
+        None, f"the card of {model_id} has none"
+    )
+
+
+def _licence_of_data(data: Mapping[str, Any], where: str) -> Licence | None:
+    value = data.get("license")
+    value = value[0] if isinstance(value, list) and value else value
+    if value == "other":  # the name beside it says more
+        value = data.get("license_name") or value
+    return Licence(str(value), where) if value else None

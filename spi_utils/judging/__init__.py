@@ -1,0 +1,1 @@
+"""Variants, controls, numbers and the audit: the parts of `evaluate`."""

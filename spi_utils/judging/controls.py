@@ -1,0 +1,176 @@
+"""Which format each layer has in every variant that an evaluation compares (no torch, no model).
+
+All variants are choices of formats over one and the same set of weights. Controls have the plan's bytes, so
+that a difference between them is the selection's and not the budget's. To add a control, add a row to
+`CONTROLS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from spi_utils.errors import EvaluationError, PlanError
+from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
+from spi_utils.planning.pricing import bit_rates, price
+from spi_utils.planning.scores import available_scores
+
+QUICK = ("other_direction", "fisher", "int8", "random")
+FULL = (*QUICK, "fisher_int8", "noise", "first_last", "smallest_first", "type_prior")
+EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total bytes
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice of formats over the planned layers.
+
+    `formats` {module: "16bit" | "nf4" | "int8" | "noise"}; `bytes` as the saved file would hold it (`noise`
+    counts as the NF4 it stands for); `bits_per_weight` over all weights, `matrix_bits` over the planned
+    matrices; `predicted_kl` in nats a token, None without sensitivity; `equal_bytes` marks the plan and the
+    controls that share its budget, `bytes_miss` their distance from it, a share of the 16-bit model's bytes.
+    """
+
+    key: str
+    label: str
+    formats: dict[str, str]
+    bytes: int
+    bits_per_weight: float
+    matrix_bits: float
+    predicted_kl: float | None
+    equal_bytes: bool
+    bytes_miss: float
+
+
+Choose = Callable[[pd.DataFrame, ProtectionPlan, int], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control: its label, and what chooses its formats from the table, the plan and a seed."""
+
+    label: str
+    choose: Choose
+    equal_bytes: bool = True
+
+
+def make_variants(
+    layers: pd.DataFrame,
+    plan: ProtectionPlan,
+    controls: Sequence[str],
+    *,
+    random_seeds: int = 5,
+    seed: int = 0,
+) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The 16-bit reference, pure NF4, the plan, and the controls asked for.
+
+    Args:
+        layers: the layer table, all rows.
+        plan: what is judged.
+        controls: keys of `FULL`; "random" stands for `random_0` … `random_{random_seeds − 1}`.
+        random_seeds: how many random selections.
+        seed: of the first of them, and of the noise.
+
+    Returns the variants in the order in which they are scored, and {control: reason} for those that this
+    layer table can't give (no sensitivity column). Raises EvaluationError for an unknown control's name.
+    """
+    unknown = [key for key in controls if key not in FULL]
+    if unknown:
+        raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
+    rows = {**ENDS, **{key: CONTROLS[key] for key in FULL if key in controls and key != "random"}}
+    seeds = range(seed, seed + random_seeds) if "random" in controls else ()
+    rows |= {f"random_{index}": _random(number) for index, number in enumerate(seeds)}
+    found: dict[str, Variant] = {}
+    skipped: dict[str, str] = {}
+    for key, control in rows.items():
+        try:
+            formats = dict(control.choose(layers, plan, seed))
+        except PlanError as error:
+            skipped[key] = str(error)
+            continue
+        found[key] = _priced(layers, plan, key, control, formats)
+    return found, skipped
+
+
+def plan_label(plan: ProtectionPlan) -> str:
+    """The plan in a few words: "the plan (alpha_hill, high)"."""
+    return f"the plan ({plan.score}, {plan.direction})"
+
+
+def _priced(
+    layers: pd.DataFrame, plan: ProtectionPlan, key: str, control: Control, formats: dict[str, str]
+) -> Variant:
+    """A variant with its bytes, bit rates and predicted KL."""
+    stored = {name: "nf4" if fmt == "noise" else fmt for name, fmt in formats.items()}
+    cost = price(layers, stored, plan.double_quant)
+    overall, matrix = bit_rates(layers, stored, plan.double_quant)
+    return Variant(
+        key=key,
+        label=plan_label(plan) if key == "plan" else control.label,
+        formats=formats,
+        bytes=cost["total"],
+        bits_per_weight=overall,
+        matrix_bits=matrix,
+        # Noise costs no less than NF4 by the quadratic rule, but no prediction was ever made for it.
+        predicted_kl=None if "noise" in formats.values() else predicted_kl(layers, stored),
+        equal_bytes=control.equal_bytes,
+        bytes_miss=(cost["total"] - plan.bytes["total"]) / cost["total_16bit"]
+        if control.equal_bytes
+        else 0.0,
+    )
+
+
+def _everything(fmt: str) -> Choose:
+    return lambda layers, plan, seed: dict.fromkeys(layers.loc[layers["quantizable"], "name"], fmt)
+
+
+def _by_score(
+    score: str, formats: Sequence[str] = ("nf4", "16bit"), number: int = 0, flip: bool = False
+) -> Choose:
+    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end."""
+
+    def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
+        if score and score not in available_scores(layers, formats):
+            raise PlanError(
+                f"layers.csv lacks {score}'s column for {', '.join(formats)}. "
+                "Run notebook 01_analyze with sensitivity='self'."
+            )
+        other = "low" if plan.direction == "high" else "high"
+        return equal_bytes_plan(
+            layers,
+            total_bytes=plan.bytes["total"],
+            score=score or plan.score,
+            direction=other if flip else "high",
+            formats=formats,
+            double_quant=plan.double_quant,
+            seed=number,
+        ).formats
+
+    return choose
+
+
+def _noise(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
+    return {name: "noise" if fmt == "nf4" else fmt for name, fmt in plan.formats.items()}
+
+
+def _random(number: int) -> Control:
+    return Control(f"random, seed {number}", _by_score("random", number=number))
+
+
+ENDS: dict[str, Control] = {
+    "reference": Control("16-bit reference", _everything("16bit"), equal_bytes=False),
+    "nf4": Control("pure NF4", _everything("nf4"), equal_bytes=False),
+    "plan": Control("the plan", lambda layers, plan, seed: plan.formats),
+}
+CONTROLS: dict[str, Control] = {
+    "other_direction": Control("the score's other end", _by_score("", flip=True)),
+    "fisher": Control("Fisher's optimum", _by_score("fisher")),
+    # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
+    "fisher_int8": Control("Fisher's optimum with int8", _by_score("fisher", ("nf4", "int8", "16bit"))),
+    "int8": Control("int8 everywhere", _everything("int8"), equal_bytes=False),
+    "noise": Control("the plan, noise for NF4", _noise),
+    "first_last": Control("first and last blocks", _by_score("first_last")),
+    "smallest_first": Control("smallest layers first", _by_score("smallest")),
+    "type_prior": Control("type prior", _by_score("type_prior")),
+}

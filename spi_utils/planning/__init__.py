@@ -1,0 +1,1 @@
+"""Scores, rules, prices and exact selection: the parts of `plan`. No torch."""
