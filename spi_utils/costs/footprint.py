@@ -17,7 +17,7 @@ from spi_utils.errors import AnalysisError
 from spi_utils.scoring import LOGIT_BYTES
 from spi_utils.variants import Switch
 
-BATCH_TOKENS = 1024  # in one backward pass: fewer and making ΔW costs more than using it, more is no faster
+BATCH_TOKENS = 768  # in one backward pass: far fewer, and making ΔW costs more than using it
 SHARE = 0.85  # of a device's memory that may be planned with
 HOST_ROOM = 700_000_000  # Python, torch and the libraries themselves
 # Activations that a block keeps for its backward pass, in units of its layers' inputs and outputs.
