@@ -47,10 +47,13 @@ NOT_THE_NOTEBOOKS = (
     "Working dir",
     "[IPKernelApp]",
     "Failed to load CPU gemm_4bit_forward",
+    "<",  # the repr of a table or a picture that the executed copy shows
 )
 PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
 
 
+# What stands in a notebook's namespace at its first cell: IPython's own, and the set-up cell's.
+NOT_GIVEN = {"In", "Out", "SOURCE", "DRIVE", "wheels", "what"}
 Show = Callable[[str, float, str], None]
 
 
@@ -112,6 +115,26 @@ def check_parameters(given: Iterable[str], known: Iterable[str], what: str) -> N
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known)}."
             raise RunError(f"{what} has no parameter {name!r}.{hint}")
+
+
+def check_given(namespace: Mapping[str, Any], name: str) -> None:
+    """Refuse what plain papermill put into a notebook beside its parameters; a call in its first cell.
+
+    papermill runs a notebook with a misspelt parameter to the end, with the default. Where a person works in
+    the notebook their own variables are nobody's business, so nothing is checked there.
+
+    Args:
+        namespace: the notebook's `globals()`.
+        name: the notebook, e.g. "01_analyze".
+
+    Raises:
+        RunError: names the stranger and the nearest parameter.
+    """
+    if interactive():
+        return
+    values = str | int | float | list | dict | None
+    given = [key for key, value in namespace.items() if isinstance(value, values) and not key.startswith("_")]
+    check_parameters([key for key in given if key not in NOT_GIVEN], parameters_of(name), f"{name}.ipynb")
 
 
 def execute(

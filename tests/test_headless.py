@@ -89,6 +89,17 @@ def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
     assert counts(run) == [0, 0, 0]
 
 
+def test_what_plain_papermill_lets_through_is_refused_by_the_notebook(monkeypatch):
+    given = {"In": [], "_x": 1, "exit": print, "SOURCE": "", **headless.parameters_of("02_visualize")}
+    headless.check_given(given, "02_visualize")
+    with pytest.raises(
+        RunError, match=r"02_visualize\.ipynb has no parameter 'scoer'\. Did you mean 'score'"
+    ):
+        headless.check_given({**given, "scoer": "alpha_pl"}, "02_visualize")
+    monkeypatch.setattr(headless, "interactive", lambda: True)
+    headless.check_given({**given, "mine": 1}, "02_visualize")
+
+
 def test_every_stage_of_the_project_is_found_and_read():
     for name in headless.STAGES:
         assert headless.parameters_of(name)["model"] == "auto"
