@@ -3,7 +3,7 @@
 Drives the real widgets without a browser: the threshold slider's value is set, and the time until the picture
 widget holds the new PNG is taken, as the kernel experiences it. The layer tables are made up.
 
-    python benchmarks/explorer.py [--json]
+    python benchmarks/explorer.py [--json [FILE]]
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ def slider_times(count: int, moves: int = MOVES) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--json", nargs="?", const="-", help="print one JSON object, or write it to a file")
     arguments = parser.parse_args()
     results: dict[str, float] = {}
     for count in COUNTS:
         times = slider_times(count)
         results[f"p50_ms_{count}"] = round(float(np.median(times)), 1)
         results[f"p95_ms_{count}"] = round(float(np.quantile(times, 0.95)), 1)
-    if arguments.json:
+    if arguments.json == "-":
         print(json.dumps(results))
         return
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
     print("layers   median ms   p95 ms")
     for count in COUNTS:
         print(f"{count:6}   {results[f'p50_ms_{count}']:9}   {results[f'p95_ms_{count}']:6}")
