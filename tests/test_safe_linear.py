@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
 
-from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
+from spi_utils.checkpoints.safe_linear import SafeFP16Conv1D, SafeFP16Linear, isolate, isolation_report
 from spi_utils.errors import CheckpointError, EvaluationError, PlanError
 
 
@@ -221,3 +222,66 @@ def test_isolating_what_is_quantized_or_missing_is_refused(hybrid):
         isolate(model, SimpleNamespace(protected=("model.layers.0.mlp.up_proj",)))
     with pytest.raises(PlanError, match=r"layers\.9"):
         isolate(model, SimpleNamespace(protected=("model.layers.9.mlp.up_proj",)))
+
+
+# --- GPT-2's Conv1D --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conv():
+    torch.manual_seed(0)
+    made = Conv1D(48, 64).half().requires_grad_(False)
+    made.bias.normal_()
+    return made
+
+
+@pytest.mark.parametrize("policy", ["saturate", "upcast", "error"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64), (0, 64)])
+def test_a_conv1d_is_a_plain_one_while_nothing_overflows(conv, policy, shape):
+    safe = SafeFP16Conv1D(conv, policy=policy)
+    x = torch.randn(shape).half()
+    expected = conv(x) if x.dim() > 1 else conv(x[None])[0]
+    assert torch.equal(safe(x), expected)
+    assert safe.overflows == 0
+    assert list(safe.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
+    assert safe.weight is conv.weight and safe.bias is conv.bias
+    assert f"policy={policy}" in repr(safe)
+
+
+def test_a_conv1d_follows_its_policy(conv):
+    conv.weight.zero_()
+    conv.weight[:, 0], conv.weight[:, 1] = 2000, -2000  # 64 inputs of 1 make ±128,000
+    conv.bias[:2] = 0
+    x = torch.ones(1, 64).half()
+    saturated = SafeFP16Conv1D(conv, policy="saturate")
+    assert saturated(x)[0, :2].tolist() == [65504.0, -65504.0]
+    assert saturated.overflows == 2
+    upcast = SafeFP16Conv1D(conv, policy="upcast")(x)
+    assert upcast.dtype == torch.float32
+    assert upcast[0, :2].tolist() == [128000.0, -128000.0]
+    with pytest.raises(EvaluationError, match=r"h\.0\.mlp\.c_fc: 2 outputs"):
+        SafeFP16Conv1D(conv, policy="error", label="h.0.mlp.c_fc")(x)
+
+
+def test_quantizers_do_not_see_a_safe_conv1d(conv):
+    model = nn.ModuleDict({"a": copy.deepcopy(conv), "b": SafeFP16Conv1D(conv)})
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    replace_with_bnb_linear(model, modules_to_not_convert=[], quantization_config=config)
+    assert type(model["a"]) is bnb.nn.Linear4bit
+    assert type(model["b"]) is SafeFP16Conv1D
+
+
+def test_gpt2_is_isolated_too(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("gpt2")).eval()
+    kept = ("transformer.h.0.mlp.c_fc", "transformer.h.3.attn.c_attn")
+    ids = torch.arange(12)[None]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with torch.inference_mode():
+        before = model(ids).logits
+        after = isolate(model, SimpleNamespace(protected=kept))(ids).logits
+    assert torch.equal(before, after)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    report = isolation_report(model).set_index("module")
+    assert tuple(report.index[report["class"] == "SafeFP16Conv1D"]) == kept
+    assert report.loc[list(kept), "overflows"].tolist() == [0, 0]
+    assert pd.isna(report.loc["transformer.h.1.mlp.c_fc", "overflows"])

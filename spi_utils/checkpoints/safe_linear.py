@@ -5,13 +5,14 @@ gives infinity, the next norm gives NaN, and nothing says which layer it was. `S
 output's smallest and largest value, in one pass, and acts only when one isn't finite.
 
 It is a subclass of `nn.Linear`, and quantizers replace `nn.Linear` itself only: it can't be quantized by
-accident. Its state dict is a plain linear's, so a checkpoint never shows that it was there.
+accident. Its state dict is a plain linear's, so a checkpoint never shows that it was there. `SafeFP16Conv1D`
+is the same for GPT-2's layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -21,24 +22,19 @@ from torch.nn import functional
 from spi_utils.errors import CheckpointError, EvaluationError, PlanError
 
 if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
     from spi_utils.plan import ProtectionPlan
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
 POLICIES = ("saturate", "upcast", "error")
 
 
-class SafeFP16Linear(nn.Linear):
-    """`y = x Wᵀ + b` with a float16 or bfloat16 weight; what float16 can't hold follows a policy.
+class _Safe(nn.Module):
+    """A matrix product whose result float16 may not be able to hold, and what is done then."""
 
-    saturate: outputs (and inputs) beyond ±65,504 become ±65,504.
-    upcast: the product is computed again in float32, and the output is float32.
-    error: EvaluationError.
-
-    On a CPU nothing but one pass over the output is added while all of it is finite. On CUDA, `saturate`
-    never waits for the device; the other two policies read one flag back per call.
-    bfloat16 has float32's range: its outputs aren't looked at.
-    """
-
+    weight: torch.Tensor
+    bias: Any  # a tensor or None
     policy: str
     label: str
     weight_overflow: int  # weights that a cast could not hold; what became of them says `from_linear`
@@ -46,46 +42,18 @@ class SafeFP16Linear(nn.Linear):
     _overflows: int
     _on_device: dict[torch.device, torch.Tensor]  # counts that nobody has read back yet
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = torch.float16,
-        *,
-        policy: str = "saturate",
-        label: str = "",
-    ) -> None:
+    def _guard(self, policy: str, label: str) -> None:
         if policy not in POLICIES:
             raise PlanError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}.")
-        super().__init__(in_features, out_features, bias, device, dtype)
         self.policy = policy
         self.label = label
         self.weight_overflow = self.weight_underflow = self._overflows = 0
         self._on_device = {}
 
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, policy: str = "saturate", label: str = "", dtype: torch.dtype | None = None
-    ) -> SafeFP16Linear:
-        """Wrap a plain linear; the parameters are shared unless a cast is asked for.
-
-        Args:
-            label: the module's name, for messages.
-            dtype: cast the weight to float16 or bfloat16. Where float16 can't hold it, `saturate` clamps it,
-                `upcast` keeps it in the dtype it had, `error` raises; `weight_overflow` and
-                `weight_underflow` count.
-
-        Raises:
-            PlanError: unknown policy. CheckpointError: the cast would overflow and the policy is "error".
-        """
-        bias = linear.bias is not None
-        safe = cls(linear.in_features, linear.out_features, bias, "meta", policy=policy, label=label)
-        safe.weight = safe._cast(linear.weight, dtype)
-        if bias:
-            safe.bias = safe._cast(linear.bias, safe.weight.dtype)
-        return safe.train(linear.training)
+    @staticmethod
+    def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(…, in) -> (…, out)."""
+        raise NotImplementedError
 
     @property
     def overflows(self) -> int:
@@ -95,7 +63,7 @@ class SafeFP16Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features), in the weight's dtype (float32 after an upcast)."""
         if self.weight.dtype != torch.float16:
-            return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+            return self._product(x.to(self.weight.dtype), self.weight, self.bias)
         if x.dtype != torch.float16:
             narrow = x.to(torch.float16)
             if self._is_finite(narrow):
@@ -104,7 +72,7 @@ class SafeFP16Linear(nn.Linear):
                 return self._in_float32(x)
             else:
                 x = narrow.clamp(-LIMIT, LIMIT)
-        y = functional.linear(x, self.weight, self.bias)
+        y = self._product(x, self.weight, self.bias)
         if y.is_cuda and self.policy == "saturate":
             return self._saturated_on_device(y)
         if self._is_finite(y):
@@ -115,7 +83,7 @@ class SafeFP16Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """As a linear's, with the policy."""
-        return f"{super().extra_repr()}, policy={self.policy}"
+        return ", ".join(part for part in (super().extra_repr(), f"policy={self.policy}") if part)
 
     def _cast(self, parameter: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
         assert isinstance(parameter, nn.Parameter)
@@ -162,18 +130,92 @@ class SafeFP16Linear(nn.Linear):
 
     def _in_float32(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return functional.linear(x.float(), self.weight.float(), bias)
+        return self._product(x.float(), self.weight.float(), bias)
+
+
+class SafeFP16Linear(_Safe, nn.Linear):
+    """`y = x Wᵀ + b` with a float16 or bfloat16 weight; what float16 can't hold follows a policy.
+
+    saturate: outputs (and inputs) beyond ±65,504 become ±65,504.
+    upcast: the product is computed again in float32, and the output is float32.
+    error: EvaluationError.
+
+    On a CPU nothing but one pass over the output is added while all of it is finite. On CUDA, `saturate`
+    never waits for the device; the other two policies read one flag back per call.
+    bfloat16 has float32's range: its outputs aren't looked at.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        *,
+        policy: str = "saturate",
+        label: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._guard(policy, label)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, policy: str = "saturate", label: str = "", dtype: torch.dtype | None = None
+    ) -> SafeFP16Linear:
+        """Wrap a plain linear; the parameters are shared unless a cast is asked for.
+
+        Args:
+            label: the module's name, for messages.
+            dtype: cast the weight to float16 or bfloat16. Where float16 can't hold it, `saturate` clamps it,
+                `upcast` keeps it in the dtype it had, `error` raises; `weight_overflow` and
+                `weight_underflow` count.
+
+        Raises:
+            PlanError: unknown policy. CheckpointError: the cast would overflow and the policy is "error".
+        """
+        bias = linear.bias is not None
+        safe = cls(linear.in_features, linear.out_features, bias, "meta", policy=policy, label=label)
+        safe.weight = safe._cast(linear.weight, dtype)
+        if bias:
+            safe.bias = safe._cast(linear.bias, safe.weight.dtype)
+        return safe.train(linear.training)
+
+    @staticmethod
+    def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+
+class SafeFP16Conv1D(_Safe):
+    """The same for GPT-2's `Conv1D`: `y = x W + b` with W as (in, out), and a plain Conv1D's state dict.
+
+    It is no subclass of `Conv1D`, because quantizers replace those too.
+    """
+
+    def __init__(self, conv: Conv1D, *, policy: str = "saturate", label: str = "") -> None:
+        """Take a plain `Conv1D`'s place; the parameters are shared. PlanError for an unknown policy."""
+        super().__init__()
+        self._guard(policy, label)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.train(conv.training)
+
+    @staticmethod
+    def _product(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
 
 
 def isolate(model: nn.Module, plan: ProtectionPlan, *, policy: str = "saturate") -> nn.Module:
     """Swap a `SafeFP16Linear` in for every protected layer of a loaded model, in place; weights are shared.
 
-    Protected `Conv1D` modules (GPT-2) are left as they are: their state dict is transposed.
+    GPT-2's `Conv1D` becomes a `SafeFP16Conv1D`. The model's state dict stays as it was, names and shapes.
 
     Raises:
         PlanError: unknown policy, or a protected layer that isn't in the model.
         CheckpointError: a protected layer is quantized in this model.
     """
+    from transformers.pytorch_utils import Conv1D
+
     for name in plan.protected:
         try:
             module = model.get_submodule(name)
@@ -186,6 +228,8 @@ def isolate(model: nn.Module, plan: ProtectionPlan, *, policy: str = "saturate")
             )
         if type(module) is nn.Linear:
             model.set_submodule(name, SafeFP16Linear.from_linear(module, policy=policy, label=name))
+        elif isinstance(module, Conv1D):
+            model.set_submodule(name, SafeFP16Conv1D(module, policy=policy, label=name))
     return model
 
 
@@ -193,7 +237,7 @@ def isolation_report(model: nn.Module) -> pd.DataFrame:
     """One row for each module with a weight matrix: what holds it, and what touches it.
 
     Columns: module, class, dtype, device, bytes (quantization state included), kernel, quantized (whether any
-    of its tensors is), hooks (forward hooks, accelerate's included), overflows (`SafeFP16Linear` only).
+    of its tensors is), hooks (forward hooks, accelerate's included), overflows (isolated layers only).
     """
     rows = [
         {
@@ -205,7 +249,7 @@ def isolation_report(model: nn.Module) -> pd.DataFrame:
             "kernel": _kernel(module),
             "quantized": _is_quantized(module),
             "hooks": _count_hooks(module),
-            "overflows": module.overflows if isinstance(module, SafeFP16Linear) else None,
+            "overflows": module.overflows if isinstance(module, _Safe) else None,
         }
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim >= 2
