@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spi_utils.checkpoints.tensorfile import DTYPES, TensorReader
+from spi_utils.checkpoints.tensorfile import DTYPES, PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import Packed, bitsandbytes_state, dequantize, layer_bytes, quantize
 from spi_utils.models import Weights
@@ -93,7 +93,17 @@ def read_saved(weights: Weights, item: Item, saving: Saving) -> torch.Tensor:
     value = weights.read_source(item.name).to(saving.device)
     if not value.is_floating_point() or item.name in weights.keep:
         return value
-    return value.to(saving.storage)
+    return _cast(value, saving.storage)
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that nobody else uses, in another dtype; between 16-bit types it keeps its memory."""
+    if value.dtype == dtype or value.element_size() != dtype.itemsize:
+        return value.to(dtype)
+    made = value.view(dtype)
+    for source, target in zip(value.view(-1).split(PIECE), made.view(-1).split(PIECE), strict=True):
+        target.copy_(source.to(dtype))
+    return made
 
 
 def scan_casts(weights: Weights, items: Sequence[Item], storage: torch.dtype) -> list[Cast]:
@@ -102,13 +112,21 @@ def scan_casts(weights: Weights, items: Sequence[Item], storage: torch.dtype) ->
     for item in items:
         if item.name in weights.keep or not needs_cast(weights, item.name, storage):
             continue
-        value = weights.read_source(item.name)
-        cast = value.to(storage)
-        over = int((cast.isinf() & value.isfinite()).sum())
-        under = int(((cast == 0) & (value != 0)).sum())
-        if over or under:
-            casts.append(Cast(item.name, over, under, value.abs().max().item()))
+        cast = _count_lost(item.name, weights.read_source(item.name), storage)
+        if cast.overflow or cast.underflow:
+            casts.append(cast)
     return casts
+
+
+def _count_lost(name: str, value: torch.Tensor, storage: torch.dtype) -> Cast:
+    over = under = 0
+    largest = 0.0
+    for part in value.view(-1).split(PIECE):
+        cast = part.to(storage)
+        over += int((cast.isinf() & part.isfinite()).sum())
+        under += int(((cast == 0) & (part != 0)).sum())
+        largest = max(largest, part.abs().max().item())
+    return Cast(name, over, under, largest)
 
 
 def needs_cast(weights: Weights, name: str, storage: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -34,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 1 << 24  # values read or cast at once where a whole tensor needn't be in memory
 ALIGNMENT = 8  # bytes; a tensor must start at a multiple of its item size to be viewed without a copy
 
 
@@ -78,16 +79,28 @@ class TensorReader:
             CheckpointError: the file ends before it.
         """
         entry = self.entries[name]
-        begin, end = entry["data_offsets"]
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        self._file.seek(self._start + begin)
-        if end > begin and self._file.readinto(data.numpy().data) != end - begin:
-            raise CheckpointError(f"{self.path}: ends before tensor {name!r}. Write or fetch it again.")
+        data = self._read(name, *entry["data_offsets"])
         return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def pieces(self, name: str, values: int = PIECE) -> Iterator[torch.Tensor]:
+        """A tensor's values in file order, flat, at most `values` at a time; errors as `get_tensor`."""
+        entry = self.entries[name]
+        dtype = DTYPES[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        step = values * dtype.itemsize
+        for start in range(begin, end, step):
+            yield self._read(name, start, min(start + step, end)).view(dtype)
 
     def get_slice(self, name: str) -> _Slice:
         """A tensor's shape without reading it, as the safetensors library gives it."""
         return _Slice(self.entries[name]["shape"])
+
+    def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        self._file.seek(self._start + begin)
+        if end > begin and self._file.readinto(data.numpy().data) != end - begin:
+            raise CheckpointError(f"{self.path}: ends before tensor {name!r}. Write or fetch it again.")
+        return data
 
     def __enter__(self) -> TensorReader:
         return self
@@ -104,12 +117,14 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]
     except (json.JSONDecodeError, UnicodeDecodeError):
         header = None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file, or truncated. Write or fetch it again.")
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or its head is damaged. Write or fetch it again."
+        )
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise CheckpointError(
-            f"{path}: {size} bytes, its header promises {8 + length + end}. Write or fetch it again."
+            f"{path}: truncated: {size} bytes, expected {8 + length + end}. Write or fetch it again."
         )
     return header, 8 + length
 

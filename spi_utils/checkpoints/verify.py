@@ -25,12 +25,13 @@ from spi_utils.checkpoints.checkpoint import (
     Item,
     SavedWeights,
     Saving,
+    file_tensors,
     in_linear_order,
     read_saved,
     saved_weights,
 )
 from spi_utils.checkpoints.nf4 import BLOCK, map_parts, one_thread
-from spi_utils.checkpoints.tensorfile import TensorReader
+from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import NESTED_BLOCK
 from spi_utils.models import ModelSource, Weights
@@ -99,12 +100,15 @@ def check_bits(
     wrong: list[str] = []
     for item in progress(items, len(items), "verify"):
         value = read_saved(weights, item, saving)
-        if item.fmt == "nf4":
+        if item.name not in saved.recipes:
+            same = False
+        elif item.fmt == "nf4":
             expected = bitsandbytes_tensors(in_linear_order(value, item), saving.double_quant)
             same = _same_nf4(saved.parts(item.module), expected)
         else:
-            same = _same_bits(saved.tensor(item.name), value.cpu())
+            same = _same_16bit(saved, item, dict(file_tensors(value, item, weights, saving.double_quant)))
         wrong += [] if same else [item.name]
+        del value  # before the next is read: the two largest tensors may be neighbours
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} of {len(items)} tensors on the disk differ from the source's: "
@@ -140,6 +144,22 @@ def bitsandbytes_tensors(weight: torch.Tensor, double_quant: bool) -> dict[str, 
 def _same_nf4(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
         _same_bits(found[key], expected[key].cpu()) for key in expected
+    )
+
+
+def _same_16bit(saved: SavedWeights, item: Item, expected: Mapping[str, torch.Tensor]) -> bool:
+    """Compare in pieces: the source's tensor is held whole already, the file's needn't be too."""
+    if {name for _, name in saved.recipes[item.name].sources} != expected.keys():
+        return False
+    return all(
+        saved.files[name].get_slice(name).get_shape() == list(tensor.shape)
+        and all(
+            _same_bits(found, part.cpu())
+            for found, part in zip(
+                saved.files[name].pieces(name), tensor.reshape(-1).split(PIECE), strict=True
+            )
+        )
+        for name, tensor in expected.items()
     )
 
 

@@ -76,7 +76,7 @@ class Weights:
     storage_dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
     recipes: Mapping[str, Recipe]
-    files: Mapping[str, Any]  # name in the files -> open safetensors file
+    files: Mapping[str, TensorReader]  # name in the files -> the open file that holds it
     model: PreTrainedModel  # on the meta device
     keep: frozenset[str]  # tensors that transformers keeps in float32
 
@@ -160,48 +160,31 @@ def shard_paths(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    files: dict[str, Any] = {}
+def _open_files(directory: Path, stack: ExitStack) -> dict[str, TensorReader]:
+    files: dict[str, TensorReader] = {}
     for path in shard_paths(directory):
-        try:
-            # not safetensors' own reader: what it has read counts as resident memory until the file is closed
-            file = stack.enter_context(TensorReader(path))
-        except (CheckpointError, OSError) as error:
-            raise ModelError(
-                f"{path}: truncated or corrupt ({error}). Delete it and fetch it again."
-            ) from error
+        file = stack.enter_context(_open_file(path))
         files.update(dict.fromkeys(file.keys(), file))
     return files
+
+
+def _open_file(path: Path) -> TensorReader:
+    # not safetensors' own reader: what it has read counts as resident memory until the file is closed
+    try:
+        return TensorReader(path)
+    except (CheckpointError, OSError) as error:
+        raise ModelError(str(error)) from error
 
 
 def tensor_dtypes(directory: Path) -> dict[str, int]:
     """Bytes of the checkpoint's tensors by safetensors dtype name, e.g. {"BF16": 8411510272}."""
     sizes: dict[str, int] = defaultdict(int)
     for path in shard_paths(directory):
-        for entry in _header(path).values():
-            begin, end = entry["data_offsets"]
-            sizes[entry["dtype"]] += end - begin
+        with _open_file(path) as file:
+            for entry in file.entries.values():
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] += end - begin
     return dict(sizes)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The table of a safetensors file, checked against the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 0 < length < size else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            header = None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: not a safetensors file, or its head is damaged. Fetch it again.")
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise ModelError(
-            f"{path}: truncated: {size} bytes, expected {8 + length + end}. Delete it and fetch it again."
-        )
-    return header
 
 
 def find_recipes(model: PreTrainedModel, files: Mapping[str, Any]) -> dict[str, Recipe]:
