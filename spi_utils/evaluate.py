@@ -9,13 +9,11 @@ text go to `run.json`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import spi_utils
 from spi_utils import runs
 from spi_utils.errors import EvaluationError
 from spi_utils.judging.claims import audit
@@ -151,25 +149,17 @@ def _hashes(
     run: runs.Run, source: ModelSource, texts: Sequence[Text], rivals: Sequence[Rival]
 ) -> dict[str, str]:
     """SHA-256 of everything that the numbers depend on."""
-    from spi_utils.checkpoints.saved import checkpoint_hash
+    from spi_utils.checkpoints.saved import weight_files
 
     return {
         "weights": source.sha256,
         "layers": runs.layers_fingerprint(run),
         "plan": runs.sha256_file(run.plan_json),
-        "checkpoint": checkpoint_hash(run.model_dir),
-        "code": code_hash(),
+        "checkpoint": runs.checkpoint_hash(weight_files(run.model_dir)),
+        "code": runs.code_hash(),
         **{f"text:{text.name}": text.sha256 for text in texts},
-        **{rival.key: checkpoint_hash(rival.directory) for rival in rivals},
+        **{rival.key: runs.checkpoint_hash(weight_files(rival.directory)) for rival in rivals},
     }
-
-
-def code_hash() -> str:
-    """SHA-256 over the package's version and its modules' sources, in name order."""
-    total = hashlib.sha256(spi_utils.__version__.encode())
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        total.update(f"{file.name} {runs.sha256_file(file)}\n".encode())
-    return total.hexdigest()
 
 
 def _evaluate(job: Job, stage: runs.Stage) -> Evaluation:

@@ -7,7 +7,6 @@ parameters are checked before anything runs: papermill itself only logs the ones
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.resources
 import importlib.util
 import os
@@ -25,7 +24,7 @@ import yaml
 
 from spi_utils.errors import RunError, SPIError
 from spi_utils.progress import interactive
-from spi_utils.runs import Run, fingerprint, is_intact, run_info, sha256_file, write_json
+from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, write_json
 
 STAGES = ("01_analyze", "02_visualize", "03_quantize", "04_evaluate", "05_publish")
 ALL = "00_run_all"
@@ -299,7 +298,7 @@ def _mark(run: Run, name: str, parameters: Mapping[str, Any]) -> str:
     """What a notebook's outcome depends on: parameters, its text, this code, and what earlier stages made."""
     earlier = {before: _hash_of(run, before) for before in STAGES[: STAGES.index(name)]}
     own = sha256_file(notebook_path(name))
-    return fingerprint({"parameters": parameters, "notebook": own, "code": _code_hash(), "earlier": earlier})
+    return fingerprint({"parameters": parameters, "notebook": own, "code": code_hash(), "earlier": earlier})
 
 
 def _hash_of(run: Run, name: str) -> str | None:
@@ -317,11 +316,3 @@ def _is_done(run: Run, name: str, mark: str) -> bool:
         return False
     stage = info["stages"].get(name.split("_", 1)[1])
     return stage is None or is_intact(run, stage)
-
-
-def _code_hash() -> str:
-    """One hash of this package's modules: other code means the stages must look again."""
-    total = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return total.hexdigest()

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -154,6 +154,20 @@ def fingerprint(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, in hex."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def code_hash() -> str:
+    """SHA-256 over the paths and contents of this package's modules: which code made a number."""
+    package = Path(__file__).resolve().parent
+    modules = sorted((file.relative_to(package).as_posix(), file) for file in package.rglob("*.py"))
+    lines = (f"{name} {sha256_file(file)}\n" for name, file in modules)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def checkpoint_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over one line `name sha256` for each of a checkpoint's weight files, in name order."""
+    lines = (f"{file.name} {sha256_file(file)}\n" for file in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 # --- the directory ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The evaluation of a tiny model: against transformers' own losses, resumed, refused, beside rivals."""
 
+import hashlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import evaluate, runs, texts
-from spi_utils.checkpoints.saved import saved_tensors
+from spi_utils.checkpoints.saved import saved_tensors, weight_files
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
 from spi_utils.judging import controls, measures, session, speed
@@ -30,7 +31,7 @@ SMALL = {"texts": "pydoc", "windows": 12, "length": 48, "random_seeds": 2, "spee
 @pytest.fixture(autouse=True)
 def one_version_of_the_code(monkeypatch):
     """Files may change under a long test; the hash of the sources is not what is tested here."""
-    monkeypatch.setattr(evaluate, "code_hash", lambda: "0" * 64)
+    monkeypatch.setattr(runs, "code_hash", lambda: "0" * 64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -210,8 +211,18 @@ def test_without_sensitivity_fisher_is_left_out_and_said(tiny):
 
     layers = layer_table(resolve(str(tiny("llama"))), sensitivity=False)
     variants, skipped = controls.make_variants(layers, make_plan(layers), controls.QUICK)
-    assert "fisher" not in variants and "01_analyze" in skipped["fisher"]
+    assert set(skipped) == {"fisher", "fisher_int8"} and not set(skipped) & set(variants)
+    assert all("01_analyze" in why for why in skipped.values())
     assert variants["plan"].predicted_kl is None
+
+
+def test_quick_holds_the_mix_to_take_home():
+    """Above int8's bytes the optimum leaves nothing in NF4 and raises the costliest layers to 16-bit."""
+    layers = large_table(210)
+    variants, _ = controls.make_variants(layers, make_plan(layers), controls.QUICK)
+    mix, int8 = variants["fisher_int8"], variants["int8"]
+    assert mix.equal_bytes and mix.bytes > int8.bytes and mix.predicted_kl < int8.predicted_kl
+    assert {"16bit", "int8"} <= set(mix.formats.values()) and len(variants) == 3 + 4 + 5
 
 
 def test_an_unknown_control_or_profile_is_refused(ready):
@@ -224,11 +235,22 @@ def test_an_unknown_control_or_profile_is_refused(ready):
 
 def test_the_codes_hash_follows_the_sources(monkeypatch, tmp_path):
     monkeypatch.undo()
-    before = evaluate.code_hash()
-    assert re.fullmatch(r"[0-9a-f]{64}", before)
-    (tmp_path / "evaluate.py").write_text("x = 1\n")
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.code_hash() != before
+    assert re.fullmatch(r"[0-9a-f]{64}", runs.code_hash())
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "one.py").write_text("x = 1\n")
+    (tmp_path / "note.txt").write_text("no code\n")
+    content = hashlib.sha256(b"x = 1\n").hexdigest()
+    assert runs.code_hash() == hashlib.sha256(f"part/one.py {content}\n".encode()).hexdigest()
+    (tmp_path / "part" / "one.py").rename(tmp_path / "one.py")
+    assert runs.code_hash() == hashlib.sha256(f"one.py {content}\n".encode()).hexdigest()
+
+
+def test_the_checkpoints_hash_is_one_line_a_file(ready):
+    from tests.finished_run import checkpoint_hash
+
+    run, _ = ready
+    assert runs.checkpoint_hash(reversed(weight_files(run.model_dir))) == checkpoint_hash(run.model_dir)
 
 
 # --- resume and determinism ------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def toys(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     monkeypatch.setattr(headless, "notebook_path", lambda name: folder / f"{name}.ipynb")
     monkeypatch.setattr(headless, "STAGES", headless.STAGES[:3])
-    monkeypatch.setattr(headless, "_code_hash", lambda: "the same code")
+    monkeypatch.setattr(headless, "code_hash", lambda: "the same code")
 
     def make(name, code):
         write_notebook(folder / f"{name}.ipynb", 'run_dir = ""\nword = "x"\nforce = False', code)

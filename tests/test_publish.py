@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from spi_utils import publish as publishing
-from spi_utils.checkpoints import saved
 from spi_utils.errors import PublishError, RunError
 from spi_utils.hub import licences, tokens
-from spi_utils.hub.gates import checkpoint_hash, quantized_modules
+from spi_utils.hub.gates import quantized_modules
 from spi_utils.publish import Published, Rehearsal, main, publish
 from spi_utils.runs import Run, write_json
 from tests.finished_run import KEPT, make_finished_run
@@ -189,10 +188,6 @@ def test_the_verdict_is_the_intervals(run, low, high, words):
 def test_the_quantized_modules_are_read_from_the_file(run):
     held = quantized_modules(run.model_dir)
     assert len(held) == 24 and not any(name.endswith(KEPT) for name in held)
-
-
-def test_gates_and_evaluation_hash_a_checkpoint_alike(run):
-    assert checkpoint_hash(run.model_dir) == saved.checkpoint_hash(run.model_dir)
 
 
 def change_checkpoint(run):

@@ -6,7 +6,6 @@ tensor against the source's weights and the plan, and puts the file's own values
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spi_utils.errors import CheckpointError
-from spi_utils.runs import sha256_file
 
 STATE = ".quant_state.bitsandbytes__nf4"  # the tensor beside a weight that marks it as bitsandbytes' NF4
 
@@ -27,12 +25,6 @@ def weight_files(model_dir: Path) -> list[Path]:
     if not files:
         raise CheckpointError(f"{model_dir} holds no safetensors file. Run notebook 03_quantize first.")
     return files
-
-
-def checkpoint_hash(model_dir: Path) -> str:
-    """SHA-256 over one line `name sha256` for each of the checkpoint's safetensors files."""
-    lines = (f"{file.name} {sha256_file(file)}\n" for file in weight_files(model_dir))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def disk_bytes(model_dir: Path) -> int:

@@ -6,7 +6,6 @@ another plan, closes it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +15,15 @@ from typing import Any
 
 from spi_utils.errors import RunError
 from spi_utils.hub.licences import Licence
-from spi_utils.runs import HASH_ALWAYS_BELOW, NOTEBOOKS, Run, read_json, run_info, sha256_file
+from spi_utils.runs import (
+    HASH_ALWAYS_BELOW,
+    NOTEBOOKS,
+    Run,
+    checkpoint_hash,
+    read_json,
+    run_info,
+    sha256_file,
+)
 
 SIZE_TOLERANCE = 0.005  # of the plan's bytes
 BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
@@ -51,12 +58,6 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
         _licensed(licence),
         _clean(files),
     )
-
-
-def checkpoint_hash(model_dir: Path) -> str:
-    """SHA-256 over one line `name sha256` for each weight file: what an evaluation calls its checkpoint."""
-    lines = (f"{path.name} {sha256_file(path)}\n" for path in weight_files(model_dir))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -130,7 +131,7 @@ def _evaluated(run: Run) -> Gate:
     again = f"run notebook {NOTEBOOKS['evaluate']}"
     if evaluation is None:
         return Gate("evaluation", False, f"no readable evaluation.json; {again}")
-    held, own = str(evaluation.get("checkpoint_sha256")), checkpoint_hash(run.model_dir)
+    held, own = str(evaluation.get("checkpoint_sha256")), checkpoint_hash(weight_files(run.model_dir))
     if held != own:
         found = f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {again}"
         return Gate("evaluation", False, found)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.hub.card import make_card
 from spi_utils.hub.card_facts import Facts
-from spi_utils.hub.gates import Gate, check_gates, checkpoint_hash, weight_files
+from spi_utils.hub.gates import Gate, check_gates, weight_files
 from spi_utils.hub.licences import Licence
 from spi_utils.hub.upload import RECORD
 from spi_utils.platforms import repository_url
 from spi_utils.runs import (
     NOTEBOOKS,
     Run,
+    checkpoint_hash,
     read_json,
     read_layers,
     run_info,
@@ -147,7 +148,7 @@ def _record(run: Run, facts: Facts, files: dict[str, Path]) -> dict[str, Any]:
         "base_revision": facts.identity.get("revision"),
         "base_weights_sha256": facts.identity["sha256"],
         "storage_dtype": facts.identity["storage_dtype"],
-        "checkpoint_sha256": checkpoint_hash(run.model_dir),
+        "checkpoint_sha256": checkpoint_hash(weight_files(run.model_dir)),
         "licence": facts.licence.as_dict(),
         "stages": {name: entry["environment"] for name, entry in stages.items() if name != "publish"},
         "files": {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()},

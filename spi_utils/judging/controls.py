@@ -17,8 +17,8 @@ from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
 from spi_utils.planning.pricing import bit_rates, price
 from spi_utils.planning.scores import available_scores
 
-QUICK = ("other_direction", "fisher", "int8", "random")
-FULL = (*QUICK, "fisher_int8", "noise", "first_last", "smallest_first", "type_prior")
+QUICK = ("other_direction", "fisher", "fisher_int8", "int8", "random")
+FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
 EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total bytes
 
 
