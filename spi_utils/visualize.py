@@ -6,7 +6,9 @@ named here so that one import finds them all.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spi_utils.errors import RunError
 from spi_utils.explorer.page import write_explorer
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import numpy as np
     import pandas as pd
     from IPython.display import Image
     from matplotlib.figure import Figure
@@ -84,16 +85,23 @@ def all_figures(
     if sensitivity_column(layers) is not None:
         figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
         formats = tuple(dict.fromkeys(["nf4", *plan.formats.values(), "16bit"]))
-        curves = frontier(layers, formats=formats, double_quant=plan.double_quant)
+        curves = frontier(layers, formats=formats, double_quant=plan.double_quant, **wishes_of(plan))
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(curves, plan)
     return figures
 
 
+def wishes_of(plan: ProtectionPlan) -> dict[str, Any]:
+    """A plan's groups and patterns, as `make_plan` and `frontier` take them."""
+    return {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
+
+
 def cut_of(layers: pd.DataFrame, plan: ProtectionPlan) -> float | None:
     """The score where a plan's protected layers begin; None if no threshold separates them from the rest."""
     values = planned_values(layers, plan.score)
-    kept = planned_layers(layers)["name"].isin(plan.protected).to_numpy()
+    scored = np.isfinite(values)
+    kept = planned_layers(layers)["name"].isin(plan.protected).to_numpy()[scored]
+    values = values[scored]
     if not kept.any():
         return None
     cut = float(values[kept].min() if plan.direction == "high" else values[kept].max())

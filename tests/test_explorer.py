@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from spi_utils.errors import AnalysisError, PlanError, RunError
+from spi_utils.explorer.charts import chart_specs
 from spi_utils.explorer.page import explorer_html, page_data, write_explorer
 from spi_utils.explorer.picture import ChoicePicture, encode_png
 from spi_utils.explorer.state import ExplorerState
@@ -16,6 +17,7 @@ from spi_utils.explorer.widgets import Explorer, explore, read_number
 from spi_utils.figures.plotting import FORMAT_COLOURS
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.planning.scores import available_scores
+from spi_utils.runs import read_layers
 from tests.synthetic import layer_table, make_run, spectra_of
 
 
@@ -124,12 +126,161 @@ def test_unusual_tables():
     assert np.isfinite(odd.bounds).all()
     for state in (one, equal, odd):
         assert pixels(state.picture()).std() > 0
-    with pytest.raises(PlanError, match="analysis failed for 1 layer"):
-        ExplorerState(layer_table(3).assign(status="failed", alpha_hill=[None, np.nan, 2.0, 3.0, None]))
     with pytest.raises(AnalysisError, match="none that can be quantized"):
         ExplorerState(layer_table(3).iloc[[0]])
     with pytest.raises(PlanError, match="none of the 1 planned layers"):
         one.select("nope")
+
+
+# --- failed layers and wishes ----------------------------------------------------------------------------
+
+FAILED = ["model.layers.1.self_attn.v_proj", "model.layers.4.mlp.down_proj"]
+
+
+def failed_table(count: int = 70):
+    """A table in which the analysis of two layers failed: no score that reads the weights."""
+    table = layer_table(count)
+    bad = table["name"].isin(FAILED)
+    spectral = table.columns[table.columns.get_loc("alpha_pl") : table.columns.get_loc("bytes_16bit")]
+    table.loc[bad, "status"] = "failed"
+    return table.assign(**{name: table[name].astype(float).mask(bad) for name in spectral})
+
+
+def test_failed_layers_stay_in_16bit_and_that_is_said(tmp_path):
+    run = make_run(tmp_path / "run", layers=failed_table())
+    state = ExplorerState.open(run)
+    for bound in state.bounds:  # all but the failed ones can be chosen
+        state.set_threshold(bound)
+        assert set(state.planned["name"][state.chooser.held]) == set(FAILED)
+        assert state.choice.mask[state.planned["name"].isin(FAILED)].all()
+        assert state.choice.layers == len(state.plan().protected) == int(state.choice.mask.sum())
+    state.set_threshold(4.5)
+    assert f"{state.choice.layers} of 70 layers in 16-bit, 2 of them as their analysis failed" in state.line()
+    assert all(name in state.notes() for name in FAILED)
+    state.save()
+    plan = ProtectionPlan.read(run.plan_json)
+    assert plan.bytes["total"] == state.choice.total_bytes
+    assert plan.predicted_kl == pytest.approx(state.choice.predicted_kl)
+    assert set(FAILED) <= set(plan.protected)
+    assert "2 layers stay in 16-bit because the analysis failed" in plan.reason
+    assert plan.options["force_16bit"] == [f"^{re.escape(name)}$" for name in FAILED]
+    again = ExplorerState.open(run)
+    assert (again.wishes.force_16bit, again.wishes.held) == ((), tuple(FAILED))
+    assert again.line() == state.line()
+
+
+def test_a_plan_from_parameters_still_refuses_failed_layers_until_a_person_decides():
+    table = failed_table()
+    with pytest.raises(PlanError, match=r"failed for 2 layer.*force_16bit"):
+        make_plan(table, score="alpha_hill")
+    plan = make_plan(table, rule="top_k", value=10, force_16bit=r"layers\.1\..*v_proj|layers\.4\..*down_proj")
+    assert set(FAILED) <= set(plan.protected)
+    assert len(plan.protected) == 10
+    low = ExplorerState(table, forbid_16bit=r"layers\.1\..*v_proj")  # a person decides otherwise
+    assert low.wishes.held == (FAILED[1],)
+    assert FAILED[0] not in low.plan().protected
+
+
+def test_a_failed_layer_without_a_cost_leaves_the_prediction_whole():
+    table = failed_table()
+    bad = table["name"].isin(FAILED)
+    known = table.loc[~bad & table["quantizable"], "predicted_nf4"].sum()
+    table.loc[bad, ["fisher_nf4", "predicted_nf4"]] = np.nan
+    state = ExplorerState(table, score="fisher")
+    state.set_threshold(state.bounds[1])
+    assert state.choice.predicted_kl == pytest.approx(known)
+    assert state.standing is not None
+    assert page_data(state)["kl"] is not None
+
+
+def test_failed_layers_are_hollow_in_the_picture():
+    whole, table = ExplorerState(layer_table(70)), failed_table()
+    state = ExplorerState(table)
+    one = ExplorerState(table.assign(status="ok"), score="type_prior")
+    assert state.grid.hollow.sum() == 2 and not whole.grid.hollow.any() and not one.grid.hollow.any()
+    state.set_score("type_prior", "high")
+    state.set_threshold(state.bounds[0])
+    one.set_threshold(one.bounds[0])
+    map_of = [pixels(each.picture())[340:] for each in (state, one)]
+    colour = [int(FORMAT_COLOURS["16bit"][i : i + 2], 16) for i in (1, 3, 5)]
+    solid = [int((part == colour).all(axis=2).sum()) for part in map_of]
+    cell = solid[1] / 70
+    assert 1.0 * cell < solid[1] - solid[0] < 2.0 * cell  # two cells lost their insides, not their frames
+
+
+def test_the_page_holds_failed_layers_in_16bit():
+    state = ExplorerState(failed_table())
+    data = page_data(state)
+    places = [i for i, layer in enumerate(data["layers"]) if layer["name"] in FAILED]
+    assert data["held"] == 2 and "as their analysis failed" in data["failed"]
+    assert [data["settled"][i] for i in places] == ["16-bit, analysis failed"] * 2
+    assert all(score["values"][i] is None for score in data["scores"].values() for i in places)
+    kept = [value is not None and value >= 4.5 for value in data["scores"]["alpha_hill"]["values"]]
+    state.set_threshold(4.5)
+    extra = sum(step for step, keep in zip(data["size_extra"], kept, strict=True) if keep)
+    kl = sum(cost for cost, keep in zip(data["kl"], kept, strict=True) if not keep)
+    assert data["held"] + sum(kept) == state.choice.layers
+    assert data["size_base"] + extra == state.choice.total_bytes
+    assert kl == pytest.approx(state.choice.predicted_kl)
+    assert "analysis failed" in json.dumps(chart_specs(state, 100)["map"])
+    assert "analysis failed" not in json.dumps(chart_specs(ExplorerState(layer_table(7)), 100)["map"])
+
+
+WISHES = {
+    "group": "fused",
+    "force_16bit": ["layers.9.mlp"],
+    "forbid_16bit": ["q_proj$", "k_proj$", "v_proj$"],
+}
+
+
+def wished_run(directory):
+    """A run that holds a plan made with groups and patterns."""
+    run = make_run(directory, 70)
+    plan = make_plan(read_layers(run), model={"sha256": "0" * 64}, double_quant=True, **WISHES)
+    plan.write(run.plan_json)
+    return run, plan
+
+
+def test_the_runs_plan_keeps_its_wishes_when_the_slider_saves(tmp_path):
+    run, first = wished_run(tmp_path / "run")
+    state = ExplorerState.open(run)
+    assert "group fused" in state.notes() and "layers.9.mlp" in state.notes()
+    state.set_threshold(4.5)
+    state.save()
+    plan = ProtectionPlan.read(run.plan_json)
+    assert plan.options == first.options
+    assert plan.double_quant
+    forced = {f"model.layers.9.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
+    assert forced <= set(plan.protected)
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in plan.protected)
+    assert tuple(state.planned["name"][state.choice.mask]) == plan.protected
+    assert state.choice.total_bytes == plan.bytes["total"]
+    gates = {name.replace("gate", "up") for name in plan.protected if "gate_proj" in name}
+    assert gates == {name for name in plan.protected if "up_proj" in name}
+
+
+def test_the_page_keeps_the_wishes_too(tmp_path):
+    run, _ = wished_run(tmp_path / "run")
+    state = ExplorerState.open(run)
+    data = page_data(state)
+    state.set_threshold(4.5)
+    kept = [value is not None and value >= 4.5 for value in data["scores"]["alpha_hill"]["values"]]
+    extra = sum(step for step, keep in zip(data["size_extra"], kept, strict=True) if keep)
+    assert data["held"] + sum(kept) == state.choice.layers
+    assert data["size_base"] + extra == state.choice.total_bytes
+    assert "group fused" in data["notes"]
+
+
+def test_a_format_that_the_explorer_cant_keep_is_named(tmp_path):
+    run = make_run(tmp_path / "run", 35)
+    layers = read_layers(run)
+    made = make_plan(layers, formats=("nf4", "int8", "16bit"), score="fisher", rule="matrix_bits", value=7,
+                     model={"sha256": "0" * 64})  # fmt: skip
+    assert "int8" in made.formats.values()
+    made.write(run.plan_json)
+    explorer = Explorer(ExplorerState.open(run))
+    assert "Not kept from the run&#x27;s plan: int8" in explorer.line.value
+    assert explorer.state.notes().startswith("Not kept")
 
 
 def test_ten_thousand_layers():

@@ -1,5 +1,6 @@
 """Figures against the data they show: recomputed by scipy, by hand, and read back from the artists."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from spi_utils import visualize
 from spi_utils.errors import AnalysisError, PlanError, RunError
 from spi_utils.explorer.picture import png_of
 from spi_utils.figures.plan_figures import LayerGrid, frontier_figure, plan_map
-from spi_utils.figures.plotting import FORMAT_COLOURS, save_figure, shorten, type_styles
+from spi_utils.figures.plotting import FORMAT_COLOURS, balanced, save_figure, shorten, type_styles
 from spi_utils.figures.score_figures import (
     between_share,
     histogram_edges,
@@ -36,6 +37,7 @@ from spi_utils.figures.spectrum_figures import (
 from spi_utils.plan import make_plan
 from spi_utils.planning.frontier import frontier
 from spi_utils.runs import Run, existing_run
+from spi_utils.visualize import all_figures, cut_of
 from tests.synthetic import layer_table, make_run, spectra_of
 
 
@@ -104,6 +106,29 @@ def test_depth_figure_plots_every_layer_and_states_the_share(layers):
     share = between_share(planned["alpha_hill"].to_numpy(), planned["type"])
     assert title(figure).startswith(f"{share:.0%} of the spread")
     assert figure.axes[0].get_xlabel() == "depth (block)"
+
+
+def test_failed_layers_that_a_pattern_keeps_are_hollow_in_the_plans_map():
+    table = broken(alpha_hill=[np.nan] * 3, status=["failed"] * 3)
+    names = list(table["name"][table["status"] == "failed"])
+    plan = make_plan(table, force_16bit=[f"^{re.escape(name)}$" for name in names])
+    figures = all_figures(table, spectra_of(table), plan)
+    (axes,) = figures["plan_map"].axes
+    assert sum(patch.get_gid() == "failed" for patch in axes.patches) == 3
+    assert "analysis failed (3)" in [text.get_text() for text in figures["plan_map"].legends[0].get_texts()]
+    assert "frontier" in figures  # the same wishes hold there
+    cut = cut_of(table, plan)
+    rest = table["name"].isin(plan.protected) & ~table["name"].isin(names)
+    assert cut == table.loc[rest, "alpha_hill"].min()
+
+
+@pytest.mark.parametrize("words", [3, 9, 14, 40])
+def test_a_title_is_broken_into_even_lines(words):
+    text = " ".join(["number"] * words + ["0.0375"])
+    lines = balanced(text, 90).split("\n")
+    assert " ".join(lines) == text
+    assert len(lines) == -(-(len(text) + 1) // 91)  # no more lines than it needs
+    assert min(map(len, lines)) > 0.6 * max(map(len, lines))
 
 
 def test_failed_layers_are_hollow_and_counted():
@@ -224,12 +249,12 @@ def test_plans_of_three_formats_are_drawn(layers):
 
 
 def test_cells_that_several_layers_share_show_the_share_of_weights():
-    table = pd.DataFrame(
-        {"type": ["e", "e", "e"], "depth": [0, 0, 1], "numel": [30, 10, 5], "quantizable": True}
-    )
+    table = pd.DataFrame({"type": ["e", "e", "e"], "depth": [0, 0, 1], "numel": [30, 10, 5]})
+    table = table.assign(quantizable=True, status=["ok", "failed", "ok"])
     grid = LayerGrid(table)
     assert grid.share(np.array([True, False, False])).tolist() == [[0.75, 0.0]]
     assert grid.counts(np.array([True, False, True])) == ["2/3"]
+    assert grid.hollow.tolist() == [[True, False]]  # one failed layer is enough to be seen
 
 
 def test_frontier_draws_the_optimum_below_every_score(layers):

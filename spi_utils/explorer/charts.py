@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spi_utils.figures.plotting import BLUE, FORMAT_COLOURS, SKY, VERMILLION
-from spi_utils.figures.score_figures import planned_values
+from spi_utils.planning.scores import score_values
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
     from spi_utils.explorer.state import ExplorerState
 
 STATES = {"16-bit": FORMAT_COLOURS["16bit"], "4-bit": "#A9C6DA"}
 NO_SCORE = {"4-bit, no score": "#8A8A8A"}
+FAILED = {"16-bit, analysis failed": "transparent"}  # drawn hollow
 # Columns of the layer table that a tooltip shows, where the table has them.
 TOOLTIP = (
     ("alpha_hill", "α (Hill)"),
@@ -33,6 +38,15 @@ KL = "predicted KL (nats a token)"
 INK = {"expr": "ink"}  # a parameter that the page sets to its text colour: dark on light, light on dark
 
 
+def threshold_values(state: ExplorerState, score: str) -> NDArray[np.float64]:
+    """A score as a threshold sees it, (L,): a group's mean over its weights; NaN where none can choose."""
+    own = score_values(state.layers, score, double_quant=state.double_quant, seed=state.wishes.seed)
+    own = own[state.layers["quantizable"].to_numpy(bool)]
+    member, weights = state.chooser.problem.member, state.planned["numel"].to_numpy(float)
+    mean = np.bincount(member, own * weights) / np.bincount(member, weights)
+    return np.where(state.chooser.settled, np.nan, mean[member])
+
+
 def chart_specs(state: ExplorerState, map_height: int) -> dict[str, Any]:
     """Element id -> Vega-Lite specification, without data; `map_height` in pixels."""
     charts = {"histogram": _histogram(), "map": _map(state, map_height), "spectrum": _spectrum()}
@@ -45,9 +59,8 @@ def chart_specs(state: ExplorerState, map_height: int) -> dict[str, Any]:
     return {name: spec | {"params": [{"name": "ink", "value": "black"}]} for name, spec in specs.items()}
 
 
-def _state_colour(alt: Any, states: dict[str, str], legend: Any = None) -> Any:
-    scale = alt.Scale(domain=list(states), range=list(states.values()))
-    return alt.Color("state:N", scale=scale, legend=legend)
+def _scale(alt: Any, states: Iterable[str], colours: Iterable[str]) -> Any:
+    return alt.Scale(domain=list(states), range=list(colours))
 
 
 def _histogram() -> Any:
@@ -61,7 +74,7 @@ def _histogram() -> Any:
             x2="right:Q",
             y=alt.Y("low:Q", title="layers", axis=alt.Axis(tickMinStep=1, tickCount=5)),
             y2="high:Q",
-            color=_state_colour(alt, STATES),
+            color=alt.Color("state:N", scale=_scale(alt, STATES, STATES.values()), legend=None),
             tooltip=[alt.Tooltip("count:Q", title="layers"), "state:N"],
         )
     )
@@ -104,16 +117,20 @@ def _map(state: ExplorerState, height: int) -> Any:
         *(alt.Tooltip(f"{column}:Q", title=title, format=",.5~g") for column, title in known),
         alt.Tooltip("status:N", title="status"),
     ]
-    missing = any(not np.isfinite(planned_values(state.layers, name)).all() for name in state.scores)
-    states = STATES | (NO_SCORE if missing else {})
+    free = ~state.chooser.settled
+    missing = not all(np.isfinite(threshold_values(state, name)[free]).all() for name in state.scores)
+    states = STATES | (NO_SCORE if missing else {}) | (FAILED if state.wishes.held else {})
+    outlines = [FORMAT_COLOURS["16bit"] if name in FAILED else "white" for name in states]
+    key = alt.Legend(title=None, orient="top")  # one legend: fill and outline share field and title
     blocks = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False)
     return (
         alt.Chart(alt.NamedData("layers"))
-        .mark_rect(stroke="white", strokeWidth=0.5, cursor="pointer")
+        .mark_rect(strokeWidth=alt.expr("indexof(datum.state, 'failed') < 0 ? 0.5 : 2.5"), cursor="pointer")
         .encode(
             x=alt.X("depth:O", title="depth (block)", axis=blocks),
             y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False)),
-            color=_state_colour(alt, states, alt.Legend(title=None, orient="top")),
+            fill=alt.Fill("state:N", scale=_scale(alt, states, states.values()), legend=key),
+            stroke=alt.Stroke("state:N", scale=_scale(alt, states, outlines), legend=key),
             tooltip=tooltip,
         )
         .properties(height=height)

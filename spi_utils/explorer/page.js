@@ -36,7 +36,7 @@ function kept(value) {
 
 // --- consequences: the same sums as plan.py's ------------------------------------------------------------
 function consequences() {
-  const out = { layers: 0, size: DATA.size_base, kl: DATA.kl ? 0 : null };
+  const out = { layers: DATA.held, size: DATA.size_base, kl: DATA.kl ? 0 : null };
   scoreOf().values.forEach((value, i) => {
     if (kept(value)) { out.layers += 1; out.size += DATA.size_extra[i]; }
     else if (DATA.kl) out.kl += DATA.kl[i];
@@ -56,11 +56,12 @@ const gb = bytes => bytes >= 1e8 ? (bytes / 1e9).toFixed(2) + " GB" : (bytes / 1
 const short = value => Number(value).toPrecision(4).replace(/\.?0+(e|$)/, "$1");
 
 function tell(c) {
-  const parts = [`${c.layers} of ${DATA.layers.length} layers in 16-bit`,
+  const parts = [`${c.layers} of ${DATA.layers.length} layers in 16-bit${DATA.failed}`,
                  `${gb(c.size)} in all, ${gb(DATA.size_full - c.size)} saved`, `${c.bits.toFixed(2)} bits a weight`];
   if (c.kl !== null) parts.push(`predicted KL ${c.kl.toPrecision(3)}`);
   $("histogram-title").textContent = "Layers by " + scoreOf().axis;
   $("answer").textContent = parts.join(" · ");
+  $("notes").textContent = DATA.notes;
   const f = DATA.frontier;
   if (!f || c.kl === null) {
     $("standing").textContent = "No sensitivity in this run: the cost of a choice is not predicted.";
@@ -106,7 +107,7 @@ function curve() {
 function layerRows() {
   const values = scoreOf().values;
   return DATA.layers.map((layer, i) => ({ ...layer, place: i, score: values[i],
-    state: kept(values[i]) ? "16-bit" : values[i] === null ? "4-bit, no score" : "4-bit" }));
+    state: DATA.settled[i] ? DATA.settled[i] : kept(values[i]) ? "16-bit" : values[i] === null ? "4-bit, no score" : "4-bit" }));
 }
 // Chart -> named table -> rows, for the present choice.
 function tables(c) {
@@ -162,7 +163,7 @@ function setScore(name, direction) {
   state.direction = direction;
   // Another score has another scale: keep as many layers as before.
   const sorted = known(scoreOf().values).sort((a, b) => direction === "high" ? b - a : a - b);
-  const count = Math.round(share * DATA.layers.length);
+  const count = Math.round(share * DATA.layers.length) - DATA.held;
   const next = sorted[Math.max(0, Math.min(sorted.length, count) - 1)];
   state.threshold = next === undefined ? 0 : next;
   $("slider").value = toSlider(state.threshold);

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spi_utils.explorer.charts import TOOLTIP, chart_specs
+from spi_utils.explorer.charts import FAILED, TOOLTIP, chart_specs, threshold_values
 from spi_utils.explorer.state import ExplorerState
 from spi_utils.figures.plotting import score_label, shorten
-from spi_utils.figures.score_figures import is_wide, planned_values
+from spi_utils.figures.score_figures import is_wide
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of
+from spi_utils.planning.pricing import header_bytes, payload_bytes
+from spi_utils.planning.scores import predicted_cost
 from spi_utils.runs import run_info, write_text
 
 if TYPE_CHECKING:
@@ -75,24 +77,48 @@ def _scripts() -> str:
 
 def page_data(state: ExplorerState) -> dict[str, Any]:
     """What page.js reads as DATA: layers, scores, and the summands of bytes and KL."""
-    chooser, p = state.chooser, state.chooser.problem
-    low, top = p.tiers
-    header_extra = p.header[:, top] - p.header[:, low]
-    size_base, kl = int(chooser.file_bytes[0]), p.predicted[:, low]
+    chooser = state.chooser
+    data_extra, header_extra, kl = _steps(state)
+    size_base = int(chooser.file_bytes[0])
     return {
         "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
         "layers": _layers(state),
         "scores": {name: _score(state, name, title) for name, title in state.scores.items()},
         "size_base": size_base,
         "size_full": state.choice.total_bytes + state.choice.saved_bytes,
-        "size_extra": (p.payload[:, top] - p.payload[:, low] + header_extra).tolist(),
+        "size_extra": (data_extra + header_extra).tolist(),
         "header_base": size_base - int(chooser.data_bytes[0]),
         "header_extra": header_extra.tolist(),
         "weights": chooser.all_weights,
+        "settled": _settled(state),
+        "held": int(chooser.held.sum()),
+        "failed": state.wishes.count(),
+        "notes": state.notes(),
         "kl": kl.tolist() if np.isfinite(kl).all() else None,
         "frontier": _frontier(state),
         "spectra": _spectra(state),
     }
+
+
+def _steps(state: ExplorerState) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Per planned layer (L,): bytes of data and of header from NF4 to 16-bit, and the KL that NF4 costs.
+
+    Of a layer that a threshold can't move, only what it costs where it is.
+    """
+    rows, dq = state.planned, state.double_quant
+    names = list(rows["name"])
+    data = payload_bytes(rows, "16bit", dq) - payload_bytes(rows, "nf4", dq)
+    header = header_bytes(names, "16bit", dq) - header_bytes(names, "nf4", dq)
+    kl = np.where(state.chooser.held, 0.0, predicted_cost(rows, "nf4"))
+    return data, header, kl
+
+
+def _settled(state: ExplorerState) -> list[str | None]:
+    """The state of each layer that no threshold moves, as the map names it; None for all others."""
+    settled, held = state.chooser.settled, state.chooser.held
+    failed = state.planned["name"].isin(state.wishes.held)
+    known = np.where(failed, next(iter(FAILED)), np.where(held, "16-bit", "4-bit"))
+    return [str(name) if fixed else None for name, fixed in zip(known, settled, strict=True)]
 
 
 def _layers(state: ExplorerState) -> list[dict[str, Any]]:
@@ -110,7 +136,7 @@ def _layers(state: ExplorerState) -> list[dict[str, Any]]:
 
 
 def _score(state: ExplorerState, name: str, title: str) -> dict[str, Any]:
-    values = planned_values(state.layers, name)
+    values = threshold_values(state, name)
     held = [float(value) if np.isfinite(value) else None for value in values]
     return {"title": title, "axis": score_label(name), "wide": is_wide(values), "values": held}
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WIDTH, HEIGHT, DPI = 10.0, 6.0, 100  # inches; 1000 × 600 pixels
+FRAME = 3  # pixels that are left of a hollow cell's side
 KEPT, REST = FORMAT_COLOURS["16bit"], FORMAT_COLOURS["nf4"]
 
 
@@ -93,7 +94,8 @@ class ChoicePicture:
         for artist in moving:
             artist.draw(self._canvas.get_renderer())
         pixels = np.asarray(self._canvas.buffer_rgba())
-        self._map.paint(pixels, self._grid.colours({"16bit": chosen, "nf4": ~chosen}))
+        cells = self._grid.colours({"16bit": chosen, "nf4": ~chosen})
+        self._map.paint(pixels, cells, self._grid.hollow)
         return encode_png(pixels)
 
     def _draw_histogram(self, axes: Axes, score: str) -> None:
@@ -125,11 +127,19 @@ class CellPainter:
         self._rows, row_gaps = _places(bottom - top, shape[0])
         self._columns, column_gaps = _places(right - left, shape[1])
         self._gaps = row_gaps[:, None] | column_gaps
+        self._inside = _inside(row_gaps)[:, None] & _inside(column_gaps)
 
-    def paint(self, pixels: NDArray[np.uint8], cells: NDArray[np.uint8]) -> None:
-        """Fill the box in pixels (height, width, 4) with the colours of cells (rows, columns, 3)."""
+    def paint(
+        self, pixels: NDArray[np.uint8], cells: NDArray[np.uint8], hollow: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Fill the box in pixels (height, width, 4) with the colours of cells (rows, columns, 3).
+
+        `hollow` (rows, columns) marks cells of which only a frame is filled.
+        """
         block = cells[self._rows][:, self._columns]
         block[self._gaps] = 255
+        if hollow is not None and hollow.any():
+            block[self._inside & hollow[self._rows][:, self._columns]] = 255
         pixels[self._where][..., :3] = block
 
 
@@ -140,12 +150,22 @@ def _places(length: int, cells: int) -> tuple[NDArray[np.int64], NDArray[np.bool
     return place, gap if length > 4 * cells else np.zeros(length, bool)
 
 
+def _inside(gaps: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels (length,) that lie deeper in their cell than its frame; none where cells are too small."""
+    edge = gaps.copy()
+    edge[[0, -1]] = True
+    near = np.convolve(edge, np.ones(2 * FRAME + 1), mode="same") > 0
+    return ~near if gaps.any() or len(gaps) > 4 * FRAME else np.zeros(len(gaps), bool)
+
+
 def _draw_map(axes: Axes, grid: LayerGrid) -> None:
     draw_grid(axes, grid, most_labels=16)
     axes.set_title("What is kept in 16-bit, a cell a layer", loc="left", fontsize=10)
     axes.plot([], [], "s", ms=8, color=KEPT, label="16-bit")
     axes.plot([], [], "s", ms=8, color=REST, label="4-bit (NF4)")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1)
+    if grid.hollow.any():
+        axes.plot([], [], "s", ms=7, mfc="white", mec=KEPT, mew=2, label="analysis failed")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1)
 
 
 def _draw_frontier(axes: Axes, curves: Curves) -> Line2D:

@@ -1,6 +1,6 @@
 """The alpha explorer without its widgets: one plain object that holds a choice and knows its consequences.
 
-`explorer_widgets.explore` puts sliders on it; tests and scripts drive it directly:
+`widgets.explore` puts sliders on it; tests and scripts drive it directly:
 
     state = ExplorerState.open("runs/smollm2-135m-instruct")
     state.set_threshold(4.5)
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from spi_utils.errors import PlanError, RunError
 from spi_utils.explorer.picture import ChoicePicture, Curves, png_of
+from spi_utils.explorer.wishes import Wishes, held_plan, start_of
 from spi_utils.figures.plan_figures import LayerGrid
 from spi_utils.figures.plotting import gigabytes
 from spi_utils.figures.score_figures import is_wide, planned_layers
@@ -55,6 +57,7 @@ class ExplorerState:
         share: float = 0.52,
         threshold: float | None = None,
         double_quant: bool = False,
+        **wishes: Any,
     ) -> None:
         """Start from a table in memory; `open` starts from a run directory.
 
@@ -65,13 +68,16 @@ class ExplorerState:
             share: of the layers, how many are protected at first; unless
             threshold: says where to start, in the score's units.
             double_quant: NF4 with double quantization.
+            wishes: group, force_16bit, forbid_16bit, seed, as `make_plan`. Failed layers that no pattern
+                speaks of stay in 16-bit.
 
         Raises:
-            PlanError, AnalysisError: unknown score, failed layers, nothing to plan.
+            PlanError, AnalysisError: unknown score or none in the table, nothing to plan, a bad pattern.
         """
         self.layers, self.run, self.spectra = layers, run, dict(spectra or {})
         self.planned = planned_layers(layers)
         self.double_quant = double_quant
+        self.wishes = Wishes.of(layers, **wishes)
         self.grid = LayerGrid(layers)
         self._choosers: dict[tuple[str, str], Chooser] = {}
         self._pictures: dict[tuple[str, str], ChoicePicture] = {}
@@ -90,9 +96,9 @@ class ExplorerState:
         """
         run = run_dir if isinstance(run_dir, Run) else existing_run(run_dir)
         layers = read_layers(run)
-        held = _held_plan(run)
+        held = held_plan(run)
         if held is not None:
-            options = {**_start_of(held, options), **options}
+            options = {**start_of(held, options), **options}
         return cls(layers, run=run, spectra=read_spectra(run), **options)
 
     # --- what can be chosen ------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ class ExplorerState:
     @cached_property
     def field(self) -> Field | None:
         """What random selections and the optimum reach at each size; None without sensitivity."""
-        return Field.of(self.layers, double_quant=self.double_quant)
+        return Field.of(self.layers, double_quant=self.double_quant, **self.wishes.options)
 
     @property
     def standing(self) -> Standing | None:
@@ -186,8 +192,9 @@ class ExplorerState:
         """The consequences of the choice, as one line."""
         c = self.choice
         return (
-            f"{c.layers} of {len(self.planned)} layers in 16-bit · {gigabytes(c.total_bytes)} in all, "
-            f"{gigabytes(c.saved_bytes)} saved · {c.bits_per_weight:.2f} bits a weight"
+            f"{c.layers} of {len(self.planned)} layers in 16-bit{self.wishes.count()} · "
+            f"{gigabytes(c.total_bytes)} in all, {gigabytes(c.saved_bytes)} saved · "
+            f"{c.bits_per_weight:.2f} bits a weight"
             + ("" if c.predicted_kl is None else f" · predicted KL {c.predicted_kl:.3g} nats a token")
         )
 
@@ -200,6 +207,10 @@ class ExplorerState:
             f"At this size: random {s.random_low:.3g}–{s.random_high:.3g}, optimum {s.optimum:.3g}. "
             f"Better than {s.better_than:.0%} of random choices; {s.gain:.0%} of the possible gain."
         )
+
+    def notes(self) -> str:
+        """What holds at every threshold: failed layers and the wishes of the run's plan. May be empty."""
+        return self.wishes.sentences()
 
     def picture(self) -> bytes:
         """The choice as a PNG: histogram with threshold, frontier, depth × type map."""
@@ -219,7 +230,7 @@ class ExplorerState:
 
     def plan(self) -> ProtectionPlan:
         """The present choice as a plan, by plan.py's own rule."""
-        return make_plan(
+        plan = make_plan(
             self.layers,
             score=self.score,
             direction=self.direction,
@@ -229,7 +240,9 @@ class ExplorerState:
             model=run_info(self.run)["model"] if self.run else None,
             layers_fingerprint=layers_fingerprint(self.run) if self.run else "",
             origin="slider",
+            **self.wishes.options,
         )
+        return replace(plan, reason=" ".join(filter(None, (plan.reason, self.wishes.failures()))))
 
     def save(self) -> Path:
         """Write the present choice as the run's plan.json, and return its path.
@@ -249,14 +262,17 @@ class ExplorerState:
     def _use(self, score: str, direction: str, count: int) -> None:
         key = (score, direction)
         if key not in self._choosers:
-            self._choosers[key] = Chooser.of(self.layers, score, direction, double_quant=self.double_quant)
+            self._choosers[key] = Chooser.of(
+                self.layers, score, direction, double_quant=self.double_quant, **self.wishes.options
+            )
         self.score, self.direction = key
         self.chooser = self._choosers[key]
         cut = self.chooser.cut
-        if count <= 0 or not len(cut):
+        items = int(np.searchsorted(self.chooser.layer_count, count, side="right")) - 1
+        if items <= 0 or not len(cut):
             self._at(self.bounds[1] if direction == "high" else self.bounds[0])
         else:
-            self._at(float(cut[min(count, len(cut)) - 1]))
+            self._at(float(cut[min(items, len(cut)) - 1]))
 
     def _at(self, threshold: float) -> None:
         low, high = self.bounds
@@ -276,18 +292,3 @@ class ExplorerState:
             random_median=middle,
             random_high=high,
         )
-
-
-def _start_of(plan: ProtectionPlan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that start at a plan; its threshold only if no other score is asked for."""
-    start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1)}
-    if not {"score", "direction", "share"} & set(options):
-        start |= {"score": plan.score, "direction": plan.direction}
-        start |= {"threshold": plan.value} if plan.rule == "threshold" else {}
-    return start | {"double_quant": plan.double_quant}
-
-
-def _held_plan(run: Run) -> ProtectionPlan | None:
-    if not run.plan_json.exists():
-        return None
-    return ProtectionPlan.read(run.plan_json, model=run_info(run)["model"])

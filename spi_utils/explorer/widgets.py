@@ -29,7 +29,8 @@ def explore(run_dir: str | Path | Run, **options: Any) -> widgets.VBox:
 
     Args:
         run_dir: a run directory, or the `Run`.
-        options: `score`, `direction`, `share`, `threshold`, `double_quant`, instead of the run's plan's.
+        options: `score`, `direction`, `share`, `threshold`, `double_quant`, `group`, `force_16bit`,
+            `forbid_16bit`, instead of the run's plan's.
 
     Raises:
         RunError: no analysis there; says which notebook to run.
@@ -169,7 +170,8 @@ class Explorer:
         self.size_number.value = f"{state.choice.total_bytes / self._unit:.2f}"
         self.score.value, self.direction.value = state.score, state.direction
         self._busy = False
-        self.line.value = f"<b>{html.escape(state.line())}</b><br>{html.escape(state.comparison())}"
+        said = "<br>".join(html.escape(text) for text in (state.comparison(), state.notes()) if text)
+        self.line.value = f"<b>{html.escape(state.line())}</b><br>{said}"
         self.picture.value = state.picture()
 
     def _place(self, slider: Any, value: float) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from spi_utils.errors import AnalysisError
@@ -67,6 +68,8 @@ class LayerGrid:
         self._weights = planned["numel"].to_numpy(float)
         self._total = np.bincount(self._cell, self._weights, minlength=self.shape[0] * self.shape[1])
         self._empty = (self._total == 0).reshape(self.shape)
+        failed = (planned["status"] == "failed").to_numpy()
+        self.hollow = self.share(failed) > 0  # (types, depths): cells with a layer whose analysis failed
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -123,6 +126,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     draw_grid(axes, grid)
     image = grid.colours({name: held == name for name in np.unique(held)})
     axes.imshow(image, aspect="auto", extent=grid.extent, interpolation="nearest")
+    _draw_hollow(axes, grid)
     above = held != "nf4"
     for height, count in enumerate(grid.counts(above)):
         axes.annotate(
@@ -131,9 +135,20 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     for name in sorted(set(held), key=nominal_bits, reverse=True):
         colour = FORMAT_COLOURS.get(name, OTHER_FORMAT)
         axes.plot([], [], "s", ms=9, color=colour, label=FORMAT_LABELS.get(name, name))
-    figure.legend(loc="outside lower center", ncols=3)
+    if grid.hollow.any():
+        label = f"analysis failed ({int((planned['status'] == 'failed').sum())})"
+        axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
+    figure.legend(loc="outside lower center", ncols=4)
     headline(figure, _map_finding(plan, held))
     return figure
+
+
+def _draw_hollow(axes: Axes, grid: LayerGrid) -> None:
+    """Leave only a frame of the cells whose layers' analysis failed."""
+    for row, column in np.argwhere(grid.hollow):
+        left = grid.depths[column] - 0.5 + 0.16 * grid.step
+        box = Rectangle((left, row - 0.34), 0.68 * grid.step, 0.68, color="white", zorder=2, gid="failed")
+        axes.add_patch(box)
 
 
 def _map_finding(plan: ProtectionPlan, held: NDArray[np.str_]) -> str:

@@ -110,11 +110,18 @@ def headline(figure: Figure, finding: str, detail: str = "") -> None:
     # A Greek letter stays as it is; an ordinary sentence begins with a capital.
     sentence = finding if finding.startswith("α") else finding[:1].upper() + finding[1:]
     figure.suptitle(
-        textwrap.fill(sentence, columns), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.3
+        balanced(sentence, columns), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.3
     )
     if detail:
         text = textwrap.fill(detail, int(columns * 1.5))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color=GREY, linespacing=1.35)
+
+
+def balanced(text: str, columns: int) -> str:
+    """`text` in as few lines of at most `columns` characters as it needs, of nearly equal length."""
+    lines = len(textwrap.wrap(text, columns))
+    narrowest = next(width for width in range(1, columns + 1) if len(textwrap.wrap(text, width)) <= lines)
+    return textwrap.fill(text, narrowest)
 
 
 def type_styles(types: pd.Series, limit: int = 14) -> dict[str, TypeStyle]:

@@ -17,7 +17,6 @@ from spi_utils.figures.plotting import (
     headline,
     new_figure,
     shorten,
-    signed,
     styled,
 )
 from spi_utils.figures.score_figures import planned_layers, planned_values
@@ -188,9 +187,13 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | No
         label = f"{layer_title(row)}: a = {exponent:.2f}"
         axes.plot(np.arange(1, len(sigma) + 1), relative, color=colour, lw=1.8, label=label)
         axes.plot(*line, color=colour, lw=1.2, ls="--")
-    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="σ_k / σ_1")
+    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
     figure.legend(loc="outside right center")
-    headline(figure, _decay_finding(decays), "Dashed: σ_k ~ k^−a fitted over k = 2 … M/2. Large a: compact.")
+    headline(
+        figure,
+        _decay_finding(decays),
+        "Dashed: slope −a, fitted over k = 2 … M/2. Large a: compact.",
+    )
     return figure
 
 
@@ -209,8 +212,8 @@ def _decay_finding(decays: Mapping[str, float]) -> str:
         return f"Rank decay of {', '.join(decays)}"
     fast, slow = max(finite, key=lambda name: finite[name]), min(finite, key=lambda name: finite[name])
     return (
-        f"Singular values fall as k^{signed(-finite[fast])} in {fast}, "
-        f"as k^{signed(-finite[slow])} in {slow}: the second spectrum is the flatter one"
+        f"Singular values fall with exponent {finite[fast]:.2f} in {fast}, "
+        f"{finite[slow]:.2f} in {slow}: the second spectrum is the flatter one"
     )
 
 
@@ -240,7 +243,5 @@ def _draw_decay(axes: Axes, singular_values: NDArray[np.float64]) -> None:
     exponent, (ranks, line) = _decay(sigma)
     axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.8)
     axes.plot(ranks, line, color=VERMILLION, lw=1.5, ls="--")
-    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σ_k")
-    _note(
-        axes, f"σ_k ~ k^−a with a = {exponent:.2f}" if np.isfinite(exponent) else "too few values for a fit"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ")
+    _note(axes, f"slope −a with a = {exponent:.2f}" if np.isfinite(exponent) else "too few values for a fit")

@@ -98,8 +98,8 @@ def pose(
     """Join the layer table, a score and a user's wishes.
 
     Raises:
-        PlanError: unknown names, nothing to plan, a failed layer, a pattern that matches nothing, or wishes
-            that contradict each other; each says what and where.
+        PlanError: unknown names, nothing to plan, a failed layer that no pattern settles, a pattern that
+            matches nothing, or wishes that contradict each other; each says what and where.
     """
     check_direction(direction)
     wanted = check_formats(formats)
@@ -109,14 +109,14 @@ def pose(
         raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
     values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     rows, values = layers[planned].reset_index(drop=True), values[planned]
-    _refuse_failed(rows, values, score)
     names = tuple(rows["name"])
     forced, forbidden = (
-        _matches(names, force_16bit, "force_16bit"),
-        _matches(names, forbid_16bit, "forbid_16bit"),
+        matches(names, force_16bit, "force_16bit"),
+        matches(names, forbid_16bit, "forbid_16bit"),
     )
     every = check_formats((*wanted, "16bit")) if forced.any() else wanted
     allowed = _allowed(names, every, wanted, forced, forbidden)
+    _refuse_failed(rows[allowed.sum(axis=1) > 1], values[allowed.sum(axis=1) > 1], score)
     member = _members(names, group)
     items = int(member.max()) + 1
 
@@ -135,6 +135,8 @@ def pose(
             f"{first}: its group is both forced to and kept from 16-bit. Change one of the patterns."
         )
     cost = np.stack([additive_cost(layers, score, fmt)[planned] for fmt in every], 1) if additive else None
+    cost = None if cost is None else np.where(allowed, cost, 0.0)  # what can't be chosen may be unknown
+    predicted = np.where(allowed, np.stack([predicted_cost(rows, fmt) for fmt in every], 1), 0.0)
     _refuse_unpriced(names, cost, every, score)
     return Problem(
         names=names,
@@ -145,7 +147,7 @@ def pose(
         value=raw if direction == "high" else -raw,
         raw=raw,
         cost=None if cost is None else added(cost),
-        predicted=added(np.stack([predicted_cost(rows, fmt) for fmt in every], 1)),
+        predicted=added(predicted),
         payload=added(np.stack([payload_bytes(rows, fmt, double_quant) for fmt in every], 1)),
         header=added(np.stack([header_bytes(names, fmt, double_quant) for fmt in every], 1)),
         allowed=open_,
@@ -161,7 +163,8 @@ def _refuse_failed(rows: pd.DataFrame, values: Floats, score: str) -> None:
         shown = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
         raise PlanError(
             f"the analysis failed for {len(failed)} layer(s), so {score!r} can't rank them: {shown}. "
-            "Look at their weights, run notebook 01_analyze again, or choose a score that reads no spectrum."
+            "Look at their weights, run notebook 01_analyze again, choose a score that reads no spectrum, or "
+            "decide them yourself: force_16bit with a pattern that matches them keeps them in 16-bit."
         )
 
 
@@ -175,7 +178,12 @@ def _refuse_unpriced(names: Sequence[str], cost: Floats | None, formats: Sequenc
     )
 
 
-def _matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
+def matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
+    """Which names any of the patterns is found in, (L,).
+
+    Raises:
+        PlanError: a pattern that is no regular expression, or that matches no name; says in which parameter.
+    """
     hit = np.zeros(len(names), dtype=bool)
     given = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in filter(None, given):  # an empty pattern is no wish; as an expression it would match all

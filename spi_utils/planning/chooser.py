@@ -80,6 +80,17 @@ class Chooser:
         )
 
     @property
+    def settled(self) -> Mask:
+        """Planned layers (L,) that no threshold moves: patterns decide them, or their group's."""
+        return ~self.problem.free[self.problem.member]
+
+    @property
+    def held(self) -> Mask:
+        """Planned layers (L,) that stay in the upper format whatever the threshold."""
+        p = self.problem
+        return self.settled & (p.start == p.tiers[1])[p.member]
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest finite score: a slider's ends."""
         finite = self.cut[np.isfinite(self.cut)]

@@ -5,7 +5,7 @@ import pytest
 from spi_utils.explorer.page import write_explorer
 from spi_utils.plan import make_plan
 from spi_utils.runs import read_layers
-from tests.synthetic import make_run
+from tests.synthetic import layer_table, make_run
 
 pytestmark = pytest.mark.browser
 
@@ -99,6 +99,27 @@ def test_a_click_on_the_map_shows_that_layers_spectrum(opened):
     page.hover("#map canvas", position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert "KS distance" in page.inner_text("#vg-tooltip-element")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_failed_layers_are_hollow_and_counted(tmp_path, visit, theme):
+    table = layer_table(70)
+    table.loc[[5, 30], ["status", "alpha_hill", "alpha_pl"]] = ["failed", None, None]
+    run = make_run(tmp_path / "run", layers=table)
+    write_explorer(run)
+    one = visit(1280, theme, offline=True)
+    one.page.goto(run.explorer.as_uri())
+    one.page.wait_for_selector("body[data-ready=yes]")
+    for threshold in ("3", "6"):  # they stay where they are
+        one.page.fill("#number", threshold)
+        one.page.press("#number", "Enter")
+        kept = int((table["alpha_hill"] >= float(threshold)).sum()) + 2
+        assert answer(one.page).startswith(
+            f"{kept} of 70 layers in 16-bit, 2 of them as their analysis failed"
+        )
+    assert table["name"][5] in one.page.inner_text("#notes")
+    one.page.screenshot(path=run.figures / f"screen_failed_{theme}.png", full_page=True)
+    assert one.errors == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
