@@ -80,8 +80,8 @@ def quantize(
         storage_dtype: of everything that isn't NF4; "auto" is the source's own 16-bit type, "float16" suits a
             T4. What a cast loses is counted for each tensor and recorded.
         compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
-        overflow: if values are too large for float16, "keep_bf16" saves the checkpoint in bfloat16, "error"
-            refuses.
+        overflow: if values are too large for float16, "keep_bf16" saves the whole checkpoint in bfloat16 (one
+            layer in another dtype doesn't run in stock loaders, see `checkpoint.settle`), "error" refuses.
         force: write it again even if it is there.
 
     Raises:

@@ -138,8 +138,10 @@ def needs_cast(weights: Weights, name: str, storage: torch.dtype) -> bool:
 def settle(saving: Saving, casts: Sequence[Cast]) -> Saving:
     """The dtypes to save with, once it is known what float16 would lose.
 
-    One layer in another dtype is not possible: stock loaders keep a quantized checkpoint's tensors as they
-    are saved, and a float16 activation can't meet a bfloat16 weight. So one tensor that overflows moves all.
+    One tensor in bfloat16 or float32 among float16 ones is not possible, so one that overflows moves all.
+    Stock loaders keep a quantized checkpoint's dtypes as saved, and then refuse to multiply a float16
+    activation by another dtype; a checkpoint without NF4 layers they cast to float16, where the value becomes
+    infinite. `test_stock_loaders_cannot_run_one_tensor_in_another_dtype` shows both, for matrices and norms.
 
     Raises:
         CheckpointError: a finite value would become infinite, and `overflow` is "error".
@@ -255,8 +257,13 @@ class SavedWeights:
 
 
 @contextmanager
-def saved_weights(model_dir: str | Path, *, trust_remote_code: bool = False) -> Iterator[SavedWeights]:
+def saved_weights(
+    model_dir: str | Path, *, trust_remote_code: bool = False, model: Any = None
+) -> Iterator[SavedWeights]:
     """Open a checkpoint that `quantize` wrote.
+
+    Args:
+        model: the model on the meta device, where the caller has it; else it is built from config.json.
 
     Raises:
         CheckpointError: a file is truncated, or a tensor that the model needs is in none of them.
@@ -264,9 +271,10 @@ def saved_weights(model_dir: str | Path, *, trust_remote_code: bool = False) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(model_dir)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if model is None:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     with ExitStack() as stack:
         files: dict[str, TensorReader] = {}
         for path in shard_paths(directory):

@@ -7,16 +7,16 @@ tensor against the source's weights and the plan, and puts the file's own values
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from spi_utils.errors import CheckpointError
+from spi_utils.checkpoints.checkpoint import saved_weights
+from spi_utils.errors import CheckpointError, ModelError
+from spi_utils.formats import dequantize
 
-STATE = ".quant_state.bitsandbytes__nf4"  # the tensor beside a weight that marks it as bitsandbytes' NF4
+_AGAIN = "Run notebook 03_quantize again with force=True."
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -32,44 +32,23 @@ def disk_bytes(model_dir: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(model_dir))
 
 
-def saved_tensors(model_dir: Path) -> Iterator[tuple[str, torch.Tensor, str]]:
+def saved_tensors(model_dir: Path, model: Any = None) -> Iterator[tuple[str, torch.Tensor, str]]:
     """Every weight of a checkpoint as (name, values on the CPU, "nf4" or "16bit"), one at a time.
 
-    NF4 values come from bitsandbytes' own dequantization, (out, in), in the dtype that was quantized.
-    Raises CheckpointError for an unreadable file.
+    Names are the model's own. NF4 values come from bitsandbytes' own dequantization, (out, in), in the dtype
+    that was quantized. `model`: see `saved_weights`. Raises CheckpointError for an unreadable file.
     """
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
-        try:
-            for path in weight_files(model_dir):
-                opened = stack.enter_context(safe_open(path, framework="pt"))
-                files |= dict.fromkeys(opened.keys(), opened)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or corrupt ({error}). Run notebook 03_quantize again with force=True."
-            ) from error
-        states = {name.removesuffix(STATE) for name in files if name.endswith(STATE)}
-        parts = {
-            name for name in files if any(name.startswith(f"{owner}.") for owner in _owners(name, states))
-        }
-        for name in files:
-            if name in states:
-                held = {part: files[part].get_tensor(part) for part in parts if part.startswith(f"{name}.")}
-                yield name, _nf4_values(files[name].get_tensor(name), held), "nf4"
-            elif name not in parts:
-                yield name, files[name].get_tensor(name), "16bit"
-
-
-def _owners(name: str, states: set[str]) -> list[str]:
-    """The packed weight, if any, whose quantization state `name` belongs to."""
-    pieces = name.split(".")
-    return [owner for n in (1, 2) if (owner := ".".join(pieces[:-n])) in states]
-
-
-def _nf4_values(codes: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    return dequantize_4bit(codes, QuantState.from_dict(dict(state), device=torch.device("cpu")))
+    try:
+        with saved_weights(model_dir, model=model) as saved:
+            for name in saved.recipes:
+                module = name.removesuffix(".weight")
+                if name != module and saved.formats.get(module) == "nf4":
+                    packed = saved.packed(module)
+                    yield name, dequantize(packed, packed.dtype), "nf4"
+                else:
+                    yield name, saved.tensor(name), "16bit"
+    except (CheckpointError, ModelError) as error:
+        raise CheckpointError(f"{error} {_AGAIN}") from error
 
 
 def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: Path) -> dict[str, Any]:
@@ -90,7 +69,7 @@ def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: P
     wanted = {f"{name}.weight": (name, fmt) for name, fmt in formats.items()}
     found = {"nf4": 0, "16bit": 0}
     own = set(weights.names)
-    for name, values, held in saved_tensors(model_dir):
+    for name, values, held in saved_tensors(model_dir, weights.model):
         module, fmt = wanted.pop(name, (None, "16bit"))
         if held != fmt:
             raise CheckpointError(f"{model_dir}: {name} is saved as {held}, the plan says {fmt}. {_AGAIN}")
@@ -102,9 +81,6 @@ def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: P
     if wanted:
         raise CheckpointError(f"{model_dir}: the file holds no {next(iter(wanted))}. {_AGAIN}")
     return found
-
-
-_AGAIN = "Run notebook 03_quantize again with force=True."
 
 
 def _equal(saved: torch.Tensor, own: torch.Tensor) -> bool:
