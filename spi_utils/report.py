@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spi_utils import runs, stats
 from spi_utils.figures.evaluation_figures import (
@@ -22,6 +22,7 @@ from spi_utils.figures.evaluation_figures import (
 from spi_utils.figures.plotting import save_figure
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
+from spi_utils.judging.sentences import headline_of, switching_sentence
 from spi_utils.report_html import (
     Html,
     code,
@@ -36,9 +37,7 @@ from spi_utils.report_html import (
     text,
     verdict_cell,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from spi_utils.report_runs import other_runs
 
 HEADLINE = "quality_by_bytes"
 FIGURES = {
@@ -51,8 +50,12 @@ FIGURES = {
 ANALYSIS = ("plan_map", "score_by_depth", "sensitivity", "frontier")
 
 
-def figures(run: runs.Run) -> list[Figure]:
-    """Draw and save the evaluation's figures (PNG and SVG in the run's figures), and return them.
+def figures(run: runs.Run) -> dict[str, Path]:
+    """Draw and save the figures of the evaluation as it is now; older ones in the run are replaced.
+
+    Returns:
+        Figure name -> its PNG in the run's figures; an SVG lies beside it. `predicted_and_real` is there only
+        if a sensitivity was computed.
 
     Raises:
         RunError: the run has no evaluation.
@@ -60,69 +63,20 @@ def figures(run: runs.Run) -> list[Figure]:
     evaluation = Evaluation.read(run.evaluation_json)
     drawn = {name: draw(evaluation) for name, draw in FIGURES.items()}
     for name, figure in drawn.items():
-        if figure is not None:
-            save_figure(figure, run, name)
-    return [figure for figure in drawn.values() if figure is not None]
+        if figure is None:  # what an earlier evaluation could show is not this one's
+            for kind in ("png", "svg"):
+                (run.figures / f"{name}.{kind}").unlink(missing_ok=True)
+    return {name: save_figure(figure, run, name) for name, figure in drawn.items() if figure is not None}
 
 
 def headline_figure(run: runs.Run) -> Path:
-    """The PNG of quality against bytes; drawn if it isn't there."""
-    path = run.figures / f"{HEADLINE}.png"
-    if not path.exists():
-        save_figure(quality_by_bytes(Evaluation.read(run.evaluation_json)), run, HEADLINE)
-    return path
+    """The PNG of quality against bytes, drawn from the evaluation as it is now."""
+    return save_figure(quality_by_bytes(Evaluation.read(run.evaluation_json)), run, HEADLINE)
 
 
 def headline(run: runs.Run) -> str:
-    """The run in two sentences: size, perplexity, KL, and whether the selection is worth something."""
-    return _headline(Evaluation.read(run.evaluation_json))
-
-
-def _headline(evaluation: Evaluation) -> str:
-    variants, kept = evaluation.variants, evaluation.plan
-    plan, reference = variants["plan"], variants["reference"]
-    ratio, low, high = plan["perplexity_ratio"]
-    saved = 1 - kept["bytes_on_disk"] / reference["bytes"]
-    sentence = (
-        f"{kept['protected']} of {kept['planned']} matrices in 16-bit, the others quantized: "
-        f"{size(reference['bytes'])} become {size(kept['bytes_on_disk'])} (−{saved:.0%}), and "
-        f"perplexity {reference['perplexity']:.2f} becomes {plan['perplexity']:.2f} "
-        f"(×{ratio:.3f}, 95 % interval {low:.3f}–{high:.3f})."
-    )
-    held = plan.get("vs_random")
-    if held is None:
-        return sentence
-    verdict = stats.verdict(stats.Estimate.from_dict(held["kl"]), "lower")
-    meaning = {
-        "supported": "the selection beats random layers at equal bytes",
-        "refuted": "random layers at equal bytes do better",
-        "not separable": "the selection can't be told from random layers at equal bytes",
-    }[verdict]
-    return f"{sentence} By KL to the 16-bit model, {meaning}."
-
-
-def switching_sentence(evaluation: Evaluation) -> str:
-    """What switching `score` to fisher would gain, from this run's own numbers."""
-    score, variants = evaluation.plan["score"], evaluation.variants
-    if score == "fisher":
-        return "This plan already uses `fisher`: switching the score would gain nothing."
-    if "fisher" not in variants:
-        why = evaluation.skipped.get("fisher", "the control `fisher` was left out of this evaluation.")
-        return f"What switching `score` to `fisher` would gain was not measured: {why}"
-    plan, fisher = variants["plan"], variants["fisher"]
-    paired = stats.paired(fisher["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
-    lower = 1 - fisher["kl_mean"] / plan["kl_mean"]
-    verdict = stats.verdict(paired, "lower")
-    change = f"lower the KL by {lower:.0%}" if lower >= 0 else f"raise the KL by {-lower:.0%}"
-    sentence = (
-        f"Switching `score` from `{score}` to `fisher` would, at the same bytes, {change}: from "
-        f"{plan['kl_mean']:.4f} to {fisher['kl_mean']:.4f} nats a token (difference {paired.mean:+.4f}, 95 % "
-        f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
-        f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
-    )
-    if "fisher_int8" in variants:
-        sentence += f"; with int8 as a third tier the KL would be {variants['fisher_int8']['kl_mean']:.4f}"
-    return f"{sentence}."
+    """The run in a few sentences: size, perplexity, what the selection is worth, and a better mix if any."""
+    return headline_of(Evaluation.read(run.evaluation_json))
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -136,8 +90,7 @@ def write_report(run: runs.Run) -> Path:
     """
     evaluation = Evaluation.read(run.evaluation_json)
     info = runs.run_info(run)
-    if not headline_figure(run).exists() or not all(_has(run, name) for name in FIGURES):
-        figures(run)
+    figures(run)
     stage = info["stages"].get("evaluate", {})
     speed = stage.get("speed")
     parts = [
@@ -147,6 +100,7 @@ def write_report(run: runs.Run) -> Path:
         _details(run),
         _claims(evaluation, speed),
         _other_texts(evaluation),
+        other_runs(run),
         _speed_table(speed),
         _tasks(evaluation),
         _analysis(run),
@@ -161,10 +115,6 @@ def write_report(run: runs.Run) -> Path:
     return run.report
 
 
-def _has(run: runs.Run, name: str) -> bool:
-    return name == "predicted_and_real" or (run.figures / f"{name}.png").exists()
-
-
 def _top(evaluation: Evaluation) -> str:
     plan, one = evaluation.plan, evaluation.variants["plan"]
     facts = {
@@ -177,7 +127,7 @@ def _top(evaluation: Evaluation) -> str:
     tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
     return (
         f"<h1>{text(evaluation.model['id'])}</h1>"
-        f'<p class="lead">{text(_headline(evaluation))}</p><div class="facts">{"".join(tiles)}</div>'
+        f'<p class="lead">{text(headline_of(evaluation))}</p><div class="facts">{"".join(tiles)}</div>'
         f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spi_utils import evaluate, runs, texts
+from spi_utils import evaluate, report, runs, texts
 from spi_utils.checkpoints.saved import saved_tensors, weight_files
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
-from spi_utils.judging import controls, measures, session, speed
+from spi_utils.judging import controls, measures, rivals, session, speed
+from spi_utils.judging.generalization import QUESTIONS, evaluated_beside, generalization
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.scoring import TokenScores
 from tests.evaluated_run import layer_table, ready_run, write_checkpoint
@@ -62,8 +64,6 @@ def copy_of(ready, tmp_path):
     """A run directory of one's own, to be spoiled."""
 
     def copy(name="copy"):
-        import shutil
-
         run, source = ready
         shutil.copytree(run.path, tmp_path / name)
         return runs.existing_run(tmp_path / name), source
@@ -371,8 +371,8 @@ def test_rivals_are_judged_by_the_same_protocol(copy_of, tmp_path):
     config = BitsAndBytesConfig(load_in_8bit=True)
     eight = AutoModelForCausalLM.from_pretrained(source.directory, quantization_config=config)
     eight.save_pretrained(tmp_path / "eight-bit")
-    rivals = [str(source.directory), str(run.model_dir), str(tmp_path / "eight-bit")]
-    found = evaluate.evaluate(run, source, **{**SMALL, "controls": ["int8"]}, rivals=rivals).variants
+    others = [str(source.directory), str(run.model_dir), str(tmp_path / "eight-bit")]
+    found = evaluate.evaluate(run, source, **{**SMALL, "controls": ["int8"]}, rivals=others).variants
     same = found[f"rival:{source.directory.name}"]
     assert same["kl_mean"] == pytest.approx(0, abs=1e-6) and same["delta"]["mean"] == pytest.approx(
         0, abs=1e-6
@@ -385,15 +385,58 @@ def test_rivals_are_judged_by_the_same_protocol(copy_of, tmp_path):
     assert found["rival:eight-bit"]["label"] == "eight-bit (bitsandbytes)"
 
 
-def test_rivals_of_one_name_are_kept_apart(ready):
-    from spi_utils.judging.rivals import find_rivals
+def write_compressed_tensors(source, target):
+    """Four bits in groups of 32, data-free, packed by the compressed-tensors package itself."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
 
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    four = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=four)}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            largest = module.weight.detach().unflatten(1, (-1, 32)).abs().amax(-1)
+            module.weight_scale.data.copy_(largest / 7.5)
+    compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(target)
+    compressor.update_config(target)
+    return target
+
+
+@pytest.mark.slow
+def test_a_rival_in_compressed_tensors(copy_of, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors to judge such a rival")
+    run, source = copy_of()
+    packed = write_compressed_tensors(source.directory, tmp_path / "w4")
+    found = evaluate.evaluate(run, source, **{**SMALL, "controls": ["int8"]}, rivals=[str(packed)]).variants
+    rival = found["rival:w4"]
+    assert rival["label"] == "w4 (compressed-tensors)" and rival["bytes"] < found["reference"]["bytes"]
+    assert found["int8"]["kl_mean"] < rival["kl_mean"] < 3 * found["nf4"]["kl_mean"]
+
+
+def test_rivals_of_one_name_are_kept_apart(ready):
     run, _ = ready
-    assert [one.key for one in find_rivals([str(run.model_dir)] * 3)] == [
+    assert [one.key for one in rivals.find_rivals([str(run.model_dir)] * 3)] == [
         "rival:model",
         "rival:model#2",
         "rival:model#3",
     ]
+
+
+def test_a_rival_without_kernels_for_this_device_is_named(ready):
+    def no_kernel(ids):
+        raise RuntimeError("no kernel image is available")
+
+    rival = rivals.find_rivals([str(ready[0].model_dir)])[0]
+    with pytest.raises(EvaluationError, match=r"\(bitsandbytes\) loads but doesn't run on cpu: no kernel"):
+        rivals._unpack(rival, no_kernel, torch.zeros(1, 2, dtype=torch.long))
 
 
 def test_bad_rivals(copy_of, tmp_path):
@@ -413,12 +456,26 @@ def test_bad_rivals(copy_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3_5", "gemma3", "phi3"])
 def test_other_architectures(tiny, tmp_path, arch):
     run, source = ready_run(tiny(arch), tmp_path / arch)
     found = evaluate.evaluate(run, source, **{**SMALL, "controls": ["int8"]})
     planned = make_plan(layer_table(source)).formats
     assert sum(found.checkpoint.values()) == len(planned)
+    kl = {key: one["kl_mean"] for key, one in found.variants.items()}
+    assert kl["nf4"] > kl["plan"] > kl["reference"] == 0 and kl["nf4"] > kl["int8"] > 0
+
+
+@pytest.mark.slow
+def test_stacked_experts_stay_as_they_are(tiny, tmp_path):
+    """bitsandbytes leaves a mixture's 3-D experts alone: they are never planned, and counted in 16-bit."""
+    run, source = ready_run(tiny("mixtral"), tmp_path / "mixtral")
+    found = evaluate.evaluate(run, source, **{**SMALL, "controls": ["int8", "noise"]})
+    layers = runs.read_layers(run)
+    experts = layers[layers["role"] == "experts"]
+    assert len(experts) == 2 * 4 and not experts["quantizable"].any()
+    assert found.checkpoint == {"nf4": 8, "16bit": 8}  # the attention's four matrices in four blocks
+    assert found.variants["nf4"]["bytes"] > 2 * experts["numel"].sum()
     kl = {key: one["kl_mean"] for key, one in found.variants.items()}
     assert kl["nf4"] > kl["plan"] > kl["reference"] == 0 and kl["nf4"] > kl["int8"] > 0
 
@@ -598,11 +655,30 @@ def test_rows_that_need_the_original_say_so(claim_of):
     assert claim_of("verified")["verdict"] == "supported"
 
 
-def test_a_table_over_runs(evaluated):
-    from spi_utils.judging.claims import generalization
+@pytest.mark.slow
+def test_two_models_side_by_side(evaluated, tiny, tmp_path):
+    """The table over runs, and the report that shows it, from a llama and a gpt2 beside each other."""
+    run, source, first = evaluated
+    shutil.copytree(run.path, tmp_path / "llama")
+    other, others_source = ready_run(tiny("gpt2"), tmp_path / "gpt2")
+    second = evaluate.evaluate(other, others_source, **{**SMALL, "controls": ["int8", "random"]})
+    folders = evaluated_beside(other)
+    assert [path.name for path in folders] == ["gpt2", "llama"]
+    rows = generalization(folders)
+    assert list(rows["run"]) == ["gpt2", "llama"] and list(rows["model"]) == [others_source.id, source.id]
+    assert list(rows["KL plan"]) == [found.variants["plan"]["kl_mean"] for found in (second, first)]
+    assert rows["KL fisher_int8"].isna().tolist() == [True, False]
+    for row, found in zip(rows.to_dict("records"), (second, first), strict=True):
+        assert {claim["key"]: claim["verdict"] for claim in found.claims}.items() >= {
+            key: row[key] for key in QUESTIONS
+        }.items()
+    assert rows["direction"][0] == "not tested"
+    page = report.write_report(other).read_text(encoding="utf-8")
+    assert "Does it generalize?" in page and f"llama: {source.id}" in page
 
-    run, source, found = evaluated
-    rows = generalization([run.path, run.path])
-    assert list(rows["model"]) == [source.id, source.id]
-    assert rows["KL plan"][0] == found.variants["plan"]["kl_mean"]
-    assert set(rows.columns) >= {"better", "random", "direction", "int8", "KL fisher", "Δ low"}
+
+def test_a_folder_that_is_no_evaluated_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="01_analyze"):
+        generalization([tmp_path])
+    (tmp_path / "begun").mkdir()
+    assert evaluated_beside(runs.Run(tmp_path / "begun")) == []

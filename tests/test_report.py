@@ -1,10 +1,11 @@
 """The report and the evaluation's figures, from numbers with known meaning; no model is loaded."""
 
+import base64
+import html
 import itertools
 import re
 from html.parser import HTMLParser
 
-import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from spi_utils.figures.evaluation_figures import quality_by_bytes, quality_findi
 from spi_utils.judging import measures
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
+from spi_utils.judging.sentences import mix_sentence
 from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text
 from spi_utils.scoring import TokenScores
 
@@ -177,10 +179,64 @@ def test_figures_show_every_variant_and_its_interval(evaluation):
 
 def test_figures_are_saved_as_png_and_svg(run):
     drawn = report.figures(run)
-    assert len(drawn) == 4 and all(isinstance(one, matplotlib.figure.Figure) for one in drawn)
+    assert drawn == {name: run.figures / f"{name}.png" for name in report.FIGURES}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.values())
     names = {path.name for path in run.figures.iterdir()}
     assert {"quality_by_bytes.png", "quality_by_bytes.svg", "kl_survival.png"} <= names
     assert report.headline_figure(run) == run.figures / "quality_by_bytes.png"
+
+
+def test_figures_follow_the_present_evaluation(run, evaluation):
+    """A picture of an earlier evaluation is never shown: redrawn, or gone where it can't be drawn."""
+    first = report.write_report(run).read_text(encoding="utf-8")
+    before = {name: (run.figures / f"{name}.png").read_bytes() for name in report.FIGURES}
+    without = {key: {**one, "predicted_kl": None} for key, one in evaluation.variants.items() if key != "nf4"}
+    without["nf4"] = {**evaluation.variants["int8"], "label": "nf4", "predicted_kl": None}
+    make_evaluation(variants=without).write(run.evaluation_json)
+    second = report.write_report(run).read_text(encoding="utf-8")
+    assert not list(run.figures.glob("predicted_and_real.*"))
+    for name in set(report.FIGURES) - {"predicted_and_real"}:
+        drawn = (run.figures / f"{name}.png").read_bytes()
+        assert drawn != before[name]
+        assert base64.b64encode(drawn).decode() in second
+        assert base64.b64encode(before[name]).decode() in first
+
+
+def test_the_headline_names_fishers_mix_only_where_it_wins(evaluation):
+    fisher = evaluation.variants["fisher"]
+
+    def scaled(factor):
+        values = [factor * value for value in fisher["window_kl"]]
+        return {**fisher, "label": "the mix", "kl_mean": factor * fisher["kl_mean"], "window_kl": values}
+
+    def said(**changed):
+        variants = {**evaluation.variants, **changed}
+        return mix_sentence(make_evaluation(variants=variants))
+
+    assert said() == ""
+    won = said(fisher_int8=scaled(0.1))
+    assert f"{0.1 * fisher['kl_mean']:.4f}" in won and f"{evaluation.variants['plan']['kl_mean']:.4f}" in won
+    assert said(fisher_int8=scaled(1.5)) == ""  # Fisher's two tiers are better
+    assert said(fisher_int8=evaluation.variants["plan"]) == ""  # this plan is that mix
+
+
+def test_runs_beside_this_one_are_compared(run, tmp_path, evaluation):
+    assert "Does it generalize?" not in report.write_report(run).read_text(encoding="utf-8")
+    other = runs.open_run(tmp_path / "other", {**evaluation.model, "id": "other/model", "sha256": "1" * 64})
+    variants = {**evaluation.variants, "plan": {**evaluation.variants["other_direction"], "label": "plan"}}
+    variants["plan"]["kl_mean"] = 0.4321
+    worse = make_evaluation(variants={key: one for key, one in variants.items() if key != "int8"})
+    for made, held in ((run, evaluation), (other, worse)):
+        held.write(made.evaluation_json)
+    (tmp_path / "unfinished").mkdir()
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    seen = " ".join(" ".join(page.words).split())
+    assert "other: other/model, alpha_hill, high, 24 windows of pydoc" in seen and "0.4321" in seen
+    assert "“beats int8 everywhere” is not tested in 1 of 2 runs, refuted in 1" in seen
+    (tmp_path / "other" / "evaluation.json").write_text("{", encoding="utf-8")
+    assert "other: its evaluation can't be read" in html.unescape(
+        report.write_report(run).read_text(encoding="utf-8")
+    )
 
 
 def test_a_rival_and_a_variant_without_prediction_are_drawn(evaluation):

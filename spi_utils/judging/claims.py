@@ -12,16 +12,14 @@ and put it into `ROWS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from spi_utils import stats
-from spi_utils.runs import existing_run, run_info
 
 if TYPE_CHECKING:
     from spi_utils.judging.evaluation import Evaluation
@@ -272,45 +270,3 @@ def _interval(one: stats.Estimate) -> str:
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-# --- over several runs -----------------------------------------------------------------------------------
-
-
-def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """Does it generalize? A row a run, with the audit's verdicts on what doesn't depend on the model.
-
-    Columns: model, plan, text, windows, matrix bits, Δ loss with its interval, KL of plan, of random, of
-    Fisher and of int8, and the verdicts `better`, `random`, `direction`, `int8`. Losses in nats a token.
-
-    Raises:
-        RunError: a folder is no run, or has no evaluation yet.
-    """
-    from spi_utils.judging.evaluation import Evaluation
-
-    rows = []
-    for folder in run_dirs:
-        run = existing_run(folder)
-        evaluation = Evaluation.read(run.evaluation_json)
-        variants = evaluation.variants
-        randoms = [one["kl_mean"] for key, one in variants.items() if key.startswith("random_")]
-        delta = variants["plan"]["delta"]
-        verdicts = {row["key"]: row["verdict"] for row in evaluation.claims}
-        rows.append(
-            {
-                "model": run_info(run)["model"]["id"],
-                "plan": f"{evaluation.plan['score']}, {evaluation.plan['direction']}",
-                "text": evaluation.text["name"],
-                "windows": evaluation.text["windows"],
-                "matrix bits": evaluation.plan["matrix_bits"],
-                "Δ loss": delta["mean"],
-                "Δ low": delta["low"],
-                "Δ high": delta["high"],
-                "KL plan": variants["plan"]["kl_mean"],
-                "KL random": float(np.mean(randoms)) if randoms else None,
-                "KL fisher": variants.get("fisher", {}).get("kl_mean"),
-                "KL int8": variants.get("int8", {}).get("kl_mean"),
-                **{key: verdicts[key] for key in ("better", "random", "direction", "int8")},
-            }
-        )
-    return pd.DataFrame(rows)

@@ -111,7 +111,7 @@ def load_rival(
 ) -> LoadedRival:
     """Load a rival and check that it reads the same tokens.
 
-    Raises EvaluationError if it doesn't load, or has another vocabulary or tokenizer than the source.
+    Raises EvaluationError if it doesn't load or run, or has another vocabulary or tokenizer than the source.
     """
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +131,21 @@ def load_rival(
             f"{config_vocabulary(source)}: it is not a version of this model."
         )
     _check_tokenizer(rival, samples[0])
-    return LoadedRival(rival, model.requires_grad_(False).eval())
+    model.requires_grad_(False).eval()
+    _unpack(rival, model, samples[0].ids[:1, :2].to(device))
+    return LoadedRival(rival, model)
+
+
+def _unpack(rival: Rival, model: Any, ids: torch.Tensor) -> None:
+    """Call the whole model once: compressed-tensors unpacks then, and scoring calls only what is below it."""
+    try:
+        with torch.no_grad():
+            model(ids)
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        raise EvaluationError(
+            f"the rival {rival.spec!r} ({rival.method}) loads but doesn't run on {ids.device}: {error}. "
+            "Evaluate on a device that its kernels know, or leave it out."
+        ) from error
 
 
 def config_vocabulary(source: ModelSource) -> int:

@@ -1,0 +1,81 @@
+"""What an evaluation found, in sentences: every number and verdict in them is computed from it."""
+
+from __future__ import annotations
+
+from spi_utils import stats
+from spi_utils.judging.evaluation import Evaluation
+from spi_utils.report_html import size
+
+
+def headline_of(evaluation: Evaluation) -> str:
+    """Size, perplexity, what the selection is worth, and a better mix if any."""
+    return " ".join(filter(None, (_gist(evaluation), _worth(evaluation), mix_sentence(evaluation))))
+
+
+def _gist(evaluation: Evaluation) -> str:
+    variants, kept = evaluation.variants, evaluation.plan
+    plan, reference = variants["plan"], variants["reference"]
+    ratio, low, high = plan["perplexity_ratio"]
+    saved = 1 - kept["bytes_on_disk"] / reference["bytes"]
+    return (
+        f"{kept['protected']} of {kept['planned']} matrices in 16-bit, the others quantized: "
+        f"{size(reference['bytes'])} become {size(kept['bytes_on_disk'])} (−{saved:.0%}), and "
+        f"perplexity {reference['perplexity']:.2f} becomes {plan['perplexity']:.2f} "
+        f"(×{ratio:.3f}, 95 % interval {low:.3f}–{high:.3f})."
+    )
+
+
+def _worth(evaluation: Evaluation) -> str:
+    held = evaluation.variants["plan"].get("vs_random")
+    if held is None:
+        return ""
+    verdict = stats.verdict(stats.Estimate.from_dict(held["kl"]), "lower")
+    meaning = {
+        "supported": "the selection beats random layers at equal bytes",
+        "refuted": "random layers at equal bytes do better",
+        "not separable": "the selection can't be told from random layers at equal bytes",
+    }[verdict]
+    return f"By KL to the 16-bit model, {meaning}."
+
+
+def mix_sentence(evaluation: Evaluation) -> str:
+    """The mix worth taking home: Fisher's optimum with int8, where it is the best at the plan's bytes.
+
+    Empty unless its KL is the lowest of all equal-bytes variants and below the plan's by an interval.
+    """
+    variants = evaluation.variants
+    if "fisher_int8" not in variants:
+        return ""
+    mix, plan = variants["fisher_int8"], variants["plan"]
+    paired = stats.paired(mix["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
+    least = min(one["kl_mean"] for one in variants.values() if one["equal_bytes"])
+    if mix["kl_mean"] > least or stats.verdict(paired, "lower") != "supported":
+        return ""
+    return (
+        "The best mix at these bytes is Fisher's optimum with int8 as a tier: its KL is "
+        f"{mix['kl_mean']:.4f} nats a token, the plan's {plan['kl_mean']:.4f}."
+    )
+
+
+def switching_sentence(evaluation: Evaluation) -> str:
+    """What switching `score` to fisher would gain, from this run's own numbers."""
+    score, variants = evaluation.plan["score"], evaluation.variants
+    if score == "fisher":
+        return "This plan already uses `fisher`: switching the score would gain nothing."
+    if "fisher" not in variants:
+        why = evaluation.skipped.get("fisher", "the control `fisher` was left out of this evaluation.")
+        return f"What switching `score` to `fisher` would gain was not measured: {why}"
+    plan, fisher = variants["plan"], variants["fisher"]
+    paired = stats.paired(fisher["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
+    lower = 1 - fisher["kl_mean"] / plan["kl_mean"]
+    verdict = stats.verdict(paired, "lower")
+    change = f"lower the KL by {lower:.0%}" if lower >= 0 else f"raise the KL by {-lower:.0%}"
+    sentence = (
+        f"Switching `score` from `{score}` to `fisher` would, at the same bytes, {change}: from "
+        f"{plan['kl_mean']:.4f} to {fisher['kl_mean']:.4f} nats a token (difference {paired.mean:+.4f}, 95 % "
+        f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
+        f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
+    )
+    if "fisher_int8" in variants:
+        sentence += f"; with int8 as a third tier the KL would be {variants['fisher_int8']['kl_mean']:.4f}"
+    return f"{sentence}."
