@@ -9,9 +9,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from spi_utils.decide import read_plan
 from spi_utils.headless import STAGES
-from spi_utils.plan import ProtectionPlan
+from spi_utils.models import resolve
+from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.quantize import check_request
 from spi_utils.runs import Run, read_layers, read_spectra, run_info
+from tests.browser.test_notebook import PATIENCE, Controls
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +127,41 @@ def test_unknown_parameters_are_refused_before_anything_runs(tmp_path):
     refused = run_all(tmp_path / "run", "pydoc", scoer="alpha_hill")
     assert refused.returncode == 1 and "Did you mean 'score'?" in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def untouched(finished):
+    """The finished run, its plan put back after a test that saves another."""
+    run, _ = finished
+    before = run.plan_json.read_bytes()
+    yield run
+    run.plan_json.write_bytes(before)
+
+
+@pytest.mark.browser
+def test_a_plan_saved_by_slider_in_a_browser_is_one_that_the_next_notebook_takes(untouched, voila, visit):
+    run, one = untouched, visit()
+    one.page.goto(voila(run.notebooks / "02_visualize.ipynb"), timeout=PATIENCE)
+    one.page.wait_for_selector(".spi-explorer img", timeout=PATIENCE)
+    controls = Controls(one.page)
+    assert controls.line().startswith(f"{round(0.52 * 210)} of 210 layers in 16-bit")
+    number, picture = controls.number(), controls.picture()
+    controls.handle.focus()
+    for _ in range(20):
+        one.page.keyboard.press("ArrowRight")
+    assert controls.changed(controls.number, number) > number
+    assert controls.picture() != picture
+    line = controls.line()
+    controls.box.locator("button", has_text="Save plan").click()
+    one.page.wait_for_selector(".spi-explorer [role=status] >> text=Saved to")
+    plan = read_plan(run)
+    check_request(resolve("bundled"), plan)
+    again = make_plan(read_layers(run), rule="threshold", value=plan.value)
+    assert (plan.origin, plan.protected) == ("slider", again.protected)
+    assert line.startswith(f"{len(plan.protected)} of 210 layers in 16-bit")
+    for width in (1280, 800):
+        one.page.set_viewport_size({"width": width, "height": 7000})
+        one.page.wait_for_timeout(1000)
+        one.page.screenshot(path=run.figures / f"screen_notebook_{width}.png")
+        assert one.cut_off() == []
+    assert one.errors == []
