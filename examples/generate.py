@@ -3,7 +3,6 @@
 Needs only: pip install torch transformers accelerate bitsandbytes
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,14 @@ output = model.generate(**inputs, max_new_tokens=200, streamer=TextStreamer(toke
 seconds = time.perf_counter() - start
 
 tokens = output.shape[1] - inputs["input_ids"].shape[1]
-rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-peak = torch.cuda.max_memory_allocated() if device != "cpu" else rss
+try:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+except ImportError:  # Windows; psutil comes with accelerate
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    peak = getattr(memory, "peak_wset", memory.rss)
+peak = torch.cuda.max_memory_allocated() if device != "cpu" else peak
 print(f"\n{tokens} tokens, {tokens / seconds:.1f} tokens/s, peak memory {peak / 1e9:.2f} GB on {device}")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.quantize import synthetic
 from spi_utils import quantize as q
 from spi_utils.checkpoints import fresh_check, verify
 from spi_utils.checkpoints.checkpoint import saved_weights
+from spi_utils.checkpoints.tensorfile import TensorReader
 from spi_utils.errors import CheckpointError, ModelError, PlanError
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.plan import make_plan
@@ -179,6 +181,81 @@ def test_a_real_fresh_process_never_sees_this_package(tiny, tmp_path):
     assert found["loaded"] is True
     assert found["max_logit_difference"] <= 0.01 * found["logit_spread"]
     assert found["logit_spread"] > 0
+
+
+RUN = """
+    import runpy, sys
+    sys.argv = ["generate.py", "Why", "is", "the", "sky", "blue?"]
+    if {windows}:
+        import psutil, torch, transformers  # psutil itself needs the module, but not on Windows
+        sys.modules["resource"] = None  # as where Python has no such module
+    runpy.run_path("generate.py", run_name="__main__")
+    print("spi_utils" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_folders_own_script_answers(tmp_path, here, windows):
+    directory = make_tiny("llama_untied", tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    letters = AutoTokenizer.from_pretrained(directory)("abcdefghijklmnopqrstuvwxyz")["input_ids"]
+    silent = sorted(set(range(len(tensors["lm_head.weight"]))) - set(letters))
+    tensors["lm_head.weight"][silent] = 0  # so it says letters only, and something is to be seen
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    run, source, plan = prepare(directory, tmp_path)
+    folder = q.quantize(run, source, plan, device="cpu")
+    code = textwrap.dedent(RUN.format(windows=windows))
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    *text, said, imported = done.stdout.decode(errors="replace").rstrip().splitlines()
+    assert re.search("[a-z]{20}", "".join(text)), "no answer was printed"
+    found = re.fullmatch(r"(\d+) tokens, ([\d.]+) tokens/s, peak memory ([\d.]+) GB on (cpu|cuda:0)", said)
+    assert found, said
+    assert 1 <= int(found[1]) <= 200
+    assert float(found[2]) > 0
+    assert found[4] != "cpu" or 0.1 < float(found[3]) < 10
+    assert imported == "False"
+
+
+def test_the_folders_script_is_short():
+    assert len((Path(__file__).parents[1] / "examples" / "generate.py").read_text().splitlines()) <= 40
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_the_model_travels_along_when_trusted(tmp_path, here):
+    directory = make_tiny("llama", tmp_path / "m")
+    (directory / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        resolve(str(directory))
+    source = resolve(str(directory), trust_remote_code=True)
+    run = open_run(tmp_path / "run", source.identity())
+    folder = q.quantize(run, source, plan_for(source), device="cpu")
+    assert (folder / "modeling_own.py").read_text() == OWN_CODE
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == classes
+    with saved_weights(folder, trust_remote_code=True) as saved:
+        assert type(saved.model).__name__ == "OwnForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    found = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert found == {name for name, fmt in plan_for(source).formats.items() if fmt == "nf4"}
 
 
 def test_too_large_for_memory_is_checked_without_weights_and_said(tiny, tmp_path, here, monkeypatch):
@@ -374,6 +451,38 @@ def test_a_cast_that_would_overflow_can_be_refused(bf16_source, tmp_path, here):
     assert not run.model_dir.exists()
 
 
+@pytest.mark.parametrize("odd", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["model.layers.1.mlp.up_proj", "model.layers.1.input_layernorm"])
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tmp_path, here, odd, target, keep):
+    """Why one tensor that float16 can't hold moves the whole checkpoint to bfloat16: nothing less works.
+
+    With NF4 layers in it a checkpoint's dtypes are kept, and the float16 product meets another dtype; without
+    any, the value is cast to float16 as it is loaded, and becomes infinite.
+    """
+    source = resolve(str(make_tiny("llama", tmp_path / "m")))
+    run = open_run(tmp_path / "run", source.identity())
+    plan = plan_for(source, keep=keep)
+    if target in plan.formats:
+        plan = dataclasses.replace(plan, formats={**plan.formats, target: "16bit"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "check_size", lambda *_: {})  # one more layer than the plan's bytes say
+        folder = q.quantize(run, source, plan, device="cpu")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{target}.weight"] = tensors[f"{target}.weight"].to(odd)
+    tensors[f"{target}.weight"].view(-1)[0] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weight = model.get_parameter(f"{target}.weight")
+    if keep == 1:
+        assert weight.dtype == torch.float16
+        assert weight.view(-1)[0].isinf()
+    else:
+        assert weight.dtype == odd
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(torch.arange(8)[None])
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
@@ -413,6 +522,22 @@ def test_no_bitsandbytes_disk_or_memory(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000_000))
         refused(run, source, plan, CheckpointError, "0.1 GB are available")
+
+
+@pytest.mark.parametrize(
+    "fails",
+    ["OSError('libcudart.so.12: cannot open shared object file')", "RuntimeError('CUDA Setup failed')"],
+)
+def test_a_bitsandbytes_that_cannot_be_imported(tiny, tmp_path, monkeypatch, fails):
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    broken = tmp_path / "broken" / "bitsandbytes"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(f"raise {fails}")
+    monkeypatch.syspath_prepend(broken.parent)
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    reason = fails.split("'")[1]
+    refused(run, source, plan, CheckpointError, rf"can't be used here \({reason}.*pip install bitsandbytes")
+    assert not run.partial.exists()
 
 
 @pytest.mark.parametrize(
@@ -479,6 +604,77 @@ def test_one_wrong_bit_is_found(tiny, tmp_path, here, monkeypatch, part):
     spoil(monkeypatch, flip)
     run, source, plan = prepare(tiny("llama"), tmp_path, keep=0)
     refused(run, source, plan, CheckpointError, part.removesuffix(".absmax"))
+
+
+@pytest.fixture
+def all_nf4(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("llama"), tmp_path, keep=0)
+    return q.quantize(run, source, plan, device="cpu"), source, plan
+
+
+def bits_match(folder, source, plan):
+    saving = q.Saving(torch.float16, torch.float16, plan.double_quant, "error", torch.device("cpu"))
+    with open_weights(source) as weights, saved_weights(folder) as saved:
+        items = q.list_items(weights, plan.formats, saving)
+        try:
+            verify.check_bits(saved, weights, items, saving)
+        except CheckpointError as error:
+            assert "differ from the source's" in str(error)
+            return False
+    return True
+
+
+def test_a_forward_leaves_our_files_alone_and_what_is_saved_after_it_is_judged(all_nf4, tmp_path):
+    """CPUs with AVX512-BF16 repack NF4 weights in the first forward: saved then, the absmax is transposed.
+
+    Our files are written from the source's. What `save_pretrained` makes after a forward is compared with
+    what it makes before one: whichever CPU this is, `check_bits` accepts it if and only if it is equal.
+    """
+    folder, source, plan = all_nf4
+    before = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    config = BitsAndBytesConfig.from_dict(dict(ours.config.quantization_config.to_dict()))
+    model = AutoModelForCausalLM.from_pretrained(source.directory, quantization_config=config)
+    model.save_pretrained(tmp_path / "before")
+    assert bits_match(tmp_path / "before", source, plan)
+    with torch.inference_mode():
+        ours(torch.arange(8)[None])
+        model(torch.arange(8)[None])
+    model.save_pretrained(tmp_path / "after")
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == before
+    assert bits_match(folder, source, plan)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert bits_match(tmp_path / "after", source, plan) == equal
+
+
+def test_a_transposed_absmax_is_found(all_nf4):
+    folder, source, plan = all_nf4
+    assert bits_match(folder, source, plan)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight.absmax"
+    tensors[name] = tensors[name].view(256, 128 // 64).T.reshape(-1).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not bits_match(folder, source, plan)
+
+
+def test_tensors_are_compared_to_the_last_piece(all_nf4, monkeypatch):
+    folder, source, plan = all_nf4
+    monkeypatch.setattr(verify, "PIECE", 1000)
+    monkeypatch.setattr(TensorReader.pieces, "__defaults__", (1000,))
+    assert bits_match(folder, source, plan)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"].view(torch.uint8).view(-1)[-1] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not bits_match(folder, source, plan)
+
+
+def test_a_missing_tensor_is_found(all_nf4):
+    folder, source, plan = all_nf4
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not bits_match(folder, source, plan)
 
 
 def test_a_truncated_file_is_found(tiny, tmp_path, here, monkeypatch):
