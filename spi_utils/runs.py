@@ -359,9 +359,16 @@ def _claim_partial(run: Run, name: str, mark: str, force: bool) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The process' peak resident memory so far, in bytes."""
+    """The process' peak resident memory so far, in bytes.
+
+    On Linux the kernel's VmHWM: getrusage's figure is inherited from the process that forked this one.
+    """
     import resource
 
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 

@@ -141,3 +141,11 @@ def test_slugs_are_folder_names():
     assert (
         str(runs.run_path("auto", "m")) == os.path.join("runs", "m") and str(runs.run_path("x", "m")) == "x"
     )
+
+
+def test_peak_memory_is_this_process_own():
+    code = "from spi_utils.runs import peak_rss_bytes; print(peak_rss_bytes())"
+    held = bytearray(400_000_000)
+    small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(held) == 400_000_000 and runs.peak_rss_bytes() > 400_000_000
+    assert 10_000_000 < int(small.stdout) < 300_000_000
