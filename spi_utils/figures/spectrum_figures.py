@@ -212,8 +212,8 @@ def _decay_finding(decays: Mapping[str, float]) -> str:
         return f"Rank decay of {', '.join(decays)}"
     fast, slow = max(finite, key=lambda name: finite[name]), min(finite, key=lambda name: finite[name])
     return (
-        f"Singular values fall with exponent {finite[fast]:.2f} in {fast}, "
-        f"{finite[slow]:.2f} in {slow}: the second spectrum is the flatter one"
+        f"Singular values fall with exponent {finite[fast]:.2f} in {fast} "
+        f"and {finite[slow]:.2f} in {slow}: the second spectrum is the flatter one"
     )
 
 
