@@ -52,7 +52,7 @@ PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond"
 
 
 # What stands in a notebook's namespace at its first cell: IPython's own, and the set-up cell's.
-NOT_GIVEN = {"In", "Out", "SOURCE", "DRIVE", "wheels", "what"}
+NOT_GIVEN = {"In", "Out", "wheels", "what"}  # constants, in capitals, apart
 Show = Callable[[str, float, str], None]
 
 
@@ -132,8 +132,9 @@ def check_given(namespace: Mapping[str, Any], name: str) -> None:
     if interactive():
         return
     values = str | int | float | list | dict | None
-    given = [key for key, value in namespace.items() if isinstance(value, values) and not key.startswith("_")]
-    check_parameters([key for key in given if key not in NOT_GIVEN], parameters_of(name), f"{name}.ipynb")
+    plain = [key for key, value in namespace.items() if isinstance(value, values)]
+    given = [key for key in plain if not key.startswith("_") and not key.isupper() and key not in NOT_GIVEN]
+    check_parameters(given, parameters_of(name), f"{name}.ipynb")
 
 
 def execute(

@@ -90,7 +90,14 @@ def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
 
 
 def test_what_plain_papermill_lets_through_is_refused_by_the_notebook(monkeypatch):
-    given = {"In": [], "_x": 1, "exit": print, "SOURCE": "", **headless.parameters_of("02_visualize")}
+    given = {
+        "In": [],
+        "_x": 1,
+        "exit": print,
+        "SOURCE": "",
+        "FIGURES": {},
+        **headless.parameters_of("02_visualize"),
+    }
     headless.check_given(given, "02_visualize")
     with pytest.raises(
         RunError, match=r"02_visualize\.ipynb has no parameter 'scoer'\. Did you mean 'score'"

@@ -277,26 +277,20 @@ def test_pieces():
 
 
 @pytest.mark.browser
-def test_in_a_browser_nothing_is_cut_off(run):
+def test_in_a_browser_nothing_is_cut_off(run, browser):
     """Neither the page nor a table scrolls sideways, and text stands out from the ground, in both themes."""
-    playwright = pytest.importorskip("playwright.sync_api")
     address = report.write_report(run).as_uri()
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        for width, scheme in itertools.product((1280, 800), ("light", "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            errors, asked = [], []
-            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.goto(address)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            hidden = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
-            assert max(page.evaluate(hidden)) <= 1, (width, scheme)
-            style = (
-                "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
-            )
-            ink, ground = (np.mean([int(x) for x in re.findall(r"\d+", c)[:3]]) for c in page.evaluate(style))
-            assert (ink < ground) == (scheme == "light") and abs(ink - ground) > 120
-            assert not errors and all(url.startswith(("file:", "data:")) for url in asked)
-            page.close()
-        browser.close()
+    for width, scheme in itertools.product((1280, 800), ("light", "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        errors, asked = [], []
+        page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto(address)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        hidden = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+        assert max(page.evaluate(hidden)) <= 1, (width, scheme)
+        style = "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
+        ink, ground = (np.mean([int(x) for x in re.findall(r"\d+", c)[:3]]) for c in page.evaluate(style))
+        assert (ink < ground) == (scheme == "light") and abs(ink - ground) > 120
+        assert not errors and all(url.startswith(("file:", "data:")) for url in asked)
+        page.close()

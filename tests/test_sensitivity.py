@@ -205,10 +205,10 @@ def test_the_model_samples_its_own_text(switch):
 
 
 def test_memory_is_estimated_and_refused_with_advice(switch, monkeypatch):
-    full = footprint.estimate(switch, 4, 256, 2, checkpoint=False)
-    assert footprint.estimate(switch, 4, 256, 2, checkpoint=True) < full
+    full = footprint.estimate(switch, 3, 256, 2, checkpoint=False)
+    assert footprint.estimate(switch, 3, 256, 2, checkpoint=True) < full
     monkeypatch.setattr(footprint, "_memory", lambda device: (64_000_000_000, 64_000_000_000))
-    assert footprint.choose_batch(switch, 256, 2) == footprint.Footprint(4, False, full)
+    assert footprint.choose_batch(switch, 256, 2) == footprint.Footprint(3, False, full)
     monkeypatch.setattr(footprint, "_memory", lambda device: (1_000_000, 1_000_000))
     with pytest.raises(AnalysisError, match=r"GB are free.*length=128"):
         footprint.choose_batch(switch, 256, 2)
