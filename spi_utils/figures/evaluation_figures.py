@@ -170,7 +170,9 @@ def window_differences(evaluation: Evaluation) -> Figure:
     axes = figure.subplots()
     reference = np.array(evaluation.variants["reference"]["window_nll"])
     shown = [
-        key for key in ("nf4", "plan", "other_direction", "fisher", "int8") if key in evaluation.variants
+        key
+        for key in ("nf4", "plan", "other_direction", "fisher", "fisher_int8", "int8")
+        if key in evaluation.variants
     ]
     for key in shown:
         one, style = evaluation.variants[key], look(key)
@@ -278,7 +280,7 @@ def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     headline(
         figure,
         f"Predicted KL is off by {off:.0%} (median of {len(pairs)} variants)",
-        "The prediction is a sum over layers, made before any of these variants existed. "
+        "The prediction is a sum over layers, scaled once a format by all layers in that format. "
         + _text_note(evaluation),
     )
     return figure

@@ -21,6 +21,7 @@ ROWS = {
     "plan": "**this model**",
     "other_direction": "the score's other end, equal bytes",
     "fisher": "chosen by Fisher information, equal bytes",
+    "fisher_int8": "chosen by Fisher information, with 8-bit as a tier, equal bytes",
     "int8": "8-bit everywhere",
 }
 HEADER = """| weights | GB | perplexity | Δ loss to 16-bit (95 %) | mean KL | 99.9 % KL | same top token |
