@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_profiles_work_is_counted():
-    assert work_of("quick") == (24 * 256, 11)  # reference, nf4, plan; other end, fisher, int8; 5 random
+    assert work_of("quick") == (24 * 256, 12)  # reference, nf4, plan; other end, fisher twice, int8; 5 random
     assert work_of("full", random_seeds=2) == (2 * 96 * 512, 13)
 
 
