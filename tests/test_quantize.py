@@ -486,7 +486,7 @@ def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tmp_path, here, od
 # --- refusals --------------------------------------------------------------------------------------------
 
 
-def refused(run, source, plan, error, match, **options):
+def assert_refused(run, source, plan, error, match, **options):
     with pytest.raises(error, match=match):
         q.quantize(run, source, plan, device="cpu", **options)
     assert not run.model_dir.exists()
@@ -496,18 +496,18 @@ def test_a_plan_with_int8_is_refused_before_anything_is_written(tiny, tmp_path):
     run, source, plan = prepare(tiny("llama"), tmp_path)
     name = plan.protected[0]
     mixed = dataclasses.replace(plan, formats={**plan.formats, name: "int8"})
-    refused(run, source, mixed, PlanError, f"int8.*{name}")
+    assert_refused(run, source, mixed, PlanError, f"int8.*{name}")
     assert not run.partial.exists()
 
 
 def test_plans_that_do_not_fit_the_model_are_refused(tiny, tmp_path):
     run, source, plan = prepare(tiny("llama"), tmp_path)
     other = dataclasses.replace(plan, model={**plan.model, "id": "someone/else", "sha256": "0" * 64})
-    refused(run, source, other, PlanError, "someone/else")
+    assert_refused(run, source, other, PlanError, "someone/else")
     unknown = dataclasses.replace(plan, formats={**plan.formats, "model.layers.9.mlp.up_proj": "nf4"})
-    refused(run, source, unknown, PlanError, r"model\.layers\.9")
+    assert_refused(run, source, unknown, PlanError, r"model\.layers\.9")
     output = dataclasses.replace(plan, formats={**plan.formats, "model.embed_tokens": "nf4"})
-    refused(run, source, output, PlanError, "embed_tokens")
+    assert_refused(run, source, output, PlanError, "embed_tokens")
     assert not run.partial.exists()
 
 
@@ -515,13 +515,13 @@ def test_no_bitsandbytes_disk_or_memory(tiny, tmp_path, monkeypatch):
     run, source, plan = prepare(tiny("llama"), tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)
-        refused(run, source, plan, CheckpointError, "pip install bitsandbytes")
+        assert_refused(run, source, plan, CheckpointError, "pip install bitsandbytes")
     with monkeypatch.context() as patch:
         patch.setattr(q.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-        refused(run, source, plan, CheckpointError, "0.00 GB are free")
+        assert_refused(run, source, plan, CheckpointError, "0.00 GB are free")
     with monkeypatch.context() as patch:
         patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000_000))
-        refused(run, source, plan, CheckpointError, "0.1 GB are available")
+        assert_refused(run, source, plan, CheckpointError, "0.1 GB are available")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,9 @@ def test_a_bitsandbytes_that_cannot_be_imported(tiny, tmp_path, monkeypatch, fai
     monkeypatch.syspath_prepend(broken.parent)
     monkeypatch.delitem(sys.modules, "bitsandbytes")
     reason = fails.split("'")[1]
-    refused(run, source, plan, CheckpointError, rf"can't be used here \({reason}.*pip install bitsandbytes")
+    assert_refused(
+        run, source, plan, CheckpointError, rf"can't be used here \({reason}.*pip install bitsandbytes"
+    )
     assert not run.partial.exists()
 
 
@@ -551,7 +553,7 @@ def test_a_bitsandbytes_that_cannot_be_imported(tiny, tmp_path, monkeypatch, fai
     ],
 )
 def test_wrong_parameters(tiny, tmp_path, options, match):
-    refused(*prepare(tiny("llama"), tmp_path), CheckpointError, match, **options)
+    assert_refused(*prepare(tiny("llama"), tmp_path), CheckpointError, match, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -603,7 +605,7 @@ def test_one_wrong_bit_is_found(tiny, tmp_path, here, monkeypatch, part):
 
     spoil(monkeypatch, flip)
     run, source, plan = prepare(tiny("llama"), tmp_path, keep=0)
-    refused(run, source, plan, CheckpointError, part.removesuffix(".absmax"))
+    assert_refused(run, source, plan, CheckpointError, part.removesuffix(".absmax"))
 
 
 @pytest.fixture
@@ -680,7 +682,7 @@ def test_a_missing_tensor_is_found(all_nf4):
 def test_a_truncated_file_is_found(tiny, tmp_path, here, monkeypatch):
     spoil(monkeypatch, lambda folder: os.truncate(folder / "model.safetensors", 100_000))
     run, source, plan = prepare(tiny("llama"), tmp_path)
-    refused(run, source, plan, CheckpointError, "model.safetensors")
+    assert_refused(run, source, plan, CheckpointError, "model.safetensors")
 
 
 @pytest.mark.slow
@@ -694,13 +696,13 @@ def test_a_wrong_skip_list_is_found(tiny, tmp_path, monkeypatch, drop):
 
     spoil(monkeypatch, change)
     run, source, plan = prepare(tiny("llama_untied"), tmp_path)
-    refused(run, source, plan, CheckpointError, "unplanned|can't load")
+    assert_refused(run, source, plan, CheckpointError, "unplanned|can't load")
 
 
 def test_a_size_that_was_not_planned_is_found(tiny, tmp_path, here):
     run, source, plan = prepare(tiny("llama"), tmp_path)
     small = dataclasses.replace(plan, bytes={**plan.bytes, "total": plan.bytes["total"] // 2})
-    refused(run, source, small, CheckpointError, r"predicted.*\+\d+")
+    assert_refused(run, source, small, CheckpointError, r"predicted.*\+\d+")
 
 
 def test_logits_that_differ_are_found():

@@ -61,7 +61,7 @@ def test_rows_are_weightwatchers(shape):
     layers = [torch.nn.Linear(shape[1], shape[0], bias=False) for _ in range(3)]
     for layer in layers:
         layer.weight.data = (torch.randn(shape) * torch.rand(shape[0], 1) ** 2).half().float()
-    compare([layer.weight.detach() for layer in layers], torch.nn.Sequential(*layers))
+    assert_weightwatchers([layer.weight.detach() for layer in layers], torch.nn.Sequential(*layers))
 
 
 @pytest.mark.slow
@@ -75,10 +75,10 @@ def test_every_matrix_of_the_bundled_model(bundled):
         linear = torch.nn.Linear(*reversed(matrix.shape), bias=False)
         linear.weight.data = matrix.float()
         linears.append(linear)
-    compare(matrices, torch.nn.Sequential(*linears))
+    assert_weightwatchers(matrices, torch.nn.Sequential(*linears))
 
 
-def compare(matrices: list[torch.Tensor], model: torch.nn.Module) -> None:
+def assert_weightwatchers(matrices: list[torch.Tensor], model: torch.nn.Module) -> None:
     """WeightWatcher's analysis of the model, row by row against ours, to 1e-6 (measured: 1e-12)."""
     import weightwatcher
 

@@ -110,10 +110,8 @@ def pose(
     values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     rows, values = layers[planned].reset_index(drop=True), values[planned]
     names = tuple(rows["name"])
-    forced, forbidden = (
-        matches(names, force_16bit, "force_16bit"),
-        matches(names, forbid_16bit, "forbid_16bit"),
-    )
+    forced = matches(names, force_16bit, "force_16bit")
+    forbidden = matches(names, forbid_16bit, "forbid_16bit")
     every = check_formats((*wanted, "16bit")) if forced.any() else wanted
     allowed = _allowed(names, every, wanted, forced, forbidden)
     _refuse_failed(rows[allowed.sum(axis=1) > 1], values[allowed.sum(axis=1) > 1], score)
@@ -129,11 +127,7 @@ def pose(
     numel = rows["numel"].to_numpy(float)
     raw = added(values * numel) / added(numel)  # a group's score: the mean over its weights
     open_ = added(allowed.astype(int)) == np.bincount(member)[:, None]
-    if not open_.any(axis=1).all():
-        first = names[int(np.flatnonzero(np.isin(member, np.flatnonzero(~open_.any(axis=1))))[0])]
-        raise PlanError(
-            f"{first}: its group is both forced to and kept from 16-bit. Change one of the patterns."
-        )
+    _refuse_contradiction(names, member, open_)
     cost = np.stack([additive_cost(layers, score, fmt)[planned] for fmt in every], 1) if additive else None
     cost = None if cost is None else np.where(allowed, cost, 0.0)  # what can't be chosen may be unknown
     predicted = np.where(allowed, np.stack([predicted_cost(rows, fmt) for fmt in every], 1), 0.0)
@@ -155,6 +149,16 @@ def pose(
         count=np.bincount(member),
         numel=int(numel.sum()),
     )
+
+
+def _refuse_contradiction(names: Sequence[str], member: Ints, open_: Mask) -> None:
+    """Every group needs a format that all of its layers may take; `open_` is (groups, formats)."""
+    stuck = np.flatnonzero(~open_.any(axis=1))
+    if len(stuck):
+        first = names[int(np.flatnonzero(np.isin(member, stuck))[0])]
+        raise PlanError(
+            f"{first}: its group is both forced to and kept from 16-bit. Change one of the patterns."
+        )
 
 
 def _refuse_failed(rows: pd.DataFrame, values: Floats, score: str) -> None:
