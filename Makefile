@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint bench links clean
+.PHONY: help install run batch test test-fast test-images lint bench links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: $(INSTALLED) lint  ## ruff, mypy and the whole test suite
 
 test-fast: $(INSTALLED)  ## unit tests only
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
+
+test-images: $(INSTALLED)  ## the notebooks with the versions that Kaggle and Colab ship, in fresh environments (20 minutes)
+	@$(PY) scripts/test_images.py --pip-args "$(PIP_ARGS)" $(IMAGES)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -7,7 +7,6 @@ parameters are checked before anything runs: papermill itself only logs the ones
 from __future__ import annotations
 
 import difflib
-import importlib.resources
 import importlib.util
 import os
 import subprocess
@@ -77,8 +76,9 @@ def notebook_path(name: str) -> Path:
         NotebookError: no such notebook.
     """
     folders = [Path(__file__).resolve().parent.parent / "notebooks"]
-    if importlib.util.find_spec("spi_utils.notebooks") is not None:
-        folders.append(Path(str(importlib.resources.files("spi_utils.notebooks"))))
+    packaged = importlib.util.find_spec("spi_utils.notebooks")  # a folder of data, hence a namespace package
+    if packaged is not None:
+        folders += map(Path, packaged.submodule_search_locations or ())
     for folder in folders:
         if (folder / f"{name}.ipynb").exists():
             return folder / f"{name}.ipynb"

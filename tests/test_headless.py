@@ -1,3 +1,9 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import nbformat
 import pytest
 
@@ -120,3 +126,19 @@ def test_the_command_line_reports_and_exits(capsys, tmp_path):
     assert main(["run", "-p", "modle", "bundled"]) == 1
     assert "Did you mean 'model'?" in capsys.readouterr().err
     assert main(["summary", str(tmp_path)]) == 1
+
+
+def test_an_installed_package_finds_its_notebooks(tmp_path):
+    root, package = Path(headless.__file__).resolve().parent.parent, tmp_path / "spi_utils"
+    shutil.copytree(root / "spi_utils", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "notebooks", package / "notebooks")
+    # An installation for development must not find the checkout's.
+    code = (
+        "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "from spi_utils.headless import notebook_path\nprint(notebook_path('05_publish'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.strip() == str(package / "notebooks" / "05_publish.ipynb"), done.stderr
