@@ -29,6 +29,9 @@ install: $(INSTALLED)  ## the virtual environment with the pinned versions
 run: $(INSTALLED)  ## the whole pipeline on the bundled model, into runs/smollm2-135m-instruct
 	@$(PY) -m spi_utils run -p model bundled -p run_dir $(RUN) -p profile quick
 
+batch: $(INSTALLED)  ## a small grid of plans on the bundled model and its leaderboard, into runs/grid
+	@$(PY) -m spi_utils batch examples/grid.yaml --out runs/grid
+
 test: $(INSTALLED) lint  ## ruff, mypy and the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 

@@ -140,8 +140,8 @@ def run_notebooks(image: Image) -> str:
 
 def run_tests(image: Image) -> str:
     """The tests of what depends on these versions: the Hub and the widgets."""
-    said = image.call("tests", image.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
-    return said.strip().splitlines()[-1].strip("= ")
+    said = image.call("tests", image.python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS)
+    return next(line for line in reversed(said.splitlines()) if " passed" in line).strip("= ")
 
 
 def test_image(image: Image, wheel: Path) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""The command line: `python -m spi_utils run|summary`, a thin reading of `headless`."""
+"""The command line: `python -m spi_utils run|summary|batch`, a thin reading of `headless` and `batch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from spi_utils.errors import SPIError
-from spi_utils.headless import ALL, check_parameters, execute, parameters_of
+from spi_utils.headless import ALL, STAGES, check_parameters, execute, parameters_of, run_stages
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,12 +20,25 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all five stages through 00_run_all, headless")
     run.add_argument("-p", dest="parameters", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[])
+    run.add_argument("--only", action="append", choices=STAGES, help="just this stage, of an existing run")
     summary = commands.add_parser("summary", help="what a finished run found, and where its files are")
     summary.add_argument("run_dir", type=Path)
+    batch = commands.add_parser(
+        "batch", help="a grid of models, scores, budgets and seeds, and a leaderboard"
+    )
+    batch.add_argument("grid", type=Path, metavar="GRID.yaml")
+    batch.add_argument("--out", type=Path, help="the batch's folder (runs/<grid's name>)")
+    batch.add_argument("--workers", type=int, help="jobs side by side (one a GPU, else one)")
+    batch.add_argument("--scheduler", help="address of a Dask scheduler whose workers run the jobs")
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
-            _run({name: yaml.safe_load(value) for name, value in options.parameters})
+            _run({name: yaml.safe_load(value) for name, value in options.parameters}, options.only)
+        elif options.command == "batch":
+            from spi_utils.batch import run_batch
+
+            out = options.out or Path("runs") / options.grid.stem
+            return run_batch(options.grid, out, workers=options.workers, scheduler=options.scheduler)
         else:
             _print_summary(options.run_dir)
     except SPIError as error:
@@ -34,11 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(parameters: dict[str, Any]) -> None:
+def _run(parameters: dict[str, Any], only: list[str] | None) -> None:
     check_parameters(parameters, parameters_of(ALL), f"{ALL}.ipynb")
     if str(parameters.get("run_dir", "auto")) == "auto":
         parameters["run_dir"] = str(_auto_run_dir(parameters))
     run_dir = Path(parameters["run_dir"]).resolve()
+    if only:
+        run_stages(run_dir, parameters, only=only)
+        return
     started = time.monotonic()
     execute(ALL, run_dir / "notebooks" / f"{ALL}.ipynb", {**parameters, "run_dir": str(run_dir)}, show=_echo)
     print(f"\nAll stages done in {time.monotonic() - started:.0f} s.\n")

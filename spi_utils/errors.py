@@ -37,5 +37,9 @@ class RunError(SPIError):
     """A run directory or one of its files is missing, corrupt, or belongs to something else."""
 
 
+class BatchError(SPIError):
+    """A grid can't be read, or a batch can't be run as asked."""
+
+
 class PlatformError(SPIError):
     """This machine, or the session on it, has to be changed before the work can go on."""

@@ -230,23 +230,34 @@ def _first_error(output: Path) -> str | None:
 # --- all stages ------------------------------------------------------------------------------------------
 
 
-def run_stages(run_dir: Path, parameters: Mapping[str, Any], *, show: Show | None = None) -> list[Execution]:
+def run_stages(
+    run_dir: Path,
+    parameters: Mapping[str, Any],
+    *,
+    only: Iterable[str] | None = None,
+    show: Show | None = None,
+) -> list[Execution]:
     """Execute notebooks 01…05 on one run directory; stages that are done and unchanged are only recognised.
 
     Args:
         run_dir: the run directory; `parameters["run_dir"]` is set to it.
         parameters: of all stages together; each notebook gets those that it has.
+        only: some of the stages; None is all. Those that come before must have been run.
         show: called with (notebook, seconds so far, line) for each line a notebook prints; None shows one
             progress line a stage.
 
     Raises:
         RunError: a name that no stage has.
-        NotebookError: the first stage that fails.
+        NotebookError: the first stage that fails, or there is no such stage.
     """
+    chosen = STAGES if only is None else tuple(only)
+    for name in chosen:
+        if name not in STAGES:
+            raise NotebookError(f"there is no stage {name!r}; there are {', '.join(STAGES)}.")
     known = {name: parameters_of(name) for name in STAGES}
     check_parameters(parameters, {p for names in known.values() for p in names}, "The pipeline")
     done: list[Execution] = []
-    for name in STAGES:
+    for name in sorted(chosen):
         own = {key: value for key, value in parameters.items() if key in known[name]}
         done.append(_run_stage(Run(run_dir), name, {**own, "run_dir": str(run_dir)}, show or StageLine(name)))
     return done
