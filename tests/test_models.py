@@ -249,6 +249,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "GatedRepo")
         if status == 404:
             self.send_header("X-Error-Code", "RepoNotFound")
+        if status == 429:
+            self.send_header("Retry-After", "0" if self.server.asked else "1")
+            self.server.asked += 1
         self.end_headers()
 
     do_HEAD = do_GET
@@ -271,6 +274,7 @@ except ModelError as error:
 @pytest.fixture(scope="module")
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = 0  # how often it limited the client
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -287,14 +291,28 @@ def hub():
     ],
 )
 def test_hub_errors_say_what_to_do(hub, repo, message, tmp_path):
-    endpoint = "http://127.0.0.1:9" if repo.endswith("000") else hub
+    found = fetch(repo, "http://127.0.0.1:9" if repo.endswith("000") else hub, tmp_path)
+    assert message in found.stdout, found.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_limited_address_waits_as_long_as_the_hub_asks_and_then_says_so(hub, tmp_path):
+    found = fetch("a/status-429", hub, tmp_path)
+    *waits, error = found.stdout.splitlines()
+    assert ["waiting 1 s, then try 2" in waits[0], "waiting 0 s, then try 3" in waits[1]] == [True, True]
+    assert "a/status-429: the Hub limits requests from this address (429)" in error
+    assert "It asks to wait 0 s more, or give a token" in error and len(waits) == 2, found.stderr[-2000:]
+
+
+def fetch(repo, endpoint, tmp_path):
+    """`download` in a process of its own, from the local server."""
     environment = {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path),
         "PATH": "/usr/bin",
     }
-    found = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", FETCH, repo],
         capture_output=True,
         text=True,
@@ -302,7 +320,6 @@ def test_hub_errors_say_what_to_do(hub, repo, message, tmp_path):
         timeout=120,
         check=False,
     )
-    assert message in found.stdout, found.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,13 @@ def test_the_quantized_modules_are_read_from_the_file(run):
     assert len(held) == 24 and not any(name.endswith(KEPT) for name in held)
 
 
+def test_a_truncated_checkpoint_closes_the_gate(run):
+    path = run.model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PublishError, match=r"CLOSED plan: .*model\.safetensors: truncated"):
+        publish(run, allow_license="mit", dry_run=False, repo_id="a/b")
+
+
 def change_checkpoint(run):
     path = run.model_dir / "model.safetensors"
     body = bytearray(path.read_bytes())

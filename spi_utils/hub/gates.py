@@ -6,14 +6,13 @@ another plan, closes it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spi_utils.errors import RunError
+from spi_utils.errors import CheckpointError, RunError
 from spi_utils.hub.licences import Licence
 from spi_utils.runs import (
     HASH_ALWAYS_BELOW,
@@ -101,7 +100,10 @@ def _planned(run: Run) -> Gate:
     if plan is None:
         return Gate("plan", False, f"no readable plan.json; run notebook {NOTEBOOKS['visualize']}")
     planned = {name for name, form in plan["formats"].items() if form != "16bit"}
-    held = quantized_modules(run.model_dir)
+    try:
+        held = quantized_modules(run.model_dir)
+    except CheckpointError as error:
+        return Gate("plan", False, f"{error} Run notebook {NOTEBOOKS['quantize']} again")
     if planned != held:
         example = sorted(planned ^ held)[0]
         return Gate(
@@ -114,15 +116,18 @@ def _planned(run: Run) -> Gate:
 
 
 def quantized_modules(model_dir: Path) -> set[str]:
-    """Names of the modules whose weights are stored quantized, from the safetensors headers alone."""
-    names = (name for path in weight_files(model_dir) for name in _header(path))
+    """Names of the modules whose weights are stored quantized, from the safetensors headers alone.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file.
+    """
+    from spi_utils.checkpoints.tensorfile import TensorReader
+
+    names: list[str] = []
+    for path in weight_files(model_dir):
+        with TensorReader(path) as reader:
+            names += reader.keys()
     return {found["module"] for found in map(QUANTIZED.match, names) if found}
-
-
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length))
 
 
 def _evaluated(run: Run) -> Gate:

@@ -121,11 +121,11 @@ def _delay(error: Exception, attempt: int) -> float | None:
         return own if broken and not _offline(error) else None
     if response.status_code not in (408, 429, 500, 502, 503, 504):
         return None
-    asked = _server_delay(response.headers)
+    asked = server_delay(response.headers)
     return min(own if asked is None else asked, LONGEST_WAIT)
 
 
-def _server_delay(headers: Mapping[str, str]) -> float | None:
+def server_delay(headers: Mapping[str, str]) -> float | None:
     """Seconds from `Retry-After` (a number or a date) or the `RateLimit` header's `t=`."""
     after, limit = (
         headers.get("retry-after", "").strip(),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spi_utils.errors import ModelError
 
+Result = TypeVar("Result")
+
+ATTEMPTS = 3  # at a request that the Hub limits
+LONGEST_WAIT = 320  # seconds; the Hub's rate windows are 300
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 PICKLE = (
     "{where}: only pickle weights ({file}), which can run code when opened, so they are never loaded. "
@@ -39,9 +45,11 @@ def download(
 
     patterns = [*WANTED, "*.py"] if code else list(WANTED)
     try:
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        info = _patiently(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
         _require_safetensors(repo_id, info)
-        folder = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
+        folder = _patiently(
+            lambda: snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
+        )
     except HfHubHTTPError as error:
         raise ModelError(_explain(repo_id, revision, error)) from error
     except HFValidationError as error:
@@ -51,6 +59,36 @@ def download(
             raise
         return _from_cache(repo_id, revision, patterns, error)
     return Path(folder), str(info.sha)
+
+
+def _patiently(request: Callable[[], Result]) -> Result:
+    """`request()`, repeated after a 429 once the Hub's own delay is over; the last error is raised."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            delay = _asked_delay(error, 2.0**attempt)
+            if delay is None or delay > LONGEST_WAIT:
+                raise
+            print(
+                f"the Hub limits this address (429); waiting {delay:.0f} s, then try {attempt + 1}",
+                flush=True,
+            )
+            time.sleep(delay)
+    return request()
+
+
+def _asked_delay(error: Any, otherwise: float | None = None) -> float | None:
+    """Seconds that a 429 asks to wait, `otherwise` if it doesn't say; None for any other answer."""
+    from spi_utils.hub.hub_calls import server_delay
+
+    response = getattr(error, "response", None)
+    if response is None or response.status_code != 429:
+        return None
+    asked = server_delay(response.headers)
+    return otherwise if asked is None else asked
 
 
 def _require_safetensors(repo_id: str, info: Any) -> None:
@@ -82,8 +120,12 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
             "Kaggle's or Colab's secrets, `hf auth login`). Check the spelling."
         )
     if status == 429:
+        asked = _asked_delay(error)
+        wait = "Wait some minutes" if asked is None else f"It asks to wait {asked:.0f} s more"
         return (
-            f"{repo_id}: the Hub limits this address (429). Set HF_TOKEN to a token of yours and try again."
+            f"{repo_id}: the Hub limits requests from this address (429), as it often does where many share "
+            f"one. {wait}, or give a token, with a limit of its own: set HF_TOKEN, add it to Kaggle's or "
+            "Colab's secrets, or run `hf auth login`. Then run this again."
         )
     return f"{repo_id}: the Hub answered {status or error}. Try again in a few minutes."
 
