@@ -531,7 +531,7 @@ def test_runs_without_random_controls_and_no_runs_at_all(tmp_path):
 def test_a_batch_of_a_tiny_model_end_to_end(tiny, tmp_path, capsys):
     grid = {
         "models": [str(tiny("llama"))],
-        "scores": ["alpha_hill", "fisher"],
+        "scores": ["fisher"],
         "parameters": {
             **{"sensitivity_windows": 2, "sensitivity_length": 32, "texts": "pydoc"},
             **{"windows": 12, "length": 32, "random_seeds": 2},
@@ -542,11 +542,11 @@ def test_a_batch_of_a_tiny_model_end_to_end(tiny, tmp_path, capsys):
     code, said = main(call), capsys.readouterr().out
     assert code == 0, said
     table = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
-    assert sorted(table["score"]) == ["alpha_hill", "fisher"] and table["kl_difference"].notna().all()
+    assert list(table["score"]) == ["fisher"] and table["kl_difference"].notna().all()
     for run in (tmp_path / "out" / "runs").iterdir():
         assert (run / "model" / "config.json").exists() and (run / "publish" / "README.md").exists()
         analyzed = next((tmp_path / "out" / "analyses").iterdir())
         assert (run / "layers.csv").samefile(analyzed / "layers.csv")
         assert "analyze" in run_info(Run(run))["stages"]
     assert main(call) == 0
-    assert capsys.readouterr().out.count("already done") == 3
+    assert capsys.readouterr().out.count("already done") == 2

@@ -1,0 +1,125 @@
+"""A T4 that isn't there: its capability, its memory and float16, and what the project decides by them."""
+
+import types
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.budget import qwen35_4b
+from spi_utils.budget import MACHINES, budget, work_of
+from spi_utils.checkpoints import verify
+from spi_utils.costs import footprint
+from spi_utils.errors import AnalysisError
+from spi_utils.evaluate import evaluate
+from spi_utils.models import resolve_device, resolve_dtype
+from spi_utils.source.sources import chosen_model
+from tests.evaluated_run import ready_run
+from tests.test_platforms import GIB, P100, T4, fake_cuda
+from tests.tiny import CONFIGS
+
+WEIGHTS = 8_411_502_592  # bytes of Qwen3.5-4B in float16
+# The published shapes of its text part.
+QWEN = {
+    **CONFIGS["qwen3_5"],
+    **{"vocab_size": 248_320, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32},
+    **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 4096},
+    **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+    **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+}
+
+
+@pytest.fixture
+def t4(monkeypatch):
+    """Two T4, as on Kaggle; the function that is returned says how many bytes of device 0 are in use."""
+    fake_cuda(monkeypatch, T4, T4)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+
+    def use(count):
+        free = T4.memory_bytes - count
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, T4.memory_bytes))
+
+    use(0)
+    return use
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """Qwen3.5-4B's modules in float16, without their weights, on what calls itself cuda:0."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN), dtype=torch.float16)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name in linear if name != "lm_head"]
+    assert len(names) == 248 and 2 * sum(p.numel() for p in model.parameters()) == WEIGHTS
+    return types.SimpleNamespace(
+        model=model,
+        layers=names,
+        live=lambda name: model.get_submodule(name).weight,
+        device=torch.device("cuda:0"),
+    )
+
+
+def test_auto_is_qwen_in_float16_on_device_0(t4):
+    device = resolve_device("auto")
+    assert (str(device), resolve_dtype("auto", device)) == ("cuda:0", torch.float16)
+    assert chosen_model("auto") == "Qwen/Qwen3.5-4B"
+
+
+def test_on_a_p100_auto_is_the_bundled_model_in_float32_on_the_cpu(monkeypatch):
+    fake_cuda(monkeypatch, P100)
+    device = resolve_device("auto")
+    assert (str(device), resolve_dtype("auto", device)) == ("cpu", torch.float32)
+    assert chosen_model("auto") == "bundled"
+
+
+def test_the_sensitivity_of_qwen_fits_in_whole_batches(t4, qwen):
+    t4(WEIGHTS + GIB)  # the model itself, and what CUDA and its libraries take
+    plan = footprint.choose_batch(qwen, 256, 2)
+    assert plan.batch * 256 == footprint.BATCH_TOKENS and not plan.checkpoint
+    assert WEIGHTS < plan.bytes < footprint.SHARE * T4.memory_bytes
+
+
+def test_the_budget_promises_no_less_than_the_sensitivity_takes(t4, qwen):
+    t4(WEIGHTS)
+    tokens, variants = work_of("quick")
+    costs = {
+        one.stage: one for one in budget(qwen35_4b(), MACHINES["colab"], tokens=tokens, variants=variants)
+    }
+    assert footprint.choose_batch(qwen, 256, 2).bytes < costs["analyze"].gpu < T4.memory_bytes
+    assert all(one.gpu < T4.memory_bytes for one in costs.values())
+
+
+def test_another_process_on_the_gpu_is_noticed_before_the_work_begins(t4, qwen):
+    t4(T4.memory_bytes - 2 * GIB)
+    with pytest.raises(AnalysisError, match=r"on cuda:0, .*; 2\.1 GB are free.*length=128"):
+        footprint.choose_batch(qwen, 256, 2)
+
+
+def test_longer_windows_recompute_their_activations_instead_of_running_out(t4, qwen):
+    t4(WEIGHTS)
+    plan = footprint.choose_batch(qwen, 2048, 2)
+    assert plan.checkpoint and plan.bytes < footprint.SHARE * T4.memory_bytes
+
+
+def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(6_000_000_000)  # a hole: no byte is written
+    device = torch.device("cuda:0")
+    assert verify._fits(tmp_path, device)
+    t4(10 * GIB)
+    assert not verify._fits(tmp_path, device)
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_float16_agrees_with_one_in_float32(tiny, tmp_path):
+    small = {"texts": "pydoc", "windows": 12, "length": 32, "controls": ["random"], "speed_repeats": 0}
+    found = {}
+    for dtype in ("float16", "float32"):
+        run, source = ready_run(tiny("llama"), tmp_path / dtype)
+        found[dtype] = evaluate(run, source, dtype=dtype, device="cpu", **small).variants
+    for key, numbers in found["float16"].items():
+        exact = found["float32"][key]
+        assert numbers["nll"] == pytest.approx(exact["nll"], abs=2e-3), key
+        assert numbers["kl_mean"] == pytest.approx(exact["kl_mean"], rel=0.05, abs=2e-5), key
