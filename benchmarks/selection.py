@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from spi_utils.analyze import analyze
-from spi_utils.costs.fisher import per_sequence, per_token, sample_windows, slopes
+from spi_utils.costs.fisher import per_block, per_sequence, per_token, sample_windows, slopes
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.plan import equal_bytes_plan, predicted_kl
 from spi_utils.planning.pricing import price
@@ -45,6 +45,7 @@ SHARES = (0.10, 0.30, 0.55)
 PIECE = 4096  # characters; the text's pieces go to the oracle and to the score in turn
 QUICK = ("alpha_hill", "type_prior", "smallest", "fisher", "refined", "measured")
 FISHER_WINDOWS = (2, 4, 8, 16, 32)
+ESTIMATORS = {"blocks of 8": per_block, "per token": per_token, "per sequence": per_sequence}
 ONE_END = ("type_prior", "first_last", "smallest", "fisher", "refined", "measured")
 
 
@@ -130,7 +131,7 @@ def with_pairs(layers: pd.DataFrame, found: NDArray[np.float32], left: float) ->
 
 def how_few(layers: pd.DataFrame, found: NDArray[np.float32]) -> list[dict[str, Any]]:
     """Spearman's ρ with the measured cost per weight, and how much of the oracle's summed saving is kept at
-    30 % of the bytes, by number of windows, for both estimators."""
+    30 % of the bytes, by number of windows, for every estimator."""
     planned = layers[layers["quantizable"]]
     truth = planned["measured_nf4"].to_numpy(float)
     extra = (planned["bytes_16bit"] - planned["bytes_nf4"]).to_numpy(float)
@@ -149,7 +150,7 @@ def how_few(layers: pd.DataFrame, found: NDArray[np.float32]) -> list[dict[str, 
         }
         for count in FISHER_WINDOWS
         if count <= found.shape[1]
-        for name, estimator in (("per token", per_token), ("per sequence", per_sequence))
+        for name, estimator in ESTIMATORS.items()
         for score in [estimator(found[:, :count]).value]
     ]
 

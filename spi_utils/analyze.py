@@ -31,7 +31,7 @@ from spi_utils.spectral.weight_scores import alphaq, swan
 if TYPE_CHECKING:
     from spi_utils.models import Weights
 
-ENGINE = 1  # raise it when the same weights would give other numbers: finished spectra are then made again
+ENGINE = 2  # raise it when the same weights would give other numbers: finished spectra are then made again
 ANALYSED = ("linear", "conv1d", "experts")
 ON_REQUEST = ("embedding", "head")
 
@@ -219,7 +219,12 @@ def _piece(name: str, weight: torch.Tensor, quantizable: bool, options: Options)
         weight, precision=options.precision, min_tail=options.min_tail, seed=options.seed
     )
     sound = quantizable and np.isfinite(spectrum.singular_values).all()
-    errors = {fmt: number_formats.relative_error(weight, fmt) if sound else np.nan for fmt in options.formats}
+    errors = {
+        fmt: number_formats.relative_error(weight, fmt)
+        if sound and number_formats.fits(fmt, weight.shape[1])
+        else np.nan
+        for fmt in options.formats
+    }
     return Piece(name, spectrum, errors)
 
 
@@ -287,18 +292,21 @@ def _row(layer: Layer, piece: Piece | None) -> dict[str, Any]:
     return {**asdict(layer), "status": piece.spectrum.status, **piece.spectrum.statistics}
 
 
-def _bytes(table: pd.DataFrame, formats: Sequence[str], storage_dtype: str) -> dict[str, list[int]]:
-    """Exact bytes of each row's tensors in each format; 16-bit bytes where a row can't be quantized."""
+def _bytes(table: pd.DataFrame, formats: Sequence[str], storage_dtype: str) -> dict[str, list[float]]:
+    """Exact bytes of each row's tensors in each format; 16-bit bytes where a row can't be quantized, NaN
+    where a format's groups don't divide a quantizable row's columns."""
     full = [2 * int(numel) for numel in table["numel"]]
-    columns = {"bytes_16bit": full}
+    columns: dict[str, list[float]] = {"bytes_16bit": list(full)}
     for fmt in formats:
         for double_quant in (False, True) if fmt == "nf4" else (False,):
             columns[f"bytes_{fmt}_dq" if double_quant else f"bytes_{fmt}"] = [
-                number_formats.layer_bytes(
+                whole
+                if not planned
+                else number_formats.layer_bytes(
                     fmt, int(rows), int(cols), double_quant=double_quant, dtype=storage_dtype
                 )
-                if planned
-                else whole
+                if number_formats.fits(fmt, int(cols))
+                else np.nan
                 for rows, cols, planned, whole in zip(
                     table["rows"], table["cols"], table["quantizable"], full, strict=True
                 )

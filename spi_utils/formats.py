@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from spi_utils.checkpoints.integers import int4_codes, int4_values, int8_codes, int8_values
 from spi_utils.checkpoints.nf4 import (
     BLOCK,
     CHUNK,
     NF4_LEVELS,
-    TINY,
     check_finite,
     nf4_codes,
     nf4_levels,
@@ -39,6 +39,8 @@ class Format:
 
     `bits_per_weight` is nominal (large matrices); `size(rows, cols, double_quant, dtype)` is exact, in bytes.
     `writers` names the checkpoint writers that can hold the format. `pack` and `unpack` do the arithmetic.
+    `group` must divide a matrix's columns, and `bits` is the code's width (None: not an integer format);
+    `symmetric` formats have no zero points.
     """
 
     name: str
@@ -47,15 +49,20 @@ class Format:
     size: Callable[[int, int, bool, str], int]
     pack: Callable[[torch.Tensor, bool], Packed]
     unpack: Callable[[Packed, torch.dtype], torch.Tensor]
+    bits: int | None = None
+    group: int | None = None
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
 class Packed:
     """A quantized matrix: everything that its dequantized values depend on, and nothing else.
 
-    `codes` are uint8 (two 4-bit codes a byte) for nf4, int8 (rows, cols) for int8, the weight itself for
-    16bit. `scales` are a float32 absmax for each block (nf4; uint8 codes of it with double quantization) or
-    row (int8). `nested` holds double quantization's second level: absmax float32, its 256 levels, offset.
+    `codes` are uint8 (two 4-bit codes a byte) for nf4 and int4, int8 (rows, cols) for int8, the weight itself
+    for 16bit. `scales` are a float32 absmax for each block (nf4; uint8 codes of it with double quantization),
+    or a scale in the weight's dtype for each row (int8) or group (int4), with the groups' `zeros` where the
+    format is asymmetric. `nested` holds double quantization's second level: absmax float32, its 256 levels,
+    offset.
     """
 
     fmt: str
@@ -64,6 +71,7 @@ class Packed:
     codes: torch.Tensor
     scales: torch.Tensor | None = None
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    zeros: torch.Tensor | None = None
 
 
 # --- the public functions -------------------------------------------------------------------------------
@@ -91,11 +99,18 @@ def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> P
     """Quantize a 2-D float16, bfloat16 or float32 weight (rows = out_features, cols = in_features).
 
     nf4: codes and absmax are bit-equal to `bitsandbytes.functional.quantize_4bit` on the same device.
-    int8: absmax per row, round half to even, as `bitsandbytes.functional.int8_vectorwise_quant`.
-    Raises AnalysisError for a wrong shape or dtype, or for weights that are not finite.
+    int8, int4: see `checkpoints.integers`; the values are what compressed-tensors decompresses.
+    Raises AnalysisError for a wrong shape or dtype, for weights that are not finite, or for columns that the
+    format's groups don't divide.
     """
     _check_weight(weight)
-    return format_row(fmt).pack(weight, double_quant)
+    row = format_row(fmt)
+    if not fits(fmt, weight.shape[1]):
+        raise AnalysisError(
+            f"{fmt} shares scales among {row.group} weights of a row; {row.group} doesn't divide the "
+            f"{weight.shape[1]} columns of this {tuple(weight.shape)} matrix. Use a smaller group or int8."
+        )
+    return row.pack(weight, double_quant)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -103,6 +118,12 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor
     import torch
 
     return FORMATS[packed.fmt].unpack(packed, dtype or torch.float32)
+
+
+def fits(fmt: str, cols: int) -> bool:
+    """Whether a matrix with this many columns can be held: a format's groups must divide them."""
+    group = format_row(fmt).group
+    return group is None or cols % group == 0
 
 
 def relative_error(weight: torch.Tensor, fmt: str) -> float:
@@ -169,30 +190,48 @@ def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     return packed.codes.to(dtype, copy=True)
 
 
-# --- int8: absmax per row -------------------------------------------------------------------------------
+# --- int8 and int4 ---------------------------------------------------------------------------------------
+
+SHAPE_BYTES = 16  # compressed-tensors keeps every packed matrix's shape, two int64
 
 
 def _size_int8(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
-    return rows * cols + 4 * rows
+    return 4 * rows * math.ceil(cols / 4) + _itemsize(dtype) * rows + SHAPE_BYTES
 
 
 def _pack_int8(weight: torch.Tensor, double_quant: bool) -> Packed:
-    import torch
-
-    absmax = weight.abs().amax(dim=1).float()
-    check_finite(absmax)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    step = max(1, CHUNK // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        factor = 127.0 / absmax[rows, None].clamp(min=TINY)
-        codes[rows] = (weight[rows].float() * factor).round_().clamp_(-127, 127).to(torch.int8)
-    return Packed("int8", _shape(weight), weight.dtype, codes, absmax)
+    return Packed("int8", _shape(weight), weight.dtype, *int8_codes(weight))
 
 
 def _unpack_int8(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     assert packed.scales is not None
-    return (packed.codes.float() * packed.scales[:, None]).mul_(1 / 127).to(dtype)
+    return int8_values(packed.codes, packed.scales).to(dtype)
+
+
+def _unpack_int4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    assert packed.scales is not None
+    return int4_values(packed.codes, packed.scales, packed.zeros).to(dtype)
+
+
+def _int4(group: int, *, symmetric: bool, search: bool) -> Format:
+    """The row of one int4 format: searched scales by default, `_absmax` and `_asym` say otherwise."""
+    name = f"int4_g{group}" + ("" if symmetric else "_asym") + ("" if search else "_absmax")
+
+    def size(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+        groups = math.ceil(cols / group)
+        zeros = 0 if symmetric else 4 * math.ceil(rows / 8) * groups
+        return 4 * rows * math.ceil(cols / 8) + _itemsize(dtype) * rows * groups + zeros + SHAPE_BYTES
+
+    def pack(weight: torch.Tensor, double_quant: bool) -> Packed:
+        codes, scales, zeros = int4_codes(weight, group, symmetric=symmetric, search=search)
+        return Packed(name, _shape(weight), weight.dtype, codes, scales, zeros=zeros)
+
+    bits = 4 + (16 if symmetric else 20) / group
+    return Format(name, bits, _MIXED, size, pack, _unpack_int4, 4, group, symmetric)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 # --- nf4 ------------------------------------------------------------------------------------------------
@@ -260,6 +299,12 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format("16bit", 16.0, _BOTH, _size_16bit, _pack_16bit, _unpack_16bit),
         Format("nf4", 4.5, _STOCK, _size_nf4, _pack_nf4, _unpack_nf4),
-        Format("int8", 8.0, _MIXED, _size_int8, _pack_int8, _unpack_int8),
+        Format("int8", 8.0, _MIXED, _size_int8, _pack_int8, _unpack_int8, 8),
+        *(
+            _int4(group, symmetric=symmetric, search=search)
+            for search in (True, False)
+            for symmetric in (True, False)
+            for group in (128, 64, 32)
+        ),
     )
 }

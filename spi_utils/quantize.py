@@ -1,8 +1,8 @@
-"""A model and a plan -> a checkpoint that stock transformers + bitsandbytes load.
+"""A model and a plan -> a checkpoint that stock transformers load: bitsandbytes or compressed-tensors.
 
-The planned layers are NF4, everything else stays 16-bit. One tensor is in memory at a time, whatever the
-model's size; a killed run resumes at the first shard that is missing. What was written is read back from the
-disk and proven before the stage reports success (verify.py).
+The planned layers are quantized, everything else stays 16-bit. One tensor is in memory at a time, whatever
+the model's size; a killed run resumes at the first shard that is missing. What was written is read back from
+the disk and proven before the stage reports success (verify.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spi_utils.checkpoints.backends import check_installed, loadable_formats
+from spi_utils.checkpoints.bnb_parts import skip_modules
 from spi_utils.checkpoints.checkpoint import (
     OVERFLOW,
     Item,
@@ -32,12 +34,13 @@ from spi_utils.checkpoints.checkpoint import (
     scan_casts,
     settle,
 )
-from spi_utils.checkpoints.companions import skip_modules, write_rest
+from spi_utils.checkpoints.companions import write_rest
 from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 from spi_utils.checkpoints.verify import verify
 from spi_utils.errors import CheckpointError, PlanError
-from spi_utils.models import ModelSource, Weights, list_layers, open_weights, resolve_device
+from spi_utils.formats import fits
+from spi_utils.models import Layer, ModelSource, Weights, list_layers, open_weights, resolve_device
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, read_json, stage, write_json
@@ -70,33 +73,39 @@ def quantize(
     storage_dtype: str = "auto",
     compute_dtype: str = "auto",
     overflow: str = "keep_bf16",
+    backend: str = "bitsandbytes",
     force: bool = False,
 ) -> Path:
     """Write `run.model_dir`, verify it from the disk, and return its path.
 
     Args:
-        device: where NF4 codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
+        device: where codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
         max_shard_size: such as "2GB" or "500MB" (10⁹ and 10⁶ bytes).
-        storage_dtype: of everything that isn't NF4; "auto" is the source's own 16-bit type, "float16" suits a
-            T4. What a cast loses is counted for each tensor and recorded.
+        storage_dtype: of everything that isn't quantized; "auto" is the source's own 16-bit type, "float16"
+            suits a T4. What a cast loses is counted for each tensor and recorded.
         compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
         overflow: if values are too large for float16, "keep_bf16" saves the whole checkpoint in bfloat16 (one
             layer in another dtype doesn't run in stock loaders, see `checkpoint.settle`), "error" refuses.
+        backend: "bitsandbytes" (NF4), or "compressed-tensors" (int4 and int8; vLLM serves it, transformers
+            unpacks it at the first forward and then needs the memory of 16 bits).
         force: write it again even if it is there.
 
     Raises:
-        PlanError: the plan is for another model, names unknown modules, or has formats that a bitsandbytes
-            checkpoint can't hold. Nothing has been written then.
-        CheckpointError: no bitsandbytes; too little disk or memory; foreign files in the target folder; or
-            the written checkpoint isn't what was planned, in which case it stays out of `run.model_dir`.
+        PlanError: the plan is for another model, names unknown modules, or has formats that the backend can't
+            hold. Nothing has been written then.
+        CheckpointError: the backend's package is missing; too little disk or memory; foreign files in the
+            target folder; or the written checkpoint isn't what was planned, in which case it stays out of
+            `run.model_dir`.
     """
-    check_request(source, plan, overflow)
+    check_request(source, plan, overflow, backend)
     place = resolve_device(device)
     storage = source.storage_dtype if storage_dtype == "auto" else storage_dtype
     compute = storage if compute_dtype == "auto" else compute_dtype
     _check_dtypes(storage, compute)
     _check_target(run, source)
-    saving = Saving(getattr(torch, storage), getattr(torch, compute), plan.double_quant, overflow, place)
+    saving = Saving(
+        getattr(torch, storage), getattr(torch, compute), plan.double_quant, overflow, place, backend
+    )
     inputs = {
         "plan": plan.fingerprint,
         "max_shard_size": max_shard_size,
@@ -104,7 +113,7 @@ def quantize(
         "compute_dtype": compute,
         "overflow": overflow,
         "device": place.type,
-        "bitsandbytes": metadata.version("bitsandbytes"),
+        backend: metadata.version(backend),
     }
     with stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
@@ -136,15 +145,14 @@ def _make(
 # --- before anything is written --------------------------------------------------------------------------
 
 
-def check_request(source: ModelSource, plan: ProtectionPlan, overflow: str = "keep_bf16") -> None:
-    """Refuse what can't succeed: no bitsandbytes, another model's plan, unknown modules, foreign formats."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"bitsandbytes can't be used here ({error}). Install it with `pip install bitsandbytes` and "
-            "start the session again; it needs no CUDA."
-        ) from error
+def check_request(
+    source: ModelSource,
+    plan: ProtectionPlan,
+    overflow: str = "keep_bf16",
+    backend: str = "bitsandbytes",
+) -> None:
+    """Refuse what can't succeed: no package, another model's plan, unknown modules, foreign formats."""
+    check_installed(backend)
     if overflow not in OVERFLOW:
         raise CheckpointError(f"overflow={overflow!r}: expected one of {', '.join(OVERFLOW)}.")
     held, wanted = plan.model.get("sha256"), source.sha256
@@ -153,7 +161,7 @@ def check_request(source: ModelSource, plan: ProtectionPlan, overflow: str = "ke
             f"The plan is for {plan.model.get('id')} (weights {str(held)[:12]}), this model is {source.id} "
             f"(weights {wanted[:12]}). Make the plan from this model's own analysis."
         )
-    check_writer(plan, "bitsandbytes")
+    check_writer(plan, backend)
     layers = list_layers(source)
     check_plan(plan, [layer.name for layer in layers])
     able = {layer.name for layer in layers if layer.quantizable}
@@ -162,6 +170,38 @@ def check_request(source: ModelSource, plan: ProtectionPlan, overflow: str = "ke
         raise PlanError(
             f"{len(wrong)} modules of the plan can't be quantized in this model (an output, an embedding, "
             f"or no plain linear layer): {', '.join(wrong[:5])}. Give them 16bit."
+        )
+    _check_shapes(plan, layers, backend)
+
+
+def _check_shapes(plan: ProtectionPlan, layers: Sequence[Layer], backend: str) -> None:
+    """Every planned layer must be one that the backend can hold in its format."""
+    held = [layer for layer in layers if plan.formats.get(layer.name, "16bit") != "16bit"]
+    uneven = [layer for layer in held if not fits(plan.formats[layer.name], layer.cols)]
+    if uneven:
+        layer = uneven[0]
+        raise PlanError(
+            f"{len(uneven)} layers can't be split into groups: {plan.formats[layer.name]} doesn't divide the "
+            f"{layer.cols} columns of {layer.name}. Give them smaller groups, int8 or 16bit."
+        )
+    asymmetric = sorted({plan.formats[layer.name] for layer in held} - set(loadable_formats(backend)))
+    if asymmetric:
+        raise PlanError(
+            f"{', '.join(asymmetric)}: with {backend} {metadata.version(backend)}, transformers can't "
+            "load zero points (0.17 can; 0.18 to 0.20 expect another shape). Use formats without `_asym`, "
+            "or install compressed-tensors 0.17."
+        )
+    conv1d = [layer.name for layer in held if layer.role == "conv1d"]
+    experts = [layer.name for layer in layers if layer.role == "experts"]
+    if backend == "compressed-tensors" and experts:
+        raise PlanError(
+            f"{experts[0]}: transformers expects the experts of a compressed-tensors checkpoint to be packed, "
+            "and this project keeps stacked experts in 16-bit. Use backend='bitsandbytes'."
+        )
+    if backend == "compressed-tensors" and conv1d:
+        raise PlanError(
+            f"compressed-tensors packs nn.Linear only, and {len(conv1d)} planned layers are Conv1D: "
+            f"{', '.join(conv1d[:5])}. Use backend='bitsandbytes' with nf4, or give them 16bit."
         )
 
 
@@ -249,11 +289,11 @@ def _write_shards(folder: Path, shards: Mapping[str, list[Item]], weights: Weigh
 
 
 def _write_shard(path: Path, items: Sequence[Item], weights: Weights, saving: Saving) -> None:
-    names = [name for item in items for name in file_names(item, weights, saving.double_quant)]
+    names = [name for item in items for name in file_names(item, weights, saving)]
     with TensorWriter(path, header_bound(names, sum(item.nbytes for item in items))) as writer:
         for item in items:
             value = read_saved(weights, item, saving)
-            for name, tensor in file_tensors(value, item, weights, saving.double_quant):
+            for name, tensor in file_tensors(value, item, weights, saving):
                 writer.add(name, tensor)
 
 

@@ -35,7 +35,7 @@ from spi_utils.variants import Switch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ENGINE = 1  # raise it when the numbers change, so that unfinished work of an older version is not taken up
+ENGINE = 2  # raise it when the numbers change, so that unfinished work of an older version is not taken up
 WINDOWS, LENGTH = 32, 256  # of the text that gradients are taken on
 YARDSTICK_WINDOWS = 8  # of the text that KL is measured on
 KINDS: dict[str, Callable[..., torch.Tensor]] = {"self": sample_windows, "random": random_windows}
@@ -210,28 +210,36 @@ class Work:
         """Make every code before the clock of the gradients starts."""
         with self._timed("quantization"):
             for fmt in self.settings.formats:
-                for name in self.switch.layers:
+                for name in self._able(fmt):
                     self.switch.packed(name, fmt)
 
     # --- measurements ---------------------------------------------------------------------------------
 
     def measured(self, fmt: str) -> NDArray[np.float64]:
-        """The oracle: every layer measured alone on the text."""
-        layers = self.switch.layers
-        return np.array(
-            [self._one("text", name, fmt) for name in progress(layers, len(layers), f"ΔKL, {fmt}")]
-        )
+        """The oracle: every layer measured alone on the text; NaN where the format can't hold it."""
+        able = self._able(fmt)
+        found = {name: self._one("text", name, fmt) for name in progress(able, len(able), f"ΔKL, {fmt}")}
+        return np.array([found.get(name, np.nan) for name in self.switch.layers])
+
+    def _able(self, fmt: str) -> list[str]:
+        """The layers that a format can hold."""
+        return [name for name in self.switch.layers if self.switch.able(name, fmt)]
 
     def refined(self, fmt: str, layers: pd.DataFrame, columns: dict[str, NDArray[np.float64]]) -> Refinement:
-        """Fisher's estimate, measured on Fisher's own text where the budgets' cuts need it."""
-        extra = (layers["bytes_16bit"] - layers[f"bytes_{fmt}"]).to_numpy(float)
-        low = layers[f"bytes_{fmt}"].sum()
+        """Fisher's estimate, measured on Fisher's own text where the budgets' cuts need it; NaN where the
+        format can't hold the layer."""
+        names = np.array(self._able(fmt))
+        able = np.isin(self.switch.layers, names)
+        held = layers[able]
+        extra = (held["bytes_16bit"] - held[f"bytes_{fmt}"]).to_numpy(float)
+        low = held[f"bytes_{fmt}"].sum() + layers.loc[~able, "bytes_16bit"].sum()
         budgets = [bits / 8 * layers["numel"].sum() - low for bits in self.settings.refine_at]
         budgets = [budget for budget in budgets if 0 < budget < extra.sum()]
-        value, error = columns[f"fisher_{fmt}"], columns[f"fisher_{fmt}_se"]
+        value, error = columns[f"fisher_{fmt}"][able], columns[f"fisher_{fmt}_se"][able]
+        whole = columns[f"fisher_{fmt}"].copy()
         if not budgets:
-            return Refinement(value.copy(), np.zeros(len(value), bool), settled=True)
-        names, most = self.switch.layers, most_measurements(len(value))
+            return Refinement(whole, np.zeros(len(whole), bool), settled=True)
+        most = most_measurements(len(value))
         bar = progress(range(most), most, f"ΔKL near the cut, {fmt} (at most)")
 
         def measure(index: int) -> float:
@@ -245,15 +253,21 @@ class Work:
             "evaluations": int(found.measured.sum()),
             "settled": found.settled,
         }
-        return found
+        whole[able] = found.values
+        measured = np.zeros(len(whole), bool)
+        measured[able] = found.measured
+        return Refinement(whole, measured, found.settled)
 
     def totals(self) -> dict[str, float]:
         """KL with every layer in a format, on the text."""
         path = self.folder / "totals.json"
         if not path.exists():
             with self._timed("totals"):
-                measure, every = self._measure("text"), self.switch.layers
-                kl = {fmt: measure.all(dict.fromkeys(every, fmt), fmt) for fmt in self.settings.formats}
+                measure = self._measure("text")
+                kl = {
+                    fmt: measure.all(dict.fromkeys(self._able(fmt), fmt), fmt)
+                    for fmt in self.settings.formats
+                }
             write_json(path, {"kl": kl, "text": self.notes["text"]})
         held = read_json(path)
         self.notes |= {"text": held["text"], "kl_all_layers": held["kl"]}
@@ -300,7 +314,8 @@ def _sampling(columns: range) -> Iterator[int]:
 
 def _scaled(values: NDArray[np.float64], total: float) -> NDArray[np.float64]:
     """The same shares of what all layers together cost."""
-    return values * (total / values.sum()) if values.sum() > 0 else values
+    own = np.nansum(values)  # NaN: the format can't hold the layer
+    return values * (total / own) if own > 0 else values
 
 
 def _check(settings: Settings) -> None:

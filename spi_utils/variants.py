@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spi_utils.errors import EvaluationError
-from spi_utils.formats import Packed, dequantize, quantize
+from spi_utils.formats import Packed, dequantize, fits, quantize
 
 
 class Originals:
@@ -31,7 +31,7 @@ class Switch:
     Every variant starts from the weights in storage dtype, as they lie in the checkpoint. A format's values
     are the format's own (for NF4, bitsandbytes'), rounded to storage dtype and then put into the model's
     compute dtype: the numbers don't depend on which 4-bit kernel a machine would pick. Codes are made once a
-    layer and format and kept on the CPU (0.56 bytes a weight for nf4, 1 for int8).
+    layer and format and kept on the CPU (0.5 to 0.6 bytes a weight for 4-bit formats, 1 for int8).
 
     "noise" adds Gaussian noise whose Frobenius norm is exactly the layer's NF4 error, seeded by layer.
     """
@@ -91,6 +91,10 @@ class Switch:
             self._packed[key] = _move(made, torch.device("cpu"))
         return self._packed[key]
 
+    def able(self, name: str, fmt: str) -> bool:
+        """Whether a format can hold a layer: its groups must divide the columns."""
+        return fits(fmt, self.live(name).shape[1])
+
     def live(self, name: str) -> torch.Tensor:
         """The layer's weight as the model holds it now: (out, in), compute dtype, a view."""
         weight = self.model.get_submodule(name).weight.detach()
@@ -127,4 +131,5 @@ class Switch:
 def _move(packed: Packed, device: torch.device) -> Packed:
     scales = None if packed.scales is None else packed.scales.to(device)
     nested = None if packed.nested is None else tuple(part.to(device) for part in packed.nested)
-    return replace(packed, codes=packed.codes.to(device), scales=scales, nested=nested)  # type: ignore[arg-type]
+    zeros = None if packed.zeros is None else packed.zeros.to(device)
+    return replace(packed, codes=packed.codes.to(device), scales=scales, nested=nested, zeros=zeros)  # type: ignore[arg-type]

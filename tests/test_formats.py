@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from scipy.stats import norm
 
 from spi_utils.checkpoints.nf4 import NF4_LEVELS
@@ -19,7 +21,7 @@ from spi_utils.formats import (
     FORMATS,
     bitsandbytes_state,
     dequantize,
-    format_row,
+    fits,
     layer_bytes,
     quantize,
     relative_error,
@@ -122,29 +124,104 @@ def test_the_levels_are_bitsandbytes_and_quantiles_of_a_normal():
     assert torch.allclose(torch.tensor(NF4_LEVELS[8:]), torch.tensor(positive[::-1] / positive[0]).float())
 
 
+INT4 = sorted(name for name in FORMATS if name.startswith("int4"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_is_absmax_per_row(dtype):
+def test_int8_is_absmax_per_row_with_a_scale_in_the_storage_dtype(dtype):
     weight = gaussian(48, 80, dtype)
     weight[5] = 0
     packed = quantize(weight, "int8")
-    rows = weight.double().abs().amax(1)
-    assert torch.equal(packed.scales.double(), rows)
-    expected = (weight.double() * 127 / rows.clamp(min=1e-38)[:, None]).round()
+    assert weight.float().abs().max() < 1  # it is left as it was
+    rows = weight.float().abs().amax(1)
+    scale = (rows / 127).to(dtype).double()
+    scale[5] = 1  # a row of zeros
+    assert torch.equal(packed.scales.double(), scale)
+    expected = (weight.double() / scale[:, None]).round().clamp(-127, 127)
     # float32 may round a value that lies on a half the other way; nothing else may differ
-    differs = packed.codes.double() != expected
-    assert differs.sum() <= 3
-    error = (dequantize(packed).double() - weight.double()).abs()
-    assert (error <= rows[:, None] / 254 * (1 + 1e-5)).all()
+    assert (packed.codes.double() != expected).sum() <= 3
     assert dequantize(packed)[5].abs().max() == 0
 
 
-def test_int8_is_bitsandbytes_vectorwise_quantization():
-    weight = gaussian(64, 96, torch.float16)
+def test_int8_is_bitsandbytes_vectorwise_quantization_but_for_the_scales_rounding():
+    weight = gaussian(64, 96, torch.float32)
     packed = quantize(weight, "int8")
-    codes, scales, _ = bnb.int8_vectorwise_quant(weight)
-    assert torch.equal(packed.codes, codes)
-    assert torch.equal(packed.scales, scales)
-    assert torch.allclose(dequantize(packed), bnb.int8_vectorwise_dequant(codes, scales), rtol=1e-6)
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+    assert (packed.codes.int() - codes.int()).abs().max() <= 1
+    assert torch.allclose(packed.scales * 127, scales, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", ["int8", *INT4])
+def test_integer_formats_are_what_compressed_tensors_computes(fmt, dtype):
+    weight = gaussian(40, 256, dtype)
+    weight[3, :128] = 0
+    packed = quantize(weight, fmt)
+    local, scheme = as_compressed_tensors(packed)
+    with_weight = {key: value for key, value in local.items() if key in ("weight_scale", "weight_zero_point")}
+    theirs = PackedQuantizationCompressor.compress({"weight": weight, **with_weight}, scheme)
+    back = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
+    ours = dequantize(packed, dtype)
+    assert back.dtype == dtype
+    # The same scales and zero points: the same codes, but where a quotient in 16 bits rounds to a half.
+    step = local["weight_scale"].float()
+    step = step.repeat_interleave(256 // step.shape[1], dim=1)
+    differs = back.float() != ours.float()
+    assert differs.float().mean() < (0.02 if dtype == torch.bfloat16 else 0.002)
+    assert ((back.float() - ours.float()).abs() <= 1.01 * step).all()
+    assert ours[3, :128].abs().max() == 0
+
+
+def as_compressed_tensors(packed):
+    """A packed matrix as compressed-tensors' own local state dict and scheme."""
+    row = FORMATS[packed.fmt]
+    strategy = {"strategy": "group", "group_size": row.group} if row.group else {"strategy": "channel"}
+    scheme = QuantizationScheme(
+        targets=["x"], weights=QuantizationArgs(num_bits=row.bits, symmetric=row.symmetric, **strategy)
+    )
+    local = {"weight_scale": packed.scales.view(packed.shape[0], -1)}
+    if packed.zeros is not None:
+        local["weight_zero_point"] = packed.zeros
+    return local, scheme
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_searched_scales_are_the_best_of_the_grid_and_never_worse_than_absmax(group):
+    weight = torch.distributions.StudentT(4.0).sample((64, 512)) * 0.02
+    names = [f"int4_g{group}{kind}" for kind in ("", "_absmax", "_asym", "_asym_absmax")]
+    errors = {name: relative_error(weight, name) for name in names}
+    assert errors[names[0]] < errors[names[1]] and errors[names[2]] < errors[names[3]]
+    assert errors[names[2]] < errors[names[0]]
+    # The symmetric search, group by group in float64.
+    parts = weight.double().view(-1, group)
+    peak = weight.view(-1, group).abs().amax(1)
+    best = torch.full((len(parts),), torch.inf, dtype=torch.float64)
+    for share in (round(1.04 - 0.04 * step, 2) for step in range(14)):
+        scale = (peak * (share * 2 / 15)).double()[:, None]
+        error = ((parts / scale).round().clamp(-8, 7) * scale - parts).square().sum(1)
+        best = torch.minimum(best, error)
+    assert errors[names[0]] == pytest.approx((best.sum().sqrt() / parts.norm()).item(), rel=1e-4)
+
+
+def test_absmax_scales_span_the_range_in_fifteen_steps():
+    weight = gaussian(4, 64)
+    before = weight.clone()
+    symmetric = quantize(weight, "int4_g32_absmax")
+    assert torch.allclose(symmetric.scales, weight.view(4, 2, 32).abs().amax(2) / 7.5)
+    asymmetric = quantize(weight, "int4_g32_asym_absmax")
+    groups = weight.view(4, 2, 32)
+    assert torch.allclose(asymmetric.scales, (groups.amax(2) - groups.amin(2)) / 15)
+    assert asymmetric.zeros.min() >= -8 and asymmetric.zeros.max() <= 7
+    assert torch.equal(weight, before)
+    # A group that lies on the grid comes back exactly.
+    grid = (torch.arange(64) % 16).float()[None] * 0.25
+    assert torch.equal(dequantize(quantize(grid, "int4_g64_asym_absmax")), grid)
+
+
+def test_groups_must_divide_the_columns():
+    assert fits("int4_g64", 576) and not fits("int4_g128", 576) and fits("nf4", 577)
+    with pytest.raises(AnalysisError, match="128 doesn't divide the 576 columns"):
+        quantize(gaussian(4, 576), "int4_g128")
 
 
 def test_16bit_is_the_weight_and_a_copy():
@@ -187,8 +264,6 @@ def test_nf4_bytes_are_those_bitsandbytes_saves(shape, dtype):
 
 def test_bytes_of_the_other_formats_and_nominal_bits():
     assert layer_bytes("16bit", 10, 20) == 400
-    packed = quantize(gaussian(10, 20), "int8")
-    assert layer_bytes("int8", 10, 20) == packed.codes.nbytes + packed.scales.nbytes == 240
     for name, row in FORMATS.items():
         bits = 8 * layer_bytes(name, 8192, 8192) / 8192**2
         assert bits == pytest.approx(row.bits_per_weight, rel=1e-3)
@@ -198,7 +273,8 @@ def test_bytes_of_the_other_formats_and_nominal_bits():
 
 def test_writers():
     assert {name for name, row in FORMATS.items() if "bitsandbytes" in row.writers} == {"16bit", "nf4"}
-    assert "compressed-tensors" in format_row("int8").writers
+    mixed = {name for name, row in FORMATS.items() if "compressed-tensors" in row.writers}
+    assert mixed == {"16bit", "int8", *INT4}
 
 
 def test_numbers_need_no_torch():
@@ -209,14 +285,14 @@ def test_numbers_need_no_torch():
     size, has_torch, names = json.loads(subprocess.check_output([sys.executable, "-c", code]))
     assert size == layer_bytes("nf4", 64, 64)
     assert not has_torch
-    assert names == ["16bit", "int8", "nf4"]
+    assert names == sorted(["16bit", "int8", "nf4", *INT4])
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "int4_g32", "int4_g32_asym_absmax"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [(0, 0), (2, 8)])
 def test_weights_that_are_not_finite_are_refused(fmt, bad, where):
-    weight = gaussian(3, 33)
+    weight = gaussian(3, 33 if fmt in ("nf4", "int8") else 32)
     weight[where] = bad
     with pytest.raises(AnalysisError, match="NaN or infinity"):
         quantize(weight, fmt)

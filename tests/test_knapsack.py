@@ -22,6 +22,11 @@ def brute_force(cost, size, limit, allowed):
     return best
 
 
+def solved(cost, size, limit, allowed):
+    found = least_cost(cost, size, limit, allowed)
+    return found.choice, found.gap
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_small_cases_are_the_optimum(seed):
     rng = np.random.default_rng(seed)
@@ -32,19 +37,21 @@ def test_small_cases_are_the_optimum(seed):
     allowed[:, 0] = True
     least = np.where(allowed, size, np.inf).min(axis=1).sum()
     limit = least + rng.random() * 50
-    choice = least_cost(cost, size, limit, allowed)
+    choice, gap = solved(cost, size, limit, allowed)
     rows = np.arange(items)
     assert allowed[rows, choice].all() and size[rows, choice].sum() <= limit
     best = brute_force(cost, size, limit, allowed)
     start = cost[rows, np.where(allowed, size, np.inf).argmin(axis=1)].sum()
     assert cost[rows, choice].sum() <= best + GAP * max(start - best, 0) + 1e-12
+    # What it says of itself holds: the optimum is no farther away than the gap.
+    assert cost[rows, choice].sum() - best <= gap * (start - cost[rows, choice].sum()) + 1e-9
 
 
 def test_a_greedy_trap_is_solved():
     # Per byte the first item is best (6/5), but it leaves room for nothing; the other two together save 10.
     cost = np.array([[6.0, 0.0], [5.0, 0.0], [5.0, 0.0]])
     size = np.array([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]]) - np.array([[0, 0], [0, 0.5], [0, 0.5]])
-    assert least_cost(cost, size, 9.0, np.ones((3, 2), bool)).tolist() == [0, 1, 1]
+    assert solved(cost, size, 9.0, np.ones((3, 2), bool))[0].tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("case", ["impossible", "floor", "everything", "nothing to choose"])
@@ -55,11 +62,11 @@ def test_ends_of_the_range(case):
         with pytest.raises(PlanError, match="smallest possible choice takes 2"):
             least_cost(cost, size, 1.0, allowed)
     elif case == "floor":
-        assert least_cost(cost, size, 2.0, allowed).tolist() == [0, 0]
+        assert solved(cost, size, 2.0, allowed)[0].tolist() == [0, 0]
     elif case == "everything":
-        assert least_cost(cost, size, 8.0, allowed).tolist() == [1, 1]
+        assert solved(cost, size, 8.0, allowed)[0].tolist() == [1, 1]
     else:
-        assert least_cost(np.zeros((0, 2)), np.zeros((0, 2)), 0.0, np.zeros((0, 2), bool)).shape == (0,)
+        assert solved(np.zeros((0, 2)), np.zeros((0, 2)), 0.0, np.zeros((0, 2), bool))[0].shape == (0,)
 
 
 def test_in_order_skips_what_does_not_fit_and_goes_on():
@@ -88,7 +95,7 @@ def test_two_thousand_layers_are_fast_and_near_the_linear_bound(formats, seconds
     cost = np.exp(rng.normal(0, 1, 2000))[:, None] * 4.0 ** -np.array(bits) * numel[:, None] ** 0.5
     limit = size.min(axis=1).sum() + share * (size.max(axis=1) - size.min(axis=1)).sum()
     started = time.process_time()  # the machine's other work is not this one's
-    choice = least_cost(cost, size, limit, np.ones(cost.shape, bool))
+    choice, gap = solved(cost, size, limit, np.ones(cost.shape, bool))
     assert time.process_time() - started < seconds
     rows = np.arange(2000)
     assert size[rows, choice].sum() <= limit
@@ -97,3 +104,4 @@ def test_two_thousand_layers_are_fast_and_near_the_linear_bound(formats, seconds
     bound = max((cost + price * size).min(axis=1).sum() - price * limit for price in prices)
     saved = cost[rows, size.argmin(axis=1)].sum() - cost[rows, choice].sum()
     assert cost[rows, choice].sum() - bound <= 1e-3 * saved
+    assert gap <= GAP * (1 + 1e-9)

@@ -1,7 +1,7 @@
 """What a hybrid checkpoint's files hold: which tensors, under which names, and how to read them back.
 
-A 16-bit matrix is one tensor. An NF4 matrix is what bitsandbytes saves for a `Linear4bit`: packed codes,
-absmax, the 16 levels, and a small JSON blob. Names are those that transformers' own `save_pretrained` writes.
+A 16-bit matrix is one tensor, a quantized one several: codes, scales and the like, as its backend has them
+(`backends.py`). Names are those that transformers' own `save_pretrained` writes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from typing import Any
 
 import torch
 
+from spi_utils.checkpoints.backends import BACKENDS, Backend, backend_of
 from spi_utils.checkpoints.tensorfile import DTYPES, PIECE, TensorReader
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import Packed, bitsandbytes_state, dequantize, layer_bytes, quantize
+from spi_utils.formats import Packed, dequantize, layer_bytes, quantize
 from spi_utils.models import Weights
 from spi_utils.source.weights import find_recipes, shard_paths
 
-BLOB = ".quant_state.bitsandbytes__nf4"
-SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", BLOB)
+# Endings of the tensors that stand beside a packed matrix' codes, and what backends call the codes.
+BESIDE = (
+    *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"),
+    *(".weight_scale", ".weight_shape", ".weight_zero_point"),
+)
+PACKED = ".weight_packed"
 OVERFLOW = ("keep_bf16", "error")
 
 
@@ -50,6 +55,7 @@ class Saving:
     double_quant: bool
     overflow: str
     device: torch.device
+    backend: str = "bitsandbytes"
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,9 @@ def list_items(weights: Weights, formats: Mapping[str, str], saving: Saving) -> 
         module = name.removesuffix(".weight")
         shape = weights.shape(name)
         fmt = formats.get(module, "16bit")
-        if fmt == "nf4":
+        if fmt != "16bit":
             rows, cols = shape[::-1] if module in conv1d else shape
-            size = layer_bytes(
-                "nf4", rows, cols, double_quant=saving.double_quant, dtype=plain(saving.storage)
-            )
+            size = layer_bytes(fmt, rows, cols, double_quant=saving.double_quant, dtype=plain(saving.storage))
         else:
             size = math.prod(shape) * (4 if name in weights.keep else 2)
         items.append(Item(name, fmt, module in conv1d, size))
@@ -161,38 +165,40 @@ def settle(saving: Saving, casts: Sequence[Cast]) -> Saving:
 
 
 def in_linear_order(value: torch.Tensor, item: Item) -> torch.Tensor:
-    """A matrix as (out, in), in which bitsandbytes quantizes it."""
+    """A matrix as (out, in), in which it is quantized."""
     return value.T.contiguous() if item.transposed else value
 
 
-def file_names(item: Item, weights: Weights, double_quant: bool) -> list[str]:
+def file_names(item: Item, weights: Weights, saving: Saving) -> list[str]:
     """What the file calls the tensors of one item."""
     from transformers.core_model_loading import revert_weight_conversion
 
     empty = torch.empty(weights.shape(item.name), device="meta")
     names = list(revert_weight_conversion(weights.model, {item.name: empty}))
-    if item.fmt != "nf4":
+    if item.fmt == "16bit":
         return names
-    (name,) = names
-    second = (".nested_absmax", ".nested_quant_map") if double_quant else ()
-    return [name, *(name + suffix for suffix in (".absmax", ".quant_map", *second, BLOB))]
+    stem = names[0].removesuffix("weight")
+    return [stem + part for part in BACKENDS[saving.backend].suffixes(item.fmt, saving.double_quant)]
 
 
 def file_tensors(
-    value: torch.Tensor, item: Item, weights: Weights, double_quant: bool
+    value: torch.Tensor, item: Item, weights: Weights, saving: Saving
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The file's tensors for one item, with their names in the file."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    if item.fmt != "nf4":
+    if item.fmt == "16bit":
         # A stack of experts becomes one tensor an expert, as published checkpoints have it.
         yield from revert_weight_conversion(weights.model, {item.name: value}).items()
         return
-    name = file_names(item, weights, double_quant)[0]
-    packed = quantize(in_linear_order(value, item), "nf4", double_quant=double_quant)
-    yield name, packed.codes
-    for suffix, tensor in bitsandbytes_state(packed).as_dict(packed=True).items():
-        yield f"{name}.{suffix}", tensor
+    packed = quantize(in_linear_order(value, item), item.fmt, double_quant=saving.double_quant)
+    stem = file_names(item, weights, saving)[0].removesuffix(_codes(saving.backend, item.fmt))
+    for part, tensor in BACKENDS[saving.backend].parts(packed).items():
+        yield stem + part, tensor
+
+
+def _codes(backend: str, fmt: str) -> str:
+    return BACKENDS[backend].suffixes(fmt, False)[0]
 
 
 def plain(dtype: torch.dtype) -> str:
@@ -207,16 +213,17 @@ def plain(dtype: torch.dtype) -> str:
 class SavedWeights:
     """A checkpoint's weights by module, one at a time. Iterate for (module, format, tensor)."""
 
-    formats: Mapping[str, str]  # every module with a weight, in model order -> "nf4" | "16bit"
+    formats: Mapping[str, str]  # every module with a weight, in model order -> "nf4", …, "16bit"
     model: Any  # on the meta device
     recipes: Mapping[str, Any]
     files: Mapping[str, TensorReader]
     conv1d: frozenset[str]
+    backend: Backend | None
 
     def read(self, module: str) -> torch.Tensor:
         """A module's weight as the saved file has it, in the module's own orientation, on the CPU.
 
-        NF4 gives bitsandbytes' dequantized values in float32; a 16-bit weight comes in its saved dtype.
+        A quantized one gives its dequantized values in float32; a 16-bit weight comes in its saved dtype.
         """
         if self.formats[module] == "16bit":
             return self.tensor(f"{module}.weight")
@@ -228,25 +235,16 @@ class SavedWeights:
         return self.recipes[name].apply(self._read, self.model)[name].contiguous()
 
     def packed(self, module: str) -> Packed:
-        """An NF4 module's codes and scales, (out, in)."""
-        from bitsandbytes.functional import QuantState
-
-        stats = {key.removeprefix("weight."): value for key, value in self.parts(module).items()}
-        codes = stats.pop("weight")
-        state = QuantState.from_dict(stats, device=torch.device("cpu"))
-        second = state.state2
-        nested = None if second is None else (second.absmax, second.code, state.offset)
-        rows, cols = state.shape
-        return Packed("nf4", (rows, cols), state.dtype, codes, state.absmax, nested)
+        """A quantized module's codes and scales, (out, in)."""
+        assert self.backend is not None
+        return self.backend.packed(self.formats[module], self.parts(module))
 
     def parts(self, module: str) -> dict[str, torch.Tensor]:
-        """All tensors that the file holds for an NF4 module: "weight", "weight.absmax", …"""
-        name = self.recipes[f"{module}.weight"].sources[0][1]
-        found = {"weight": self._read(name)}
-        for suffix in SUFFIXES:
-            if name + suffix in self.files:
-                found["weight" + suffix] = self._read(name + suffix)
-        return found
+        """All tensors that the file holds for a quantized module: "weight", "weight.absmax", …"""
+        assert self.backend is not None
+        stem = self.recipes[f"{module}.weight"].sources[0][1].removesuffix("weight")
+        possible = {part for dq in (False, True) for part in self.backend.suffixes(self.formats[module], dq)}
+        return {part: self._read(stem + part) for part in sorted(possible) if stem + part in self.files}
 
     def __iter__(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for module, fmt in self.formats.items():
@@ -266,24 +264,50 @@ def saved_weights(
         model: the model on the meta device, where the caller has it; else it is built from config.json.
 
     Raises:
-        CheckpointError: a file is truncated, or a tensor that the model needs is in none of them.
+        CheckpointError: a file is truncated, a tensor that the model needs is in none of them, or another
+            program wrote it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(model_dir)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if model is None:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    method = backend_of(config)
+    backend = None if method is None else BACKENDS[method]
     with ExitStack() as stack:
         files: dict[str, TensorReader] = {}
         for path in shard_paths(directory):
             reader = stack.enter_context(TensorReader(path))
             files.update(dict.fromkeys(reader.keys(), reader))
-        recipes = find_recipes(model, {n: files[n] for n in files if not n.endswith(SUFFIXES)})
+        named = {_weight_name(name): files[name] for name in files if not name.endswith(BESIDE)}
+        recipes = find_recipes(model, named)
+        stated = None if backend is None else backend.read_formats(config.quantization_config)
         names = [name for name in model.state_dict() if name in recipes and name.endswith(".weight")]
         formats = {
-            name.removesuffix(".weight"): "nf4" if recipes[name].sources[0][1] + BLOB in files else "16bit"
-            for name in names
+            name.removesuffix(".weight"): _format_of(name, recipes, files, stated, backend) for name in names
         }
-        yield SavedWeights(formats, model, recipes, files, frozenset(conv1d_modules(model)))
+        yield SavedWeights(formats, model, recipes, files, frozenset(conv1d_modules(model)), backend)
+
+
+def _weight_name(name: str) -> str:
+    """The name that a packed matrix' codes would have as a plain weight."""
+    return name.removesuffix("_packed") if name.endswith(PACKED) else name
+
+
+def _format_of(
+    name: str,
+    recipes: Mapping[str, Any],
+    files: Mapping[str, TensorReader],
+    stated: Mapping[str, str] | None,
+    backend: Backend | None,
+) -> str:
+    """A weight's format: what config.json states if the file holds its tensors, NF4 if it holds NF4's."""
+    if backend is None:
+        return "16bit"
+    stem = recipes[name].sources[0][1].removesuffix("weight")
+    fmt = "nf4" if stated is None else stated.get(name.removesuffix(".weight"), "16bit")
+    if fmt == "16bit" or not all(stem + part in files for part in backend.suffixes(fmt, False)):
+        return "16bit"
+    return fmt

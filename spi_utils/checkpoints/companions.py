@@ -6,11 +6,9 @@ import copy
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
+from spi_utils.checkpoints.backends import BACKENDS
 from spi_utils.checkpoints.checkpoint import Saving
 from spi_utils.checkpoints.tensorfile import TensorReader
 from spi_utils.models import ModelSource, Weights
@@ -43,8 +41,9 @@ def write_rest(
     config = copy.deepcopy(weights.model.config)
     config.architectures = [type(weights.model).__name__]
     config.dtype = saving.storage
-    if any(fmt == "nf4" for fmt in plan.formats.values()):
-        config.quantization_config = _quantization_config(weights.model, plan, saving)
+    if any(fmt != "16bit" for fmt in plan.formats.values()):
+        make = BACKENDS[saving.backend].config
+        config.quantization_config = make(weights.model, plan.formats, plan.double_quant, saving.compute)
     config.save_pretrained(folder)
 
 
@@ -73,31 +72,3 @@ def _example(name: str) -> str:
         return resources.files("spi_utils.examples").joinpath(name).read_text(encoding="utf-8")
     except ModuleNotFoundError:
         return (Path(__file__).parents[2] / "examples" / name).read_text(encoding="utf-8")
-
-
-def _quantization_config(model: nn.Module, plan: ProtectionPlan, saving: Saving) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=saving.compute,
-        bnb_4bit_use_double_quant=plan.double_quant,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=skip_modules(model, plan),
-    )
-
-
-def skip_modules(model: nn.Module, plan: ProtectionPlan) -> list[str]:
-    """Full names of all modules that bitsandbytes would replace and the plan doesn't make NF4.
-
-    Giving any list drops transformers' own, so heads (tied ones too) must stand in it. Names are plain, not
-    escaped: other loaders match them as they are.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and plan.formats.get(name) != "nf4"
-    ]

@@ -1,7 +1,7 @@
 """Load a checkpoint the way a stranger would, and report what came out.
 
-`verify.py` runs this file in a process of its own, with transformers and bitsandbytes but without spi_utils:
-`python -P fresh_check.py request.json answer.json`.
+`verify.py` runs this file in a process of its own, with transformers and bitsandbytes or compressed-tensors,
+but without spi_utils: `python -P fresh_check.py request.json answer.json`.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -45,11 +46,49 @@ def load(request: dict[str, Any], folder: str, **options: Any) -> transformers.P
 
 
 def in_memory(request: dict[str, Any], config: transformers.PretrainedConfig) -> torch.Tensor:
-    """Logits of the original weights, quantized by transformers and bitsandbytes as they are loaded."""
+    """Logits of the original weights: quantized by transformers and bitsandbytes as they are loaded, or with
+    the packed weights of compressed-tensors worked out by hand."""
     options = {"dtype": config.dtype}
-    if getattr(config, "quantization_config", None):
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(config.quantization_config))
+    held = dict(getattr(config, "quantization_config", None) or {})
+    if held.get("quant_method") == "compressed-tensors":
+        model = load(request, request["source"], **options)
+        unpack_into(model, Path(request["model"]), held, request["quantized"])
+        return logits(model, config)
+    if held:
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(held)
     return logits(load(request, request["source"], **options), config)
+
+
+@torch.no_grad()
+def unpack_into(model: torch.nn.Module, folder: Path, held: dict[str, Any], names: list[str]) -> None:
+    """Put (code - zero) * scale of every packed matrix into a model that holds the original weights.
+
+    A word holds 32 / bits codes, the first in its lowest bits, each raised by 2 ** (bits - 1); zero points
+    lie along the column. Files may call a module by a longer name than the model does.
+    """
+    bits = {
+        t: group["weights"]["num_bits"] for group in held["config_groups"].values() for t in group["targets"]
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for name in names:
+        stem = next(key for key in tensors if key.endswith(f"{name}.weight_packed")).removesuffix("_packed")
+        scale = tensors[f"{stem}_scale"]
+        rows, cols = tensors[f"{stem}_shape"].tolist()
+        code = unpacked(tensors[f"{stem}_packed"], bits[name])[:, :cols].view(rows, scale.shape[1], -1)
+        if f"{stem}_zero_point" in tensors:
+            zero = unpacked(tensors[f"{stem}_zero_point"].T, bits[name]).T[:rows]
+            code = code - zero[:, :, None]
+        value = code.to(scale.dtype) * scale[:, :, None]
+        model.get_submodule(name).weight.copy_(value.view(rows, cols))
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (rows, words * 32 / bits) of int32 words (rows, words)."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    fields = (words.to(torch.int64)[..., None] >> shifts) & (2**bits - 1)
+    return fields.flatten(1) - 2 ** (bits - 1)
 
 
 def on_meta(request: dict[str, Any], config: transformers.PretrainedConfig) -> torch.nn.Module:
@@ -62,9 +101,19 @@ def on_meta(request: dict[str, Any], config: transformers.PretrainedConfig) -> t
     return model
 
 
-def describe(model: torch.nn.Module) -> dict[str, dict[str, str]]:
-    """Class, dtype and device of every module that has a matrix of its own."""
+def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Class, dtype and device of every module that has a matrix of its own; of a packed one its scheme."""
+    packed = {name: module for name, module in model.named_modules() if hasattr(module, "weight_packed")}
     return {
+        name: {
+            "class": f"{type(module).__module__}.{type(module).__name__}",
+            "dtype": "packed",
+            "device": module.weight_packed.device.type,
+            "scheme": [scheme.num_bits, scheme.group_size, scheme.symmetric],
+        }
+        for name, module in packed.items()
+        for scheme in [module.quantization_scheme.weights]
+    } | {
         name: {
             "class": f"{type(module).__module__}.{type(module).__name__}",
             "dtype": str(module.weight.dtype).removeprefix("torch."),

@@ -33,18 +33,19 @@ def disk_bytes(model_dir: Path) -> int:
 
 
 def saved_tensors(model_dir: Path, model: Any = None) -> Iterator[tuple[str, torch.Tensor, str]]:
-    """Every weight of a checkpoint as (name, values on the CPU, "nf4" or "16bit"), one at a time.
+    """Every weight of a checkpoint as (name, values on the CPU, format), one at a time.
 
-    Names are the model's own. NF4 values come from bitsandbytes' own dequantization, (out, in), in the dtype
-    that was quantized. `model`: see `saved_weights`. Raises CheckpointError for an unreadable file.
+    Names are the model's own. Quantized ones come dequantized, (out, in), in the dtype that was
+    quantized. `model`: see `saved_weights`. Raises CheckpointError for an unreadable file.
     """
     try:
         with saved_weights(model_dir, model=model) as saved:
             for name in saved.recipes:
                 module = name.removesuffix(".weight")
-                if name != module and saved.formats.get(module) == "nf4":
+                fmt = saved.formats.get(module, "16bit") if name != module else "16bit"
+                if fmt != "16bit":
                     packed = saved.packed(module)
-                    yield name, dequantize(packed, packed.dtype), "nf4"
+                    yield name, dequantize(packed, packed.dtype), fmt
                 else:
                     yield name, saved.tensor(name), "16bit"
     except (CheckpointError, ModelError) as error:
@@ -57,17 +58,17 @@ def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: P
     Args:
         model: the source's model; only the matrices in `formats` are written to.
         weights: the source's open `models.Weights`.
-        formats: the plan's {module: "16bit" or "nf4"}.
+        formats: the plan's {module: format}.
         model_dir: the checkpoint.
 
-    Returns how many matrices of each format were found: {"nf4": …, "16bit": …}.
+    Returns how many matrices of each format were found: {"16bit": …, "nf4": …}.
 
     Raises:
         CheckpointError: a planned matrix is missing or in another format, or a tensor that should be the
             source's own isn't, bit for bit.
     """
     wanted = {f"{name}.weight": (name, fmt) for name, fmt in formats.items()}
-    found = {"nf4": 0, "16bit": 0}
+    found = dict.fromkeys(("16bit", *sorted(set(formats.values()) - {"16bit"})), 0)
     own = set(weights.names)
     for name, values, held in saved_tensors(model_dir, weights.model):
         module, fmt = wanted.pop(name, (None, "16bit"))
@@ -77,7 +78,7 @@ def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: P
             raise CheckpointError(f"{model_dir}: {name} differs from the source's weights. {_AGAIN}")
         if module is not None:
             found[held] += 1
-            _put(model.get_submodule(module), values, transposed=held == "nf4")
+            _put(model.get_submodule(module), values, transposed=held != "16bit")
     if wanted:
         raise CheckpointError(f"{model_dir}: the file holds no {next(iter(wanted))}. {_AGAIN}")
     return found

@@ -1,9 +1,9 @@
 """Proof that a checkpoint on the disk is what was planned.
 
 1. Every tensor, read back from the files, is bit-equal to the source's (or its stated cast), or to what
-   bitsandbytes' own quantizer makes of it: `check_bits`.
+   quantizing it gives by the backend's own package: `check_bits`.
 2. The files weigh what the plan predicted: `check_size`.
-3. A process that never imports spi_utils loads it with stock libraries, finds `Linear4bit` exactly where
+3. A process that never imports spi_utils loads it with stock libraries, finds quantized modules exactly where
    planned, and computes the logits of the original weights quantized in memory: `check_fresh`.
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from spi_utils.checkpoints.backends import BACKENDS
 from spi_utils.checkpoints.checkpoint import (
     Item,
     SavedWeights,
@@ -30,10 +32,10 @@ from spi_utils.checkpoints.checkpoint import (
     read_saved,
     saved_weights,
 )
-from spi_utils.checkpoints.nf4 import BLOCK, map_parts, one_thread
+from spi_utils.checkpoints.ct_parts import serving_notes
 from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import NESTED_BLOCK
+from spi_utils.formats import format_row
 from spi_utils.models import ModelSource, Weights
 from spi_utils.progress import progress
 from spi_utils.source.weights import shard_paths
@@ -44,11 +46,11 @@ if TYPE_CHECKING:
 SIZE_TOLERANCE = 0.005  # share of the predicted size
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 LOGIT_TOLERANCE = 0.01  # share of the logits' standard deviation; equal bits leave only the kernels' rounding
-CHUNK = 1 << 20  # weights that bitsandbytes quantizes at once: its CPU path makes many float32 copies
 MEMORY_FACTOR = 1.3  # a loaded model against its files
 INTERPRETER = 1_500_000_000  # bytes of a process with transformers and bitsandbytes in it, and activations
 FRESH_CHECK = Path(__file__).with_name("fresh_check.py")
 LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+PACKED = "packed"  # what fresh_check.py says of a module that compressed-tensors holds packed
 PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
@@ -102,11 +104,13 @@ def check_bits(
         value = read_saved(weights, item, saving)
         if item.name not in saved.recipes:
             same = False
-        elif item.fmt == "nf4":
-            expected = bitsandbytes_tensors(in_linear_order(value, item), saving.double_quant)
-            same = _same_nf4(saved.parts(item.module), expected)
+        elif item.fmt != "16bit":
+            same = saved.formats[item.module] == item.fmt and _same_parts(
+                saved.parts(item.module),
+                BACKENDS[saving.backend].library(in_linear_order(value, item), item.fmt, saving.double_quant),
+            )
         else:
-            same = _same_16bit(saved, item, dict(file_tensors(value, item, weights, saving.double_quant)))
+            same = _same_16bit(saved, item, dict(file_tensors(value, item, weights, saving)))
         wrong += [] if same else [item.name]
         del value  # before the next is read: the two largest tensors may be neighbours
     if wrong:
@@ -115,33 +119,11 @@ def check_bits(
             f"{', '.join(wrong[:5])}. The disk or the memory is unreliable, or two runs wrote here at once: "
             "run the stage again with force=True."
         )
-    quantized = sum(item.fmt == "nf4" for item in items)
-    return {"nf4": quantized, "16bit": len(items) - quantized, "against": "bitsandbytes and the source"}
+    counts = Counter(item.fmt for item in items)
+    return {**dict(sorted(counts.items())), "against": f"{saving.backend} and the source"}
 
 
-def bitsandbytes_tensors(weight: torch.Tensor, double_quant: bool) -> dict[str, Any]:
-    """What bitsandbytes' own functions make of a matrix, in parts: its blocks don't depend on each other."""
-    from bitsandbytes import functional
-
-    def quantize_part(part: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return functional.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4")
-
-    parts = map_parts(quantize_part, weight.reshape(-1).split(CHUNK))
-    state = parts[0][1]
-    state.absmax = torch.cat([part[1].absmax for part in parts])
-    state.shape = weight.shape
-    if double_quant:
-        with one_thread():
-            state.offset = state.absmax.mean()
-        state.absmax, state.state2 = functional.quantize_blockwise(
-            state.absmax - state.offset, blocksize=NESTED_BLOCK
-        )
-        state.nested = True
-    made = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    return {"weight": torch.cat([part[0] for part in parts]), **made}
-
-
-def _same_nf4(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+def _same_parts(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
         _same_bits(found[key], expected[key].cpu()) for key in expected
     )
@@ -178,7 +160,10 @@ def check_fresh(
     folder: Path, source: ModelSource, weights: Weights, items: Sequence[Item], saving: Saving
 ) -> dict[str, Any]:
     """Load the checkpoint in a process of its own; compare classes, dtypes and, where it fits, logits."""
-    awkward = [item.module for item in items if item.fmt == "nf4" and not _runs_everywhere(item, weights)]
+    shapes = {item.module: _linear_shape(item, weights) for item in items if item.fmt != "16bit"}
+    awkward = [
+        item.module for item in items if item.fmt == "nf4" and not _runs_everywhere(shapes[item.module])
+    ]
     fits = _fits(folder, saving.device)
     forward = fits and not (awkward and saving.device.type == "cpu")
     answer = _ask(
@@ -190,6 +175,7 @@ def check_fresh(
             "threads": torch.get_num_threads(),
             "load": fits,
             "forward": forward,
+            "quantized": sorted(shapes),
         }
     )
     _check_classes(answer, items, saving)
@@ -212,7 +198,15 @@ def check_fresh(
             "or in_features that 64 does not: bitsandbytes runs them on GPUs, but not on CPUs with "
             "AVX512-BF16, so logits were not compared on the CPU."
         )
+    if saving.backend == "compressed-tensors":
+        formats = {item.module: item.fmt for item in items if len(weights.shape(item.name)) == 2}
+        report["notes"] += serving_notes(_linear_only(formats, weights), shapes)
     return report
+
+
+def _linear_only(formats: Mapping[str, str], weights: Weights) -> dict[str, str]:
+    linear = {name for name, module in weights.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: fmt for name, fmt in formats.items() if name in linear}
 
 
 def shadowed_modules(folder: Path, items: Sequence[Item]) -> list[str]:
@@ -227,10 +221,13 @@ def shadowed_modules(folder: Path, items: Sequence[Item]) -> list[str]:
     ]
 
 
-def _runs_everywhere(item: Item, weights: Weights) -> bool:
-    shape = weights.shape(item.name)
-    rows, cols = shape[::-1] if item.transposed else shape
-    return rows % 32 == 0 and cols % 64 == 0
+def _linear_shape(item: Item, weights: Weights) -> tuple[int, int]:
+    rows, cols = weights.shape(item.name)
+    return (cols, rows) if item.transposed else (rows, cols)
+
+
+def _runs_everywhere(shape: tuple[int, int]) -> bool:
+    return shape[0] % 32 == 0 and shape[1] % 64 == 0
 
 
 def _fits(folder: Path, device: torch.device) -> bool:
@@ -257,13 +254,15 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_classes(answer: Mapping[str, Any], items: Sequence[Item], saving: Saving) -> None:
     modules = answer["modules"]
-    planned = {item.module for item in items if item.fmt == "nf4"}
-    found = {name for name, module in modules.items() if module["class"] == LINEAR_4BIT}
+    planned = {item.module: _expected_scheme(item.fmt) for item in items if item.fmt != "16bit"}
+    found = {name: module.get("scheme") for name, module in modules.items() if _is_quantized(module)}
     if found != planned:
-        extra, lost = sorted(found - planned), sorted(planned - found)
+        extra, lost = sorted(found.keys() - planned.keys()), sorted(planned.keys() - found.keys())
+        other = [name for name in planned if name in found and found[name] != planned[name]]
         raise CheckpointError(
-            f"Loaded by transformers {answer['transformers']}, {len(extra)} modules are 4-bit unplanned "
-            f"({', '.join(extra[:3])}), and {len(lost)} planned ones are not ({', '.join(lost[:3])})."
+            f"Loaded by transformers {answer['transformers']}, {len(extra)} modules are quantized unplanned "
+            f"({', '.join(extra[:3])}), {len(lost)} planned ones are not ({', '.join(lost[:3])}), and "
+            f"{len(other)} have another format ({', '.join(other[:3])})."
         )
     floating = {"float16", "bfloat16", "float32"}
     odd = [
@@ -278,7 +277,17 @@ def _check_classes(answer: Mapping[str, Any], items: Sequence[Item], saving: Sav
         raise CheckpointError("The fresh process had imported spi_utils, so its check proves nothing.")
 
 
-def _is_linear(module: Mapping[str, str]) -> bool:
+def _is_quantized(module: Mapping[str, Any]) -> bool:
+    return module["class"] == LINEAR_4BIT or module["dtype"] == PACKED
+
+
+def _expected_scheme(fmt: str) -> list[Any] | None:
+    """What fresh_check.py reports of a packed module: bits, group size, symmetric."""
+    row = format_row(fmt)
+    return None if row.bits is None else [row.bits, row.group, row.symmetric]
+
+
+def _is_linear(module: Mapping[str, Any]) -> bool:
     return module["class"].startswith("bitsandbytes.") or module["class"] in PLAIN
 
 

@@ -85,7 +85,8 @@ def slopes(
         generator: CPU generator of the sampled labels.
 
     Returns:
-        For each format float32 (layers, B, T): s_t of each layer and position.
+        For each format float32 (layers, B, T): s_t of each layer and position; NaN for a layer that the
+        format can't hold.
 
     Raises:
         AnalysisError: gradients that overflow at every scale, or a layer that doesn't see every token once.
@@ -100,7 +101,8 @@ def slopes(
                 f"Out of memory in a backward pass over {tuple(windows.shape)} tokens: {error}. Use shorter "
                 "windows (`length`), a device with more memory, or sensitivity='none'."
             ) from error
-        if all(np.isfinite(values).all() for values in found.values()):
+        able = {fmt: [switch.able(name, fmt) for name in switch.layers] for fmt in formats}
+        if all(np.isfinite(values[able[fmt]]).all() for fmt, values in found.items()):
             return found
     raise AnalysisError(
         f"The gradients of {type(model).__name__} are not numbers in {model.dtype}, at any scale; "
@@ -154,6 +156,8 @@ class _Directional:
     def _backward(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         weight = self.switch.live(name)
         for fmt in self.formats:
+            if not self.switch.able(name, fmt):
+                continue
             delta = self.switch.values(name, fmt).to(weight.dtype).sub_(weight)  # (out, in)
             moved = F.linear(x, delta)  # ΔW x, (B, T, out)
             value = torch.linalg.vecdot(moved.float(), gradient.float())
@@ -163,15 +167,20 @@ class _Directional:
         """The slopes as (layers, B, T) arrays, layers in the Switch's order."""
         tokens = shape[0] * shape[1]
         for name in self.switch.layers:
-            first = self.found.get((name, self.formats[0]))
+            able = [fmt for fmt in self.formats if self.switch.able(name, fmt)]
+            first = self.found.get((name, able[0])) if able else None
             seen = 0 if first is None else first.numel()
-            if seen != tokens:
+            if able and seen != tokens:
                 raise AnalysisError(
                     f"Layer {name} saw {seen} of {tokens} tokens: expected each once. Its sensitivity can't "
                     "be taken from gradients; use sensitivity='measured' or 'none'."
                 )
+        nothing = torch.full(tuple(shape), torch.nan)
         return {
-            fmt: np.stack([self.found[n, fmt].view(*shape).cpu().numpy() for n in self.switch.layers]) / scale
+            fmt: np.stack(
+                [self.found.get((n, fmt), nothing).view(*shape).cpu().numpy() for n in self.switch.layers]
+            )
+            / scale
             for fmt in self.formats
         }
 

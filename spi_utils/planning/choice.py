@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spi_utils.errors import PlanError
-from spi_utils.planning.pricing import check_formats, header_bytes, payload_bytes
+from spi_utils.planning.pricing import able, check_formats, header_bytes, payload_bytes
 from spi_utils.planning.scores import (
     additive_cost,
     check_direction,
@@ -114,6 +114,8 @@ def pose(
     forbidden = matches(names, forbid_16bit, "forbid_16bit")
     every = check_formats((*wanted, "16bit")) if forced.any() else wanted
     allowed = _allowed(names, every, wanted, forced, forbidden)
+    allowed &= np.stack([able(rows, fmt) for fmt in every], 1)
+    _refuse_homeless(rows, allowed, every)
     _refuse_failed(rows[allowed.sum(axis=1) > 1], values[allowed.sum(axis=1) > 1], score)
     member = _members(names, group)
     items = int(member.max()) + 1
@@ -158,6 +160,18 @@ def _refuse_contradiction(names: Sequence[str], member: Ints, open_: Mask) -> No
         first = names[int(np.flatnonzero(np.isin(member, stuck))[0])]
         raise PlanError(
             f"{first}: its group is both forced to and kept from 16-bit. Change one of the patterns."
+        )
+
+
+def _refuse_homeless(rows: pd.DataFrame, allowed: Mask, formats: Sequence[str]) -> None:
+    """Every layer needs a format that can hold it."""
+    stuck = rows[~allowed.any(axis=1)]
+    if len(stuck):
+        first = stuck.iloc[0]
+        raise PlanError(
+            f"{len(stuck)} layers can be held in none of {', '.join(formats)}, such as {first['name']}: the "
+            f"groups don't divide its {first['cols']} columns. Add a format with smaller groups, int8 or "
+            "16bit."
         )
 
 
@@ -215,6 +229,12 @@ def _allowed(
     allowed[forced] = full
     allowed[forbidden] &= ~full
     return allowed
+
+
+def fused_groups(names: Sequence[str]) -> list[list[int]]:
+    """Positions of layers that serving engines merge, one list a merged module (single layers too)."""
+    member = _members(names, "fused")
+    return [list(map(int, np.flatnonzero(member == item))) for item in range(int(member.max()) + 1)]
 
 
 def _members(names: Sequence[str], group: str | None) -> Ints:

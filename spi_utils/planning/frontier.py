@@ -198,7 +198,7 @@ def _optimum_rows(base: Chooser, grid: Floats, measured: Floats | None) -> list[
     outside = int(base.file_bytes[0]) - int(size[np.arange(len(p.start)), p.start].sum())
     rows = []
     for limit in grid:
-        chosen = least_cost(p.predicted, size.astype(float), float(limit - outside), p.allowed)
+        chosen = least_cost(p.predicted, size.astype(float), float(limit - outside), p.allowed).choice
         items = np.arange(len(chosen))
         data = int(p.payload[items, chosen].sum())
         rows.append(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +31,22 @@ NODES = 20  # of HiGHS' search: a limit that, unlike a time, gives the same plan
 EXCHANGES, MOST_MOVES = 100, 600  # rounds of pairwise improvement, and the most moves to pair
 
 
-def least_cost(cost: Floats, size: Floats, limit: float, allowed: Mask) -> Ints:
+@dataclass(frozen=True)
+class Solution:
+    """The chosen format's index for each item, (items,), and how far from the optimum it may be at most, as a
+    share of what it saves over the smallest choice."""
+
+    choice: Ints
+    gap: float
+
+
+def least_cost(cost: Floats, size: Floats, limit: float, allowed: Mask) -> Solution:
     """One format an item: minimise Σ cost under Σ size ≤ limit.
 
     Args:
         cost, size: (items, formats), finite, size ≥ 0.
         limit: bound on the chosen sizes' sum.
         allowed: (items, formats), at least one a row.
-
-    Returns:
-        The chosen format's index for each item. Shape (items,).
 
     Raises:
         PlanError: no choice meets the limit, or the solver gave up.
@@ -52,12 +59,15 @@ def least_cost(cost: Floats, size: Floats, limit: float, allowed: Mask) -> Ints:
     smallest = np.where(size == least, cost, np.inf).argmin(axis=1)
     extra = size - least
     if not (np.isfinite(extra) & (extra > 0) & (extra <= limit - least.sum())).any():
-        return smallest  # no single upgrade fits, or there are no items
+        return Solution(smallest, 0.0)  # no single upgrade fits, or there are no items
     bound, choice, open_ = _lagrangian(cost, size, limit)
     benefit = _total(cost, smallest) - _total(cost, choice)
-    if _total(cost, choice) - bound <= GAP * benefit:
-        return choice  # proven within the gap already
-    return _exact(cost, size, limit, open_, choice)
+    if _total(cost, choice) - bound > GAP * benefit:
+        choice, proven = _exact(cost, size, limit, open_, choice)
+        bound = max(bound, proven)
+        benefit = _total(cost, smallest) - _total(cost, choice)
+    excess = max(_total(cost, choice) - bound, 0.0)
+    return Solution(choice, excess / benefit if benefit > 0 else 0.0)
 
 
 def in_order(extra: Ints, order: Ints, budget: int) -> Mask:
@@ -158,8 +168,9 @@ def _exchange(cost: Floats, size: Floats, limit: float, choice: Ints, open_: Mas
     return choice
 
 
-def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Ints) -> Ints:
-    """The open formats decided by HiGHS: each open item starts at its smallest and may take one upgrade."""
+def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Ints) -> tuple[Ints, float]:
+    """The open formats decided by HiGHS, and its bound: each item starts at its smallest open format and may
+    take one upgrade."""
     rows = np.arange(len(cost))
     start = np.where(open_, size, np.inf).argmin(axis=1)
     upgrades = open_.copy()
@@ -190,8 +201,9 @@ def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Int
     choice = start.copy()
     taken = result.x > 0.5
     choice[item[taken]] = fmt[taken]
+    bound = _total(cost, start) + unit * float(result.mip_dual_bound)
     within = size[rows, choice].sum() <= limit * (1 + 1e-12)
-    return choice if within and _total(cost, choice) <= _total(cost, incumbent) else incumbent
+    return (choice if within and _total(cost, choice) <= _total(cost, incumbent) else incumbent), bound
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spi_utils.errors import PlanError
-from spi_utils.formats import format_row, layer_bytes
+from spi_utils.formats import fits, format_row, layer_bytes
 
 # The tensors that a saved file holds for one matrix, as suffixes of its module name: their entries in the
 # safetensors header are a real share of a small layer.
@@ -29,7 +29,9 @@ TENSORS = {
         ".weight.quant_state.bitsandbytes__nf4",
     ),
 }
-PACKED = (".weight_packed", ".weight_scale", ".weight_shape")  # compressed-tensors' names, all other formats
+# compressed-tensors' names, all other formats
+PACKED = (".weight_packed", ".weight_scale", ".weight_shape")
+ZERO_POINT = ".weight_zero_point"
 HEADER_ENTRY = 75  # bytes of one header entry beside its name: dtype, shape, offsets, punctuation
 SMALL_TENSORS_PER_BLOCK = 2  # norms: too small to be listed one by one in layers.csv
 
@@ -55,10 +57,11 @@ def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) ->
     """Bytes that a saved file holds for each row's tensors in `fmt`, header apart. Shape (rows,).
 
     Read from the table's `bytes_<fmt>` column where there is one, else computed from the shape. Rows that
-    can't be quantized (embeddings, norms, expert stacks) hold their 16-bit size in every format.
+    can't be quantized (embeddings, norms, expert stacks), or not in this format (`able`), hold their 16-bit
+    size.
 
     Raises:
-        PlanError: a quantizable row has no size in this format.
+        PlanError: the table lacks a quantizable row's size in this format.
     """
     full = 2 * layers["numel"].to_numpy(np.int64)
     if "bytes_16bit" in layers:
@@ -66,7 +69,7 @@ def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) ->
     if fmt == "16bit":
         return full
     column = f"bytes_{fmt}_dq" if fmt == "nf4" and double_quant else f"bytes_{fmt}"
-    planned = layers["quantizable"].to_numpy(bool)
+    planned = able(layers, fmt)
     if column in layers:
         held = layers[column].to_numpy(float)
         if np.isnan(held[planned]).any():
@@ -80,9 +83,17 @@ def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) ->
     return np.where(planned, held, full).astype(np.int64)
 
 
+def able(layers: pd.DataFrame, fmt: str) -> NDArray[np.bool_]:
+    """Which rows can be held in `fmt`: quantizable, with columns that its groups divide. Shape (rows,)."""
+    columns = layers["cols"].to_numpy(np.int64)
+    whole = np.array([fits(fmt, int(cols)) for cols in columns], dtype=bool)
+    return layers["quantizable"].to_numpy(bool) & whole
+
+
 def header_bytes(names: Sequence[str], fmt: str, double_quant: bool = False) -> NDArray[np.int64]:
     """Estimated bytes of the safetensors header for each named matrix in `fmt`. Shape (names,)."""
-    suffixes = TENSORS.get("nf4_dq" if fmt == "nf4" and double_quant else fmt, PACKED)
+    packed = PACKED if format_row(fmt).symmetric else (*PACKED, ZERO_POINT)
+    suffixes = TENSORS.get("nf4_dq" if fmt == "nf4" and double_quant else fmt, packed)
     extra = sum(len(suffix) + HEADER_ENTRY for suffix in suffixes)
     return np.array([len(suffixes) * len(name) + extra for name in names], dtype=np.int64)
 
@@ -99,6 +110,9 @@ def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool =
         One entry a format (its planned matrices), `embeddings` (with an untied head), `rest` (norms, biases,
         matrices that no quantizer replaces), `header` (estimated), `total` (their sum), and `total_16bit`,
         the whole model without quantization.
+
+    Raises:
+        PlanError: a layer's columns don't divide into its format's groups.
     """
     planned = layers["quantizable"].to_numpy(bool)
     names = layers["name"].to_numpy(str)
@@ -108,6 +122,12 @@ def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool =
     data, header = fixed_bytes(layers)
     for fmt in sorted(used, key=nominal_bits):
         here = planned & (of == fmt)
+        if (here & ~able(layers, fmt)).any():
+            row = layers[here & ~able(layers, fmt)].iloc[0]
+            raise PlanError(
+                f"{row['name']} can't be {fmt}: groups of {format_row(fmt).group} don't divide its "
+                f"{row['cols']} columns. Give it a format with smaller groups, int8 or 16bit."
+            )
         result[fmt] = int(payload_bytes(layers, fmt, double_quant)[here].sum())
         header += int(header_bytes(names[here], fmt, double_quant).sum())
     full = payload_bytes(layers, "16bit")

@@ -5,7 +5,7 @@ To add a rule, write one function from an `Ask` to an `Answer` and give it a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -15,14 +15,15 @@ import pandas as pd
 from spi_utils.errors import PlanError
 from spi_utils.formats import format_row
 from spi_utils.planning.choice import Ints, Mask, Problem
-from spi_utils.planning.knapsack import in_order, least_cost
-from spi_utils.planning.pricing import fixed_bytes
+from spi_utils.planning.knapsack import GAP, Solution, in_order, least_cost
+from spi_utils.planning.pricing import able, fixed_bytes
 from spi_utils.planning.scores import suggest
 
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
 STOCK = "bitsandbytes"  # the checkpoint writer of the claim and of the defaults
+EXACT = GAP * (1 + 1e-9)  # a choice proven this near the optimum is called exact
 EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
 
 
@@ -106,16 +107,23 @@ def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
     """What else a reader of the plan must know: layers without a score, wishes, a missed budget."""
     p = ask.problem
     said = []
-    missing = int(p.count[np.isnan(p.value)].sum())
+    missing = int(p.count[np.isnan(p.value) & p.free].sum())
     if missing:
         said.append(f"{missing} layers have no {p.score} and come last.")
-    fixed = int(p.count[~p.allowed[:, list(p.tiers)].all(axis=1)].sum())
-    if fixed:
-        said.append(f"{fixed} layers are decided by force_16bit or forbid_16bit.")
+    held = {fmt: able(ask.layers, fmt)[ask.layers["quantizable"].to_numpy(bool)] for fmt in p.formats}
+    fixed = np.isin(p.member, np.flatnonzero(~p.allowed[:, list(p.tiers)].all(axis=1)))
+    decided = int((fixed & held[p.formats[p.tiers[0]]] & held[p.formats[p.tiers[1]]]).sum())
+    if decided:
+        said.append(f"{decided} layers are decided by force_16bit or forbid_16bit.")
+    said += [
+        f"{int((~mask).sum())} layers can't be {fmt}: {format_row(fmt).group} doesn't divide their columns."
+        for fmt, mask in held.items()
+        if not mask.all()
+    ]
     used = [p.formats[place] for place in np.unique(answer.formats)]
     foreign = [fmt for fmt in used if STOCK not in format_row(fmt).writers]
     if foreign:
-        said.append(f"A stock {STOCK} checkpoint can't hold {', '.join(foreign)}.")
+        said.append(f"A stock {STOCK} checkpoint can't hold {', '.join(foreign)}{_writer(used)}.")
     miss = weight.get("miss", 0)
     share = miss / weight["total_16bit"]
     if abs(share) > EQUAL:
@@ -124,6 +132,12 @@ def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
             "layer fits in what is left."
         )
     return said
+
+
+def _writer(used: Sequence[str]) -> str:
+    """'; backend=… can', if some writer holds all of these formats."""
+    able_ = frozenset.intersection(*(format_row(fmt).writers for fmt in used))
+    return f"; backend={sorted(able_)[0]!r} can" if able_ else ", and no writer holds all of these formats"
 
 
 # --- counting layers -------------------------------------------------------------------------------------
@@ -199,8 +213,8 @@ def _budget(ask: Ask) -> Answer:
     limit = _check_budget(ask)
     sentence = f"Within {ask.value:.6g} {RULES[ask.rule].unit}: "
     if p.cost is not None and p.direction == "high":
-        choice = least_cost(p.cost, ask.sizes.astype(float), float(limit), p.allowed)
-        return Answer(choice, f"{sentence}the least summed {p.score}, chosen exactly.", ask.value)
+        found = least_cost(p.cost, ask.sizes.astype(float), float(limit), p.allowed)
+        return Answer(found.choice, f"{sentence}the least summed {p.score}, {_proof(found)}.", ask.value)
     _two_formats(ask)
     start = _lift(p, np.zeros(len(p.value), dtype=bool))
     extra = ask.sizes[:, p.tiers[1]] - ask.sizes[:, p.tiers[0]]
@@ -247,9 +261,8 @@ def _max_kl(ask: Ask) -> Answer:
         )
     sentence = f"The smallest plan with a predicted KL of at most {ask.value:g} nats a token, by {p.score}"
     if cost is not None:
-        return Answer(
-            least_cost(sizes, cost, ask.value, p.allowed), f"{sentence}, chosen exactly.", ask.value
-        )
+        found = least_cost(sizes, cost, ask.value, p.allowed)
+        return Answer(found.choice, f"{sentence}, {_proof(found)}.", ask.value)
     _two_formats(ask)
     order = p.order[p.free[p.order]]
     start = _lift(p, np.zeros(len(p.value), dtype=bool))
@@ -286,6 +299,11 @@ def _lift(p: Problem, taken: Mask) -> Ints:
     choice = p.start.copy()
     choice[taken] = p.tiers[1]
     return choice
+
+
+def _proof(found: Solution) -> str:
+    """What is known about the optimum: HiGHS stops at a node limit, so that plans don't depend on time."""
+    return "chosen exactly" if found.gap < EXACT else f"at most {found.gap:.1%} short of the best saving"
 
 
 def _end(p: Problem) -> str:

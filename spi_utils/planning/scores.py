@@ -99,9 +99,10 @@ def additive_cost(layers: pd.DataFrame, name: str, fmt: str) -> Values:
         return np.zeros(len(layers))
     cost = _column(layers, f"{score.source}_{fmt}", score)
     planned = layers["quantizable"].to_numpy(bool)
-    total = predicted_cost(layers, fmt)[planned].sum()
-    own = cost[planned].sum()
-    return cost * (total / own) if np.isfinite(total) and own > 0 else cost
+    predicted = predicted_cost(layers, fmt)
+    known = planned & np.isfinite(predicted)  # layers that the format can't hold have no cost in it
+    total, own = predicted[known].sum(), cost[known].sum()
+    return cost * (total / own) if known.any() and own > 0 else cost
 
 
 def predicted_cost(layers: pd.DataFrame, fmt: str) -> Values:

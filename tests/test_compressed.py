@@ -1,0 +1,284 @@
+"""The compressed-tensors checkpoint, judged by stock transformers and by compressed-tensors itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from importlib.metadata import version
+
+import pandas as pd
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from packaging.version import Version
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from spi_utils import quantize as q
+from spi_utils.checkpoints import ct_parts, fresh_check, verify
+from spi_utils.checkpoints.backends import backend_row
+from spi_utils.checkpoints.checkpoint import saved_weights
+from spi_utils.checkpoints.saved import put_saved
+from spi_utils.errors import CheckpointError, PlanError
+from spi_utils.formats import FORMATS, dequantize, quantize
+from spi_utils.models import list_layers, load_model, open_weights, resolve
+from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.planning.pricing import bit_rates, price
+from spi_utils.runs import open_run, run_info
+
+ARCHS = ["llama", "llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3"]
+MIX = ("int4_g64", "int8", "16bit", "int4_g32", "int4_g128_absmax")
+ASYM = ("int4_g64", "int4_g32_asym", "int8")
+CT = {"backend": "compressed-tensors", "device": "cpu"}
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """The fresh process' check, run in this one: a process costs seconds; one test starts a real one."""
+
+    def ask(request):
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        fresh_check.main(str(tmp_path / "request.json"), str(tmp_path / "answer.json"))
+        return json.loads((tmp_path / "answer.json").read_text()) | {"spi_utils": False}
+
+    monkeypatch.setattr(verify, "_ask", ask)
+
+
+def table(source):
+    rows = [dataclasses.asdict(layer) for layer in list_layers(source)]
+    return pd.DataFrame(rows).assign(status="ok")
+
+
+def mixed_plan(source, mix=MIX):
+    """Formats in turn, where they fit; merged layers may differ: transformers doesn't mind."""
+    layers = table(source)
+    planned = layers[layers["quantizable"]]
+    formats = {}
+    for index, (name, cols) in enumerate(zip(planned["name"], planned["cols"], strict=True)):
+        fmt = mix[index % len(mix)]
+        formats[name] = fmt if cols % (FORMATS[fmt].group or 1) == 0 else "int8"
+    plan = make_plan(layers, score="random", rule="top_k", value=0, model=source.identity())
+    overall, matrix = bit_rates(layers, formats, False)
+    return dataclasses.replace(
+        plan,
+        formats=formats,
+        protected=tuple(name for name, fmt in formats.items() if fmt == "16bit"),
+        bytes=price(layers, formats),
+        bits_per_weight=overall,
+        matrix_bits=matrix,
+    )
+
+
+def prepare(directory, tmp_path, mix=MIX):
+    source = resolve(str(directory))
+    return open_run(tmp_path / "run", source.identity()), source, mixed_plan(source, mix)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_stock_transformers_load_exactly_the_plan(tiny, tmp_path, arch, here):
+    run, source, plan = prepare(tiny(arch), tmp_path)
+    folder = q.quantize(run, source, plan, **CT)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    packed = {name for name, module in model.named_modules() if hasattr(module, "weight_packed")}
+    assert packed == {name for name, fmt in plan.formats.items() if fmt != "16bit"}
+    model(torch.tensor([[1, 2, 3]]))  # the first forward unpacks
+    with open_weights(source) as weights:
+        for name, fmt in plan.formats.items():
+            module = model.get_submodule(name)
+            assert type(module) is nn.Linear
+            expected = dequantize(quantize(weights.read(f"{name}.weight"), fmt), torch.float16)
+            assert module.weight.dtype == torch.float16
+            assert torch.equal(module.weight, expected), (name, fmt)
+        rest = [name for name in weights.names if name.removesuffix(".weight") not in plan.formats]
+        state = model.state_dict()
+        assert rest and all(torch.equal(state[name], weights.read(name)) for name in rest)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert abs(size - plan.bytes["total"]) <= max(0.005 * size, verify.SIZE_FLOOR)
+    assert run_info(run)["stages"]["quantize"]["bits"]["int8"] > 0
+
+
+def test_a_fresh_process_computes_the_same_logits(tiny, tmp_path):
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    q.quantize(run, source, plan, **CT)
+    report = run_info(run)["stages"]["quantize"]["fresh_process"]
+    assert report["loaded"] and report["finite"]
+    assert report["max_logit_difference"] <= 1e-3 * report["logit_spread"]
+    assert any("vLLM merges layers" in note for note in report["notes"])
+
+
+def test_the_configuration_is_one_that_the_library_reads(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("qwen3_5"), tmp_path)
+    folder = q.quantize(run, source, plan, **CT)
+    held = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert held["quant_method"] == "compressed-tensors" and held["format"] == "pack-quantized"
+    assert held["quantization_status"] == "compressed"
+    parsed = QuantizationConfig.model_validate({k: v for k, v in held.items() if k != "version"})
+    assert CompressedTensorsConfig(**held).is_quantization_compressed
+    targets = [target for group in parsed.config_groups.values() for target in group.targets]
+    assert sorted(targets) == sorted(name for name, fmt in plan.formats.items() if fmt != "16bit")
+    for name, group in parsed.config_groups.items():
+        assert group.weights.num_bits == FORMATS[name].bits and group.weights.dynamic is False
+        assert group.input_activations is None
+    # vLLM looks for a target of every linear layer that isn't ignored, the output head included.
+    model = load_model(source, device="cpu", dtype=torch.float32)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(targets) | set(parsed.ignore) == linear and "lm_head" in parsed.ignore
+    assert not set(targets) & set(parsed.ignore)
+    assert not any("re:" in name for name in [*targets, *parsed.ignore])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.bits])
+def test_file_tensors_decompress_to_the_chosen_values_and_read_back(fmt, dtype):
+    weight = (torch.randn(44, 384, generator=torch.Generator().manual_seed(1)) * 0.03).to(dtype)
+    made = quantize(weight, fmt)
+    parts = ct_parts.parts(made)
+    assert list(parts) == list(ct_parts.suffixes(fmt, False))
+    theirs = PackedQuantizationCompressor.decompress(dict(parts), ct_parts.scheme(fmt, []))["weight"]
+    assert theirs.dtype == dtype and torch.equal(theirs, dequantize(made, dtype))
+    back = ct_parts.packed(fmt, parts)
+    assert torch.equal(dequantize(back, dtype), theirs) and back.shape == made.shape
+    nbytes = FORMATS[fmt].size(44, 384, False, "float16")
+    assert sum(tensor.nbytes for tensor in parts.values()) == nbytes
+
+
+def test_the_saved_plan_is_scored_from_its_own_file(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("llama_untied"), tmp_path)
+    folder = q.quantize(run, source, plan, **CT)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    stock(torch.tensor([[1, 2, 3]]))
+    model = load_model(source, device="cpu", dtype=torch.float32)
+    with open_weights(source) as weights:
+        found = put_saved(model, weights, plan.formats, folder)
+    assert found == {fmt: plan.count(fmt) for fmt in set(plan.formats.values())}
+    for name in plan.formats:
+        assert torch.equal(model.get_submodule(name).weight, stock.get_submodule(name).weight.float())
+    with saved_weights(folder) as saved:
+        assert {name: saved.formats[name] for name in plan.formats} == plan.formats
+
+
+def test_one_flipped_bit_is_found(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    folder = q.quantize(run, source, plan, **CT)
+    path = folder / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    name = next(name for name, fmt in plan.formats.items() if fmt == "int4_g64")
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    begin = header[f"{name}.weight_packed"]["data_offsets"][0] + 8 + int.from_bytes(raw[:8], "little")
+    raw[begin] ^= 1
+    path.write_bytes(raw)
+    saving = q.Saving(torch.float16, torch.float16, False, "error", torch.device("cpu"), CT["backend"])
+    with open_weights(source) as weights, saved_weights(folder) as saved:
+        items = q.list_items(weights, plan.formats, saving)
+        with pytest.raises(CheckpointError, match=name):
+            verify.check_bits(saved, weights, items, saving)
+
+
+def test_zero_points_are_written_only_where_they_can_be_loaded(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("llama"), tmp_path, ASYM)
+    if Version(version("compressed-tensors")) >= Version("0.18"):
+        with pytest.raises(PlanError, match=r"int4_g32_asym: .* can't load zero points \(0\.17 can"):
+            q.quantize(run, source, plan, **CT)
+        return
+    folder = q.quantize(run, source, plan, **CT)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model(torch.tensor([[1, 2, 3]]))
+    with open_weights(source) as weights:
+        for name, fmt in plan.formats.items():
+            expected = dequantize(quantize(weights.read(f"{name}.weight"), fmt), torch.float16)
+            assert torch.equal(model.get_submodule(name).weight, expected), (name, fmt)
+
+
+def test_several_shards_hold_the_same_tensors(tiny, tmp_path, here):
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    whole = load_file(q.quantize(run, source, plan, **CT) / "model.safetensors")
+    folder = q.quantize(run, source, plan, max_shard_size="200KB", **CT)
+    shards = sorted(folder.glob("*.safetensors"))
+    parts = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    assert len(shards) > 2 and parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_the_backend_cannot_hold_is_refused_before_writing(tiny, tmp_path, monkeypatch):
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    with pytest.raises(PlanError, match=r"bitsandbytes checkpoint can't hold .*backend='compressed-tensors'"):
+        q.quantize(run, source, plan, device="cpu")
+    nf4 = mixed_plan(source, ("nf4", "int8"))
+    with pytest.raises(PlanError, match=r"compressed-tensors checkpoint can't hold nf4, which .* layers"):
+        q.quantize(run, source, nf4, **CT)
+    with pytest.raises(CheckpointError, match="Did you mean 'compressed-tensors'"):
+        q.quantize(run, source, plan, backend="compressed_tensors", device="cpu")
+    gpt2 = resolve(str(tiny("gpt2")))
+    with pytest.raises(PlanError, match="Conv1D"):
+        q.quantize(open_run(tmp_path / "gpt2", gpt2.identity()), gpt2, mixed_plan(gpt2), **CT)
+    mixtral = resolve(str(tiny("mixtral")))
+    with pytest.raises(PlanError, match="experts of a compressed-tensors checkpoint"):
+        q.quantize(open_run(tmp_path / "moe", mixtral.identity()), mixtral, mixed_plan(mixtral), **CT)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(CheckpointError, match="pip install compressed-tensors"):
+        q.quantize(run, source, plan, **CT)
+    assert not run.model_dir.exists()
+
+
+def test_groups_that_do_not_divide_are_refused(tiny, tmp_path):
+    source = resolve(str(tiny("llama")))
+    layers = table(source).assign(cols=lambda t: t["cols"].where(t["type"] != "down_proj", 200))
+    with pytest.raises(PlanError, match=r"int4_g128: groups of 128 don't divide its 200 columns"):
+        price(layers, dict.fromkeys(layers["name"][layers["quantizable"]], "int4_g128"))
+    run, source, plan = prepare(tiny("llama"), tmp_path, ("int8",))
+    narrow = dataclasses.replace(plan, formats=plan.formats | {next(iter(plan.formats)): "int4_g64"})
+    name = next(iter(plan.formats))
+    real = q.list_layers(source)
+    listed = [dataclasses.replace(layer, cols=100) if layer.name == name else layer for layer in real]
+    original, q.list_layers = q.list_layers, lambda source: listed
+    try:
+        with pytest.raises(PlanError, match=f"int4_g64 doesn't divide the 100 columns of {name}"):
+            q.quantize(run, source, narrow, **CT)
+    finally:
+        q.list_layers = original
+
+
+def test_another_programs_groups_are_refused():
+    theirs = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}}
+    with pytest.raises(CheckpointError, match=r"group_0.*was not written by notebook 03_quantize"):
+        ct_parts.read_formats(theirs)
+    assert backend_row("bitsandbytes").read_formats({}) is None
+
+
+def test_what_vllm_would_object_to():
+    block = "model.layers.0."
+    qkv = [f"{block}self_attn.{leaf}_proj" for leaf in "qkv"]
+    shapes = dict.fromkeys([*qkv, f"{block}mlp.down_proj"], (256, 256))
+    same = dict.fromkeys(qkv, "int8") | {f"{block}mlp.down_proj": "int4_g64"}
+    assert ct_parts.serving_notes(same, shapes) == []
+    (torn,) = ct_parts.serving_notes(same | {qkv[1]: "int4_g64"}, shapes)
+    assert "1 groups" in torn and "q_proj" in torn
+    (odd,) = ct_parts.serving_notes(same, shapes | {qkv[0]: (256, 576)})
+    assert odd.startswith("1 quantized layers")
+    assert ct_parts.serving_notes(dict.fromkeys(qkv, "16bit"), shapes | {qkv[0]: (5, 7)}) == []
+
+
+def test_a_plan_keeps_merged_layers_together(tiny):
+    layers = table(resolve(str(tiny("qwen3_5"))))
+    planned = layers["quantizable"]
+    generator = torch.Generator().manual_seed(0)
+    for fmt in ("int4_g64", "int8"):
+        cost = torch.rand(len(layers), generator=generator).numpy() * (1 if fmt == "int8" else 20)
+        layers[f"fisher_{fmt}"] = layers[f"predicted_{fmt}"] = cost
+    options = {
+        "score": "fisher",
+        "rule": "matrix_bits",
+        "value": 6.5,
+        "formats": ("int4_g64", "int8", "16bit"),
+    }
+    fused = make_plan(layers, group="fused", **options)
+    free = make_plan(layers, **options)
+    shapes = {row.name: (row.rows, row.cols) for row in layers[planned].itertuples()}
+    merged = [note for note in ct_parts.serving_notes(fused.formats, shapes) if "merges" in note]
+    assert merged == [] and any("merges" in note for note in ct_parts.serving_notes(free.formats, shapes))
+    assert fused.predicted_kl > free.predicted_kl
+    assert isinstance(fused, ProtectionPlan) and fused.writers == {"compressed-tensors"}
