@@ -70,7 +70,7 @@ def analyze(
     layers: str | None = None,
     include_embeddings: bool = False,
     min_tail: int | None = None,
-    formats: Sequence[str] = ("nf4", "int8"),
+    formats: Sequence[str] = ("nf4", "int8", "int4_g64"),
     sensitivity: str = "self",
     refine_at: Sequence[float] = (),
     windows: int | None = None,

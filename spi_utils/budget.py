@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SENSITIVITY_TOKENS = 32 * 256
 BACKWARD = 3  # a forward and a backward pass, in forward passes
-CHANGES = 4  # ΔW·x for two formats, in and out of their codes, in forward passes of the matrices
+CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
 LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
 INTERPRETER = 3_000_000_000  # bytes of memory: Python, torch, CUDA's context
 SPEED_TOKENS = 2 * 6 * 64  # timed generations of two models
@@ -159,8 +159,8 @@ def _gradients(model: Model, machine: Machine) -> float:
 
 
 def _codes(model: Model) -> float:
-    """The evaluation keeps NF4 and 8-bit codes of every matrix in memory."""
-    return INTERPRETER + model.packed("nf4") + model.packed("int8")
+    """The evaluation keeps NF4, int8 and int4 codes of every matrix in memory."""
+    return INTERPRETER + sum(model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
 
 
 def _analyze(model: Model, machine: Machine) -> float:

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from spi_utils.errors import PlanError
 from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.planning.rules import RULES
+from spi_utils.planning.scores import score_row, suggest
 from spi_utils.runs import Run, layers_fingerprint, read_layers, run_info
 
+# What a layer may become: with a score that only orders layers, and with one whose costs add up.
+TIERS = {
+    "bitsandbytes": (("nf4", "16bit"), ("nf4", "16bit")),
+    "compressed-tensors": (("int4_g64", "16bit"), ("int4_g64", "int8", "16bit")),
+}
+AUTO_GROUP = {"bitsandbytes": None, "compressed-tensors": "fused"}
 
-def decide(run: Run, *, force: bool = False, **choices: Any) -> ProtectionPlan:
+
+def decide(
+    run: Run,
+    *,
+    backend: str = "bitsandbytes",
+    formats: Sequence[str] = (),
+    group: str | None = "auto",
+    force: bool = False,
+    **choices: Any,
+) -> ProtectionPlan:
     """Write `plan.json` by a score and a rule, and return the plan that the run now holds.
 
     A plan saved from the explorer for this very layer table is kept, and that is said; `force` replaces it.
 
     Args:
         run: a run with a layer table.
+        backend: the checkpoint writer whose formats and grouping are the defaults.
+        formats: what a layer may become; none are the backend's own, see `TIERS`.
+        group: "fused", None, or "auto": "fused" where the backend's checkpoints are for engines that merge
+            layers (compressed-tensors).
         force: replace a plan saved from the explorer.
-        choices: what `plan.make_plan` takes: score, direction, rule, value, formats, double_quant, …
+        choices: what else `plan.make_plan` takes: score, direction, rule, value, double_quant, …
 
     Raises:
-        PlanError: as `make_plan`.
+        PlanError: as `make_plan`, or an unknown backend.
         RunError: no layer table.
     """
     mark = layers_fingerprint(run)
@@ -30,9 +53,22 @@ def decide(run: Run, *, force: bool = False, **choices: Any) -> ProtectionPlan:
         )
         return kept
     model = run_info(run)["model"]
+    if backend not in TIERS:
+        raise PlanError(f"unknown backend {backend!r}.{suggest(backend, TIERS)} Known: {', '.join(TIERS)}.")
+    choices["formats"] = tuple(formats) or default_formats(backend, **choices)
+    choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
     plan = make_plan(read_layers(run), model=model, layers_fingerprint=mark, **choices)
     plan.write(run.plan_json)
     return plan
+
+
+def default_formats(
+    backend: str, score: str = "alpha_hill", direction: str = "high", rule: str = "claim", **_: Any
+) -> tuple[str, ...]:
+    """A backend's formats: all of its tiers where costs add up and a budget is spent, else two."""
+    ordered, additive = TIERS[backend]
+    spends = rule in RULES and (bool(RULES[rule].unit) or rule == "max_kl")
+    return additive if score_row(score).additive and direction == "high" and spends else ordered
 
 
 def _saved_by_hand(run: Run, mark: str) -> ProtectionPlan | None:

@@ -10,6 +10,7 @@ read and compared in protection.py. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,14 @@ def make_plan(
     if RULES[rule].unit:
         weight |= {"budget": ask.goal, "miss": ask.goal - ask.size(answer.formats) - ask.offset}
     overall, matrix = bit_rates(layers, assigned, double_quant)
+    cost = predicted_kl(layers, assigned)
+    said = [answer.sentence, *remarks(ask, answer, weight)]
+    if group and cost is not None:
+        free = pose(
+            layers, score, direction, formats, double_quant=double_quant,
+            force_16bit=force_16bit, forbid_16bit=forbid_16bit, seed=seed,
+        )  # fmt: skip
+        said.append(_price_of_grouping(layers, replace(ask, problem=free), cost))
     return ProtectionPlan(
         model=dict(model or {}),
         score=score,
@@ -99,12 +108,22 @@ def make_plan(
         bytes=weight,
         bits_per_weight=overall,
         matrix_bits=matrix,
-        predicted_kl=predicted_kl(layers, assigned),
+        predicted_kl=cost,
         layers_fingerprint=layers_fingerprint,
         origin=origin,
-        reason=" ".join([answer.sentence, *remarks(ask, answer, weight)]),
+        reason=" ".join(said),
         options=_options(group, force_16bit, forbid_16bit, seed),
     )
+
+
+def _price_of_grouping(layers: pd.DataFrame, ask: Ask, cost: float) -> str:
+    """What keeping groups together costs: predicted KL beside that of the same choice layer by layer."""
+    p = ask.problem
+    choice = RULES[ask.rule].choose(ask).formats[p.member]
+    free = predicted_kl(layers, dict(zip(p.names, (p.formats[place] for place in choice), strict=True)))
+    if free is None:
+        return ""
+    return f"Layers that engines merge share a format: predicted KL {cost:.4g}, layer by layer {free:.4g}."
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:

@@ -195,8 +195,8 @@ def _check_shapes(plan: ProtectionPlan, layers: Sequence[Layer], backend: str) -
     experts = [layer.name for layer in layers if layer.role == "experts"]
     if backend == "compressed-tensors" and experts:
         raise PlanError(
-            f"{experts[0]}: transformers expects the experts of a compressed-tensors checkpoint to be packed, "
-            "and this project keeps stacked experts in 16-bit. Use backend='bitsandbytes'."
+            f"{experts[0]}: transformers expects the experts of a compressed-tensors checkpoint to be "
+            "packed, and this project keeps stacked experts in 16-bit. Use backend='bitsandbytes'."
         )
     if backend == "compressed-tensors" and conv1d:
         raise PlanError(

@@ -44,6 +44,7 @@ def other_runs(run: runs.Run) -> str:
 
 RUN_HEADS = (
     *("run: model, plan, text", "matrix bits", "Δ loss", "KL plan", "random", "Fisher", "Fisher with int8"),
+    "Fisher with int4, int8",
     "int8",
 )
 
@@ -51,7 +52,7 @@ RUN_HEADS = (
 def _run_row(row: Mapping[Any, Any]) -> list[str]:
     delta = {"mean": row["Δ loss"], "low": row["Δ low"], "high": row["Δ high"]}
     delta = {name: None if math.isnan(value) else value for name, value in delta.items()}  # None: unbounded
-    losses = (row[f"KL {key}"] for key in ("plan", "random", "fisher", "fisher_int8", "int8"))
+    losses = (row[f"KL {key}"] for key in ("plan", "random", "fisher", "fisher_int8", "fisher_int4", "int8"))
     return [
         f"{row['run']}: {row['model']}, {row['plan']}, {row['windows']} windows of {row['text']}",
         f"{row['matrix bits']:.2f}",

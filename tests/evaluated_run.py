@@ -22,11 +22,11 @@ def layer_table(source: ModelSource, *, sensitivity: bool = True) -> pd.DataFram
     rng, planned = np.random.default_rng(0), layers["quantizable"]
     layers["alpha_hill"] = np.where(planned, rng.uniform(2, 6, len(layers)), np.nan)
     layers["bytes_16bit"] = 2 * layers["numel"]
-    for fmt in ("nf4", "int8"):
+    for fmt in ("nf4", "int8", "int4_g64"):
         shapes = zip(layers["rows"], layers["cols"], layers["numel"], planned, strict=True)
         layers[f"bytes_{fmt}"] = [layer_bytes(fmt, r, c) if p else 2 * n for r, c, n, p in shapes]
         if sensitivity:
-            cost = rng.lognormal(-7, 0.5, len(layers)) / (1 if fmt == "nf4" else 80)
+            cost = rng.lognormal(-7, 0.5, len(layers)) / (80 if fmt == "int8" else 1)
             layers[f"fisher_{fmt}"] = np.where(planned, cost, np.nan)
             layers[f"predicted_{fmt}"] = layers[f"fisher_{fmt}"]
     return layers

@@ -48,7 +48,8 @@ def test_every_parameter_is_in_the_table_once(analysed, tiny):
 
 def test_columns_and_bytes(analysed):
     run, table = analysed
-    bytes_and_errors = ["bytes_16bit", "bytes_nf4", "bytes_nf4_dq", "bytes_int8", "error_nf4", "error_int8"]
+    sizes = ["bytes_16bit", "bytes_nf4", "bytes_nf4_dq", "bytes_int8", "bytes_int4_g64"]
+    bytes_and_errors = [*sizes, "error_nf4", "error_int8", "error_int4_g64"]
     assert list(table) == [*LAYER_KEYS, *COLUMNS, "alphaq", "swan", *bytes_and_errors]
     planned = table[table["quantizable"]]
     rows, cols = map(int, planned.iloc[0][["rows", "cols"]])

@@ -82,8 +82,11 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_profiles_work_is_counted():
-    assert work_of("quick") == (24 * 256, 12)  # reference, nf4, plan; other end, fisher twice, int8; 5 random
-    assert work_of("full", random_seeds=2) == (2 * 96 * 512, 13)
+    assert work_of("quick") == (
+        24 * 256,
+        14,
+    )  # reference, nf4, plan; other end, fisher thrice, int8, int4; 5 random
+    assert work_of("full", random_seeds=2) == (2 * 96 * 512, 15)
 
 
 def test_a_run_is_announced_on_a_t4_only_and_refused_where_it_does_not_fit(tiny, monkeypatch, capsys):

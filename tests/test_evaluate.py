@@ -211,7 +211,7 @@ def test_without_sensitivity_fisher_is_left_out_and_said(tiny):
 
     layers = layer_table(resolve(str(tiny("llama"))), sensitivity=False)
     variants, skipped = controls.make_variants(layers, make_plan(layers), controls.QUICK)
-    assert set(skipped) == {"fisher", "fisher_int8"} and not set(skipped) & set(variants)
+    assert set(skipped) == {"fisher", "fisher_int8", "fisher_int4"} and not set(skipped) & set(variants)
     assert all("01_analyze" in why for why in skipped.values())
     assert variants["plan"].predicted_kl is None
 
@@ -222,7 +222,7 @@ def test_quick_holds_the_mix_to_take_home():
     variants, _ = controls.make_variants(layers, make_plan(layers), controls.QUICK)
     mix, int8 = variants["fisher_int8"], variants["int8"]
     assert mix.equal_bytes and mix.bytes > int8.bytes and mix.predicted_kl < int8.predicted_kl
-    assert {"16bit", "int8"} <= set(mix.formats.values()) and len(variants) == 3 + 4 + 5
+    assert {"16bit", "int8"} <= set(mix.formats.values()) and len(variants) == 3 + 6 + 5
 
 
 def test_an_unknown_control_or_profile_is_refused(ready):

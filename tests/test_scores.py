@@ -59,7 +59,7 @@ def test_additive_scores_are_nats_a_gigabyte():
     total = layers["predicted_nf4"].sum() / layers["fisher_nf4"].sum()
     assert score_values(layers, "fisher")[3] == pytest.approx(row["fisher_nf4"] * total / spent * 1e9)
     between = (row["fisher_nf4"] * total - row["fisher_int8"] * 1.1) / (
-        192 * 576 + 4 * 192 - 192 * 576 * 4.5 / 8
+        192 * 576 + 2 * 192 - 192 * 576 * 4.5 / 8
     )
     assert score_values(layers, "fisher", formats=("int8", "nf4"))[3] == pytest.approx(between * 1e9)
 

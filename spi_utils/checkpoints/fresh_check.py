@@ -81,7 +81,9 @@ def unpack_into(model: torch.nn.Module, folder: Path, held: dict[str, Any], name
             zero = unpacked(tensors[f"{stem}_zero_point"].T, bits[name]).T[:rows]
             code = code - zero[:, :, None]
         value = code.to(scale.dtype) * scale[:, :, None]
-        model.get_submodule(name).weight.copy_(value.view(rows, cols))
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        weight.copy_(value.view(rows, cols))
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ def int4_codes(weight: torch.Tensor, group: int, *, symmetric: bool, search: boo
         pairs = (code - LOWEST).to(torch.uint8).view(-1, cols // 2, 2)
         codes[start : start + step] = pairs[..., 0] | (pairs[..., 1] << 4)
         scales[start : start + step] = scale.view(-1, cols // group)
-        if zeros is not None:
+        if zeros is not None and zero is not None:
             zeros[start : start + step] = zero.to(torch.int8).view(-1, cols // group)
 
     step = max(1, (CHUNK if device.type == "cpu" else 256 * CHUNK) // cols)

@@ -71,7 +71,8 @@ def estimate(switch: Switch, batch: int, length: int, formats: int, checkpoint: 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total = weights + batch * length * wide * size + 3 * largest * 4 + 2 * LOGIT_BYTES
     if switch.device.type == "cpu":
-        codes = sum(rows * cols for rows, cols in shapes) * (1.6 if formats > 1 else 0.6)
+        codes = sum(rows * cols for rows, cols in shapes) * (0.6 + (1.0 if formats > 1 else 0.0))
+        codes += sum(rows * cols for rows, cols in shapes) * 0.6 * max(0, formats - 2)
         total += codes + HOST_ROOM
     return int(total)
 

@@ -49,6 +49,8 @@ LOOKS = {
     "other_direction": Look(PURPLE, "v"),
     "fisher": Look(GREEN, "^", 9),
     "fisher_int8": Look(GREEN, "P", 9),
+    "fisher_int4": Look(BLUE, "*", 12),
+    "int4": Look(ORANGE, "d"),
     "noise": Look(SKY, "X"),
     "first_last": Look(BLUE, "<"),
     "smallest_first": Look(BLUE, ">"),
@@ -171,7 +173,7 @@ def window_differences(evaluation: Evaluation) -> Figure:
     reference = np.array(evaluation.variants["reference"]["window_nll"])
     shown = [
         key
-        for key in ("nf4", "plan", "other_direction", "fisher", "fisher_int8", "int8")
+        for key in ("nf4", "plan", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
         if key in evaluation.variants
     ]
     for key in shown:

@@ -29,6 +29,7 @@ from spi_utils.figures.plotting import (
     styled,
 )
 from spi_utils.figures.score_figures import planned_layers
+from spi_utils.formats import FORMATS
 from spi_utils.planning.pricing import nominal_bits
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
 
 FORMAT_LABELS = {"16bit": "16-bit", "int8": "8-bit (int8)", "nf4": "4-bit (NF4)"}
+FORMAT_LABELS |= {name: f"4-bit ({name})" for name in FORMATS if name.startswith("int4")}
 EMPTY = "#FFFFFF"
 OTHER_FORMAT = SKY
 MOST_COLUMNS = 400

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from spi_utils.formats import FORMATS
 from spi_utils.planning.scores import score_row
 from spi_utils.runs import atomic_path
 
@@ -35,6 +36,7 @@ CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 MARKERS = "os^DvPX*"
 # What a layer is stored as. 16-bit stands out, NF4 recedes.
 FORMAT_COLOURS = {"16bit": VERMILLION, "int8": ORANGE, "nf4": "#CFE0EC"}
+FORMAT_COLOURS |= {name: "#CFE0EC" for name in FORMATS if name.startswith("int4")}
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

@@ -11,7 +11,11 @@ from spi_utils.hub.card_text import body
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TAGS = ["nf4", "bitsandbytes", "4-bit", "mixed-precision", "quantized", "spectral-analysis"]
+TAGS = ["4-bit", "mixed-precision", "quantized", "spectral-analysis"]
+BACKEND_TAGS = {
+    "bitsandbytes": ["nf4", "bitsandbytes"],
+    "compressed-tensors": ["compressed-tensors", "int4", "int8", "vllm"],
+}
 # What a text's source is called on the Hub: (dataset id, config, split).
 DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
 
@@ -48,7 +52,7 @@ def _data(facts: Facts) -> ModelCardData:
         license=facts.licence.id or "unknown",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, str(facts.plan["score"])],
+        tags=[*BACKEND_TAGS[facts.backend], *TAGS, str(facts.plan["score"])],
         datasets=[dataset[0]] if dataset else None,
         model_name=facts.repo_id.split("/")[-1],
         eval_results=_eval_results(facts),

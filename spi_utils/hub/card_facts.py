@@ -42,6 +42,12 @@ class Facts:
         return self.base or Path(str(self.identity["id"])).name
 
     @property
+    def backend(self) -> str:
+        """The package that loads the quantized layers."""
+        lower = set(self.plan["formats"].values()) - {"16bit"}
+        return "bitsandbytes" if lower <= {"nf4"} else "compressed-tensors"
+
+    @property
     def parameters(self) -> int:
         """True number of parameters (the Hub counts packed 4-bit weights as half or less)."""
         return int(self.layers["numel"].sum())

@@ -22,11 +22,20 @@ ROWS = {
     "other_direction": "the score's other end, equal bytes",
     "fisher": "chosen by Fisher information, equal bytes",
     "fisher_int8": "chosen by Fisher information, with 8-bit as a tier, equal bytes",
+    "fisher_int4": "4-bit integers, 8-bit and 16-bit, chosen by Fisher information, equal bytes",
     "int8": "8-bit everywhere",
+    "int4": "4-bit integers (groups of 64) everywhere",
 }
 HEADER = """| weights | GB | perplexity | Δ loss to 16-bit (95 %) | mean KL | 99.9 % KL | same top token |
 | --- | --- | --- | --- | --- | --- | --- |"""
 EQUAL_BYTES = 0.005  # "equal bytes" as the evaluation's controls mean it
+# What a backend does with the weights in memory, where a user would be surprised.
+LOADED = {
+    "bitsandbytes": "",
+    "compressed-tensors": " transformers unpacks the weights to 16 bits at the first forward pass, so the "
+    "file is small but the memory is not; vLLM keeps them packed (`vllm serve`, by its public source; not "
+    "tried here).",
+}
 # What stats.verdict says of "a lower KL than random choices".
 VERDICTS = {
     "supported": "the choice of layers matters.",
@@ -74,7 +83,7 @@ def _summary(facts: Facts) -> str:
 
 {base} with {len(plan["protected"])} of its {planned} weight matrices kept in 16-bit and the others
 in {lower}. It is a plain transformers checkpoint: nothing but `transformers`, `accelerate` and
-`bitsandbytes` is needed to load it.
+`{facts.backend}` is needed to load it.
 
 For whom: for those who run {facts.base_name} where its 16-bit weights are too large, and who want to see what
 the smaller file costs before using it.
@@ -101,8 +110,8 @@ model = AutoModelForCausalLM.from_pretrained("{facts.repo_id}", device_map="auto
 tokenizer = AutoTokenizer.from_pretrained("{facts.repo_id}")
 ```
 
-`pip install transformers accelerate bitsandbytes` comes first. `generate.py` in this repository answers
-a prompt and prints tokens a second and peak memory."""
+`pip install transformers accelerate {facts.backend}` comes first. `generate.py` in this repository answers
+a prompt and prints tokens a second and peak memory.{LOADED[facts.backend]}"""
 
 
 def _measured(facts: Facts) -> str:
@@ -251,7 +260,7 @@ def _not_verified(facts: Facts) -> str:
         f"speed, memory and outputs on hardware other than the measuring machine's{run_on}",
         "downstream tasks, instruction following, safety behaviour, tool use",
         f"contexts longer than {facts.evaluation['text']['window_length']} tokens",
-        "loaders other than transformers with bitsandbytes (vLLM, llama.cpp, MLX, …), and fine-tuning",
+        f"loaders other than transformers with {facts.backend} (vLLM, llama.cpp, MLX, …), and fine-tuning",
     ]
     return "## Not verified\n\n" + "\n".join(f"- {point}" for point in points)
 

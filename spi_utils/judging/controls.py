@@ -14,11 +14,12 @@ import pandas as pd
 
 from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
-from spi_utils.planning.pricing import bit_rates, price
+from spi_utils.planning.pricing import able, bit_rates, nominal_bits, price
 from spi_utils.planning.scores import available_scores
 
-QUICK = ("other_direction", "fisher", "fisher_int8", "int8", "random")
+QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
 FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
+INT4 = "int4_g64"  # the uniform 4-bit rival, and the low tier of the mixes for vLLM
 EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total bytes
 
 
@@ -26,10 +27,11 @@ EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total byt
 class Variant:
     """A choice of formats over the planned layers.
 
-    `formats` {module: "16bit" | "nf4" | "int8" | "noise"}; `bytes` as the saved file would hold it (`noise`
-    counts as the NF4 it stands for); `bits_per_weight` over all weights, `matrix_bits` over the planned
-    matrices; `predicted_kl` in nats a token, None without sensitivity; `equal_bytes` marks the plan and the
-    controls that share its budget, `bytes_miss` their distance from it, a share of the 16-bit model's bytes.
+    `formats` {module: a row of `formats.FORMATS`, or "noise"}; `bytes` as the saved file would hold it
+    (`noise` counts as the NF4 it stands for); `bits_per_weight` over all weights, `matrix_bits` over the
+    planned matrices; `predicted_kl` in nats a token, None without sensitivity; `equal_bytes` marks the plan
+    and the controls that share its budget, `bytes_miss` their distance from it, a share of the 16-bit model's
+    bytes.
     """
 
     key: str
@@ -122,19 +124,39 @@ def _priced(
 
 
 def _everything(fmt: str) -> Choose:
-    return lambda layers, plan, seed: dict.fromkeys(layers.loc[layers["quantizable"], "name"], fmt)
+    def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
+        planned = layers["quantizable"].to_numpy(bool)
+        held = able(layers, fmt)
+        return {
+            name: fmt if fits else "16bit"
+            for name, fits in zip(layers.loc[planned, "name"], held[planned], strict=True)
+        }
+
+    return choose
+
+
+def tiers(plan: ProtectionPlan) -> tuple[str, str]:
+    """The two formats of the plan's 16-bit hybrids: its smallest one (NF4 if there is none) and 16-bit."""
+    lower = {fmt for fmt in plan.formats.values() if fmt != "16bit"}
+    return min(lower, key=nominal_bits, default="nf4"), "16bit"
 
 
 def _by_score(
-    score: str, formats: Sequence[str] = ("nf4", "16bit"), number: int = 0, flip: bool = False
+    score: str,
+    formats: Sequence[str] = (),
+    number: int = 0,
+    flip: bool = False,
+    group: str | None = None,
 ) -> Choose:
-    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end."""
+    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end, and no
+    formats are the plan's two tiers."""
 
     def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
-        if score and score not in available_scores(layers, formats):
+        chosen = formats or tiers(plan)
+        if score and score not in available_scores(layers, chosen):
             raise PlanError(
-                f"layers.csv lacks {score}'s column for {', '.join(formats)}. "
-                "Run notebook 01_analyze with sensitivity='self'."
+                f"layers.csv lacks {score}'s column for {', '.join(chosen)}. Run notebook 01_analyze with "
+                "sensitivity='self' and these among its cost_formats."
             )
         other = "low" if plan.direction == "high" else "high"
         return equal_bytes_plan(
@@ -142,9 +164,10 @@ def _by_score(
             total_bytes=plan.bytes["total"],
             score=score or plan.score,
             direction=other if flip else "high",
-            formats=formats,
+            formats=chosen,
             double_quant=plan.double_quant,
             seed=number,
+            group=group,
         ).formats
 
     return choose
@@ -168,7 +191,12 @@ CONTROLS: dict[str, Control] = {
     "fisher": Control("Fisher's optimum", _by_score("fisher")),
     # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
     "fisher_int8": Control("Fisher's optimum with int8", _by_score("fisher", ("nf4", "int8", "16bit"))),
+    # What vLLM serves: merged layers share a format.
+    "fisher_int4": Control(
+        "Fisher's optimum, int4 and int8", _by_score("fisher", (INT4, "int8", "16bit"), group="fused")
+    ),
     "int8": Control("int8 everywhere", _everything("int8"), equal_bytes=False),
+    "int4": Control("int4 (groups of 64) everywhere", _everything(INT4), equal_bytes=False),
     "noise": Control("the plan, noise for NF4", _noise),
     "first_last": Control("first and last blocks", _by_score("first_last")),
     "smallest_first": Control("smallest layers first", _by_score("smallest")),

@@ -22,7 +22,7 @@ QUESTIONS = {
     "int8": "beats int8 everywhere",
     "fisher": "beats Fisher's choice",
 }
-SHOWN = ("fisher", "fisher_int8", "int8")
+SHOWN = ("fisher", "fisher_int8", "fisher_int4", "int8")
 
 
 def evaluated_beside(run: Run) -> list[Path]:

@@ -6,6 +6,12 @@ from spi_utils import stats
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.report_html import size
 
+# Variants with more than two formats, and what they add in words.
+MIXES = {
+    "fisher_int8": "with int8 as a tier",
+    "fisher_int4": "of int4, int8 and 16-bit (notebook 02 with backend='compressed-tensors' makes it)",
+}
+
 
 def headline_of(evaluation: Evaluation) -> str:
     """Size, perplexity, what the selection is worth, and a better mix if any."""
@@ -39,20 +45,22 @@ def _worth(evaluation: Evaluation) -> str:
 
 
 def mix_sentence(evaluation: Evaluation) -> str:
-    """The mix worth taking home: Fisher's optimum with int8, where it is the best at the plan's bytes.
+    """The mix worth taking home: Fisher's optimum with more tiers, where it is the best at the plan's bytes.
 
     Empty unless its KL is the lowest of all equal-bytes variants and below the plan's by an interval.
     """
     variants = evaluation.variants
-    if "fisher_int8" not in variants:
+    held = [key for key in MIXES if key in variants]
+    if not held:
         return ""
-    mix, plan = variants["fisher_int8"], variants["plan"]
+    best = min(held, key=lambda key: variants[key]["kl_mean"])
+    mix, plan = variants[best], variants["plan"]
     paired = stats.paired(mix["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
     least = min(one["kl_mean"] for one in variants.values() if one["equal_bytes"])
     if mix["kl_mean"] > least or stats.verdict(paired, "lower") != "supported":
         return ""
     return (
-        "The best mix at these bytes is Fisher's optimum with int8 as a tier: its KL is "
+        f"The best mix at these bytes is Fisher's optimum {MIXES[best]}: its KL is "
         f"{mix['kl_mean']:.4f} nats a token, the plan's {plan['kl_mean']:.4f}."
     )
 
@@ -76,6 +84,10 @@ def switching_sentence(evaluation: Evaluation) -> str:
         f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
         f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
     )
-    if "fisher_int8" in variants:
-        sentence += f"; with int8 as a third tier the KL would be {variants['fisher_int8']['kl_mean']:.4f}"
+    for key, words in {
+        "fisher_int8": "with int8 as a third tier",
+        "fisher_int4": "from int4 and int8",
+    }.items():
+        if key in variants:
+            sentence += f"; {words} the KL would be {variants[key]['kl_mean']:.4f}"
     return f"{sentence}."
