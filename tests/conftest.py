@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.fixtures import browser, visit, voila  # noqa: F401  (one browser for all tests that need it)
+from tests.browser.fixtures import browser, classic, visit, voila  # noqa: F401  (one browser for all tests that need it)
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -36,7 +36,11 @@ COMMON |= {"jinja2": "3.1.6", "packaging": "25.0", "threadpoolctl": "3.6.0"}  # 
 KAGGLE = {**COMMON, "torch": "2.10.0+cu128", "transformers": "5.0.0", "huggingface-hub": "1.11.0"}
 KAGGLE |= {"ipywidgets": "8.1.5", "papermill": "2.6.0", "numpy": "2.0.2"}
 COLAB = {**COMMON, "torch": "2.11.0+cu128", "transformers": "5.15.0", "huggingface-hub": "1.27.0"}
-COLAB |= {"ipywidgets": "7.7.1", "numpy": "2.1.3"}
+COLAB |= {"ipywidgets": "7.7.1", "numpy": "2.1.3", "pandas": "2.2.2", "psutil": "5.9.5"}
+# Colab's front end speaks to these very versions.
+COLAB_KERNEL = {"ipykernel": "6.17.1", "ipython": "7.34.0", "jupyter-client": "7.4.9", "traitlets": "5.7.1"}
+COLAB_KERNEL |= {"pyzmq": "26.2.1", "tornado": "6.5.1"}
+COLAB |= COLAB_KERNEL
 
 
 def names(requirements):
@@ -163,7 +167,8 @@ def test_pip_is_asked_for_the_absent_alone_and_holds_the_platforms_own(monkeypat
     monkeypatch.setattr(platforms, "installed_versions", lambda: COLAB)
     asked = install_missing(REQUIREMENTS, run=pip)
     assert pip.command[-len(asked) :] == asked and "--no-index" not in pip.command
-    assert set(pip.held) == {"torch==2.11.0+cu128", "numpy==2.1.3", "ipywidgets==7.7.1"}
+    kernel = {f"{name}=={version}" for name, version in COLAB_KERNEL.items()}
+    assert set(pip.held) == {"torch==2.11.0+cu128", "numpy==2.1.3", "ipywidgets==7.7.1"} | kernel
     assert not any(flag in pip.command for flag in ("--upgrade", "-U", "--force-reinstall"))
     install_missing(REQUIREMENTS, tmp_path, run=pip)
     assert pip.command[pip.command.index("--no-index") :][:3] == ["--no-index", "--find-links", str(tmp_path)]

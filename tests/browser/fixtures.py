@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 CHROMIUM = "chromium"
+IPYWIDGETS = int(version("ipywidgets").split(".")[0])
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -85,22 +87,45 @@ def visit(browser) -> Iterator[Callable[..., Visit]]:
 @pytest.fixture(scope="module")
 def voila(tmp_path_factory) -> Iterator[Callable[[Path], str]]:
     """Serve a notebook, executed anew for each visitor: voila(path) -> its address."""
+    if IPYWIDGETS < 8:
+        pytest.skip("Voila's page is written for ipywidgets 8; test_widgets7.py takes its place")
+    yield from _servers(tmp_path_factory, voila_command)
+
+
+@pytest.fixture(scope="module")
+def classic(tmp_path_factory) -> Iterator[Callable[[Path], str]]:
+    """Open a notebook in the classic Jupyter front end, which ipywidgets 7 was written for."""
+    yield from _servers(tmp_path_factory, classic_command)
+
+
+def voila_command(notebook: Path, port: int) -> tuple[list[str], str]:
+    """The server's command, and the path of the notebook's page on it."""
+    options = ["--VoilaConfiguration.allow_theme_override=YES", "--VoilaExecutor.timeout=300"]
+    return ["voila", str(notebook), "--no-browser", f"--port={port}", *options], ""
+
+
+def classic_command(notebook: Path, port: int) -> tuple[list[str], str]:
+    """As `voila_command`, for Jupyter Notebook 6."""
+    options = ["--NotebookApp.token=", "--NotebookApp.password=", f"--notebook-dir={notebook.parent}"]
+    command = ["notebook", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", *options]
+    return command, f"notebooks/{notebook.name}"
+
+
+def _servers(tmp_path_factory, command_of) -> Iterator[Callable[[Path], str]]:
     servers: list[subprocess.Popen] = []
-    log = tmp_path_factory.mktemp("voila") / "log"
+    log = tmp_path_factory.mktemp("server") / "log"
 
     def serve(notebook: Path) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [
-            *(sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}"),
-            *("--VoilaConfiguration.allow_theme_override=YES", "--VoilaExecutor.timeout=300"),
-        ]
+        arguments, page = command_of(notebook, port)
+        command = [sys.executable, "-m", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log.open("w") as output:
             servers.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
         _wait_for(port, servers[-1], log)
-        return f"http://127.0.0.1:{port}/"
+        return f"http://127.0.0.1:{port}/{page}"
 
     yield serve
     for server in servers:
@@ -112,9 +137,9 @@ def _wait_for(port: int, server: subprocess.Popen, log: Path, seconds: float = 6
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            pytest.fail(f"voila stopped:\n{log.read_text()[-2000:]}")
+            pytest.fail(f"the server stopped:\n{log.read_text()[-2000:]}")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    pytest.fail(f"voila did not start within {seconds:.0f} s:\n{log.read_text()[-2000:]}")
+    pytest.fail(f"the server did not start within {seconds:.0f} s:\n{log.read_text()[-2000:]}")
