@@ -152,6 +152,17 @@ def test_a_dask_cluster_changes_no_bit(analysed, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_scheduler_is_found_by_its_address(analysed, tiny, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    run, _ = analysed
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        where = {"backend": "dask", "scheduler": cluster.scheduler_address, "workers": 2}
+        other, _ = run_analysis(tmp_path / "run", tiny("llama"), **where)
+    assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
+    assert other.spectra.read_bytes() == run.spectra.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_stood(analysed, tiny, tmp_path):
     run, _ = analysed
     script = f"""
@@ -241,6 +252,36 @@ def test_a_truncated_shard_leaves_no_run_behind(broken, tmp_path):
     with pytest.raises(ModelError, match="truncated"):
         analyze(run, source, device="cpu", sensitivity="none")
     assert not run.layers_csv.exists() and not run.spectra.exists()
+
+
+def flip(file, position, bit):
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 1 << bit
+    file.write_bytes(raw)
+
+
+def test_a_flipped_bit_is_another_model_and_one_in_the_header_is_named(broken, tmp_path):
+    model = broken()
+    file = model / "model.safetensors"
+    source = resolve(str(model))
+    run = open_run(tmp_path / "run", source.identity())
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    flip(file, 8 + header + 5000, 3)  # a weight's mantissa: still a number, and nobody could see it
+    with pytest.raises(RunError, match="another model|other weights|not of"):
+        open_run(run.path, resolve(str(model)).identity())
+    flip(file, 8 + 1, 6)  # the header's JSON
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        analyze(open_run(tmp_path / "new", resolve(str(model)).identity()), resolve(str(model)), device="cpu")
+
+
+def test_a_flipped_bit_that_makes_an_infinity_fails_its_layer_alone(broken, tmp_path):
+    def flipped(weight):
+        bits = weight.view(torch.int16)
+        bits[2, 2] = 0x7C00  # float16's exponent all ones: infinity
+        return weight
+
+    run, table = run_analysis(tmp_path / "run", broken(self_attn__o_proj=flipped))
+    assert list(table.loc[table["status"] == "failed", "name"]) == ["model.layers.1.self_attn.o_proj"]
 
 
 @pytest.mark.slow
