@@ -358,13 +358,13 @@ def test_a_wrong_call_is_refused(stubs):
 # --- stopping and going on -------------------------------------------------------------------------------
 
 
-def start(stubs, workers):
+def start(stubs, **options):
     """The batch in a process of its own."""
     code = (
         "import sys; from spi_utils import batch; from tests.test_batch import stub_arguments\n"
         "from pathlib import Path; folder = Path(sys.argv[1])\n"
         "batch.arguments_of = stub_arguments(folder)\n"
-        f"sys.exit(batch.run_batch(folder / 'grid.yaml', folder / 'out', workers={workers}))"
+        f"sys.exit(batch.run_batch(folder / 'grid.yaml', folder / 'out', **{options}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(stubs.folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -390,12 +390,29 @@ def alive(pids):
 def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(stubs, workers):
     stubs.write(models=["a/one"])
     stubs.behave(plan_alpha_hill="hang", plan_fisher="hang")
-    process = start(stubs, workers)
+    process = start(stubs, workers=workers)
+    interrupt(stubs, process)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_jobs_on_a_cluster_too(stubs):
+    distributed = pytest.importorskip("distributed")
+    stubs.write(models=["a/one"])
+    stubs.behave(plan_alpha_hill="hang", plan_fisher="hang")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        interrupt(stubs, start(stubs, scheduler=cluster.scheduler_address))
+
+
+def interrupt(stubs, process):
+    """Ctrl-C once a job hangs: the batch and its jobs end, and the same command goes on."""
     pids = wait_for(stubs.folder / "pids-alpha_hill", process)
     assert alive(pids) == pids
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == batch.INTERRUPTED and "goes on where it stopped" in said
+    until = time.monotonic() + 10  # a cluster's workers look now and then
+    while alive(pids) and time.monotonic() < until:
+        time.sleep(0.1)
     assert alive(pids) == []
     stubs.behave()
     stubs.ran()
@@ -406,7 +423,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(stubs, workers):
 def test_what_a_killed_batch_left_running_is_ended_first(stubs):
     stubs.write(models=["a/one"], scores=["fisher"])
     stubs.behave(plan_fisher="hang")
-    process = start(stubs, 1)
+    process = start(stubs, workers=1)
     pids = wait_for(stubs.folder / "pids-fisher", process)
     state = stubs.out / "jobs" / "one.fisher.claim.seed-0.json"
     wait_until_running(state)
