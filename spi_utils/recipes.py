@@ -1,9 +1,10 @@
 """A plan as other engines' recipes: llama.cpp, llm-compressor, GPTQModel, torchao.
 
-Each engine is a row of `ENGINES`: a pure function that says the plan in its words, its file, and readers that
-prove the file where their package is installed. The rules that hold without one: every planned module is
-named, by a pattern that is anchored, escaped and matches nothing else; unplanned matrices stay 16-bit.
-Engines round in their own ways: the sizes carry over, the predicted KL doesn't.
+Each engine is a row of `ENGINES`: a pure function that says the plan in its words, its file, and the packages
+that can read that file back. What holds without them, by rule: every planned module is named, by its full
+name or a pattern that is anchored, escaped and matches nothing else; unplanned matrices stay 16-bit. Formats
+become the engine's nearest in bits a weight. Engines round in their own ways: the predicted KL is this
+project's and holds for none of them exactly.
 """
 
 from __future__ import annotations
