@@ -34,6 +34,7 @@ IMAGES = {
         # what Colab's front end is tied to, and the classic notebook, in which ipywidgets 7 can be tried
         *("ipykernel==6.17.1", "ipython==7.34.0", "jupyter_client==7.4.9", "traitlets==5.7.1"),
         *("pyzmq==26.2.1", "tornado==6.5.1", "notebook==6.5.7"),
+        *("nbclient==0.10.4", "nbformat==5.10.4", "nbconvert==7.17.1"),
     ),
     "today": ("transformers==5.23.*", "huggingface_hub==2.4.*"),
 }
