@@ -209,11 +209,12 @@ def _verified(evaluation: Evaluation) -> Claim:
     found = evaluation.checkpoint
     names = ("weights", "layers", "plan", "checkpoint", "code", f"text:{evaluation.text['name']}")
     measured = ", ".join(f"{name} {hashes[name][:10]}" for name in names if name in hashes)
+    held = " and ".join(f"{count} {fmt} matrices" for fmt, count in found.items())
     whole = all(name in hashes for name in names) and sum(found.values()) == evaluation.plan["planned"]
     return Claim(
         "verified",
         "the numbers can be traced to exact inputs",
-        f"SHA-256: {measured}; the file holds {found['nf4']} NF4 and {found['16bit']} 16-bit matrices",
+        f"SHA-256: {measured}; the file holds {held}",
         "supported" if whole else "refuted",
     )
 

@@ -203,6 +203,7 @@ def _plan_info(job: Job) -> dict[str, Any]:
 def _kernel(settings: Mapping[str, Any]) -> str:
     place = "CUDA" if settings["device"].startswith("cuda") else "CPU"
     return (
-        f"NF4 dequantized by bitsandbytes ({place}), rounded to the storage dtype; products by torch in "
+        f"NF4 dequantized by bitsandbytes ({place}), int4 and int8 as compressed-tensors decompresses them, "
+        "rounded to the storage dtype; products by torch in "
         f"{settings['dtype']} on the {place}; log-softmax in float32"
     )

@@ -86,7 +86,9 @@ def test_the_tables_and_the_plan_agree(finished):
         "other_direction",
         "fisher",
         "fisher_int8",
+        "fisher_int4",
         "int8",
+        "int4",
         "random_0",
         "random_1",
     }
@@ -112,6 +114,22 @@ def test_plain_transformers_loads_the_checkpoint(finished):
         [sys.executable, "-c", LOAD, str(run.model_dir)], capture_output=True, text=True, check=False, cwd="/"
     )
     assert loaded.stdout.split() == [str(210 - round(0.52 * 210)), "Linear"], loaded.stderr[-2000:]
+
+
+def test_the_other_backend_runs_through_all_notebooks(tiny, tmp_path, evaluation_text):
+    """int4, int8 and 16-bit in one file: planned by Fisher, merged layers together, judged from the file."""
+    run = Run(tmp_path / "mixed")
+    wishes = {"backend": "compressed-tensors", "score": "fisher", "rule": "matrix_bits", "value": 6.5}
+    done = run_all(run.path, evaluation_text, **{**wishes, "model": str(tiny("llama"))})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plan = ProtectionPlan.read(run.plan_json)
+    assert plan.options["group"] == "fused" and {"int4_g64", "int8"} <= set(plan.formats.values())
+    held = json.loads((run.model_dir / "config.json").read_text())["quantization_config"]
+    assert held["quant_method"] == "compressed-tensors"
+    evaluation = json.loads(run.evaluation_json.read_text())
+    assert evaluation["checkpoint"]["int4_g64"] == plan.count("int4_g64")
+    assert {"int4", "int8", "nf4", "fisher_int4", "random_0"} <= set(evaluation["variants"])
+    assert "compressed-tensors" in (run.publish / "README.md").read_text()
 
 
 def test_a_second_run_recognises_what_is_done(finished, evaluation_text):
