@@ -518,7 +518,7 @@ def test_on_how_many_models_is_counted_from_the_intervals(tmp_path):
     assert list(table["verdict"]) == ["supported", "supported", "supported", "not separable", "refuted"]
     (said,) = board.sentences(table)
     assert said.startswith(
-        "alpha_hill, high, beats random layers of the same size on 1 of 3 models (3 of 5 runs; worse on 1)"
+        "α Hill, high end, beats random layers of the same size on 1 of 3 models (3 of 5 runs; worse on 1)"
     )
     assert "from −0.0300 (−0.0400 … −0.0200) to +0.0500 (+0.0300 … +0.0700) nats a token" in said
     figure = board.draw(table)
@@ -533,7 +533,7 @@ def test_runs_without_random_controls_and_no_runs_at_all(tmp_path):
     del evaluation.variants["plan"]["vs_random"]
     table = board.leaderboard([finished(tmp_path / "job", evaluation)])
     assert table["verdict"][0] == "not tested" and np.isnan(table["kl_random"][0])
-    assert board.sentences(table) == ["alpha_hill, high, was not compared with random layers."]
+    assert board.sentences(table) == ["α Hill, high end, was not compared with random layers."]
     board.draw(table)
     empty = board.leaderboard([])
     assert list(empty.columns) == list(table.columns) and board.sentences(empty) == []

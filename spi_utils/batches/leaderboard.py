@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from spi_utils.batches.grid import Job
-from spi_utils.figures.plotting import BLACK, GREEN, GREY, VERMILLION, headline, new_figure, shorten, styled
+from spi_utils.figures.plotting import (
+    BLACK,
+    GREEN,
+    GREY,
+    VERMILLION,
+    headline,
+    new_figure,
+    short_label,
+    shorten,
+    styled,
+)
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.generalization import generalization
 
@@ -91,7 +101,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     A model counts only where every run of it says so.
     """
     return [
-        _sentence(f"{score}, {direction},", rows)
+        _sentence(f"{short_label(score)}, {direction} end,", rows)
         for (score, direction), rows in table.groupby(["score", "direction"], sort=False)
     ]
 
@@ -104,8 +114,8 @@ def _sentence(score: str, rows: pd.DataFrame) -> str:
     lost = tested["verdict"].eq("refuted").groupby(tested["model"]).all()
     runs = int(tested["verdict"].eq("supported").sum())
     return (
-        f"{score} beats random layers of the same size on {int(won.sum())} of {_count(len(won), 'model')} "
-        f"({runs} of {_count(len(tested), 'run')}; worse on {int(lost.sum())}): "
+        f"{score} beats random layers of the same size on {int(won.sum())} of {len(won)} models "
+        f"({runs} of {len(tested)} runs; worse on {int(lost.sum())}): "
         f"KL {tested['ratio'].median():.2f} × random's, {_effects(tested)}."
     )
 
@@ -122,10 +132,6 @@ def _effects(rows: pd.DataFrame) -> str:
 def _interval(row: pd.Series) -> str:
     ends = ("unbounded" if pd.isna(row[end]) else f"{row[end]:+.4f}" for end in ("kl_low", "kl_high"))
     return f"{row['kl_difference']:+.4f} ({' … '.join(ends)})".replace("-", "−")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 @styled
