@@ -101,7 +101,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     A model counts only where every run of it says so.
     """
     return [
-        _sentence(f"{short_label(score)}, {direction} end,", rows)
+        _sentence(f"{short_label(str(score))}, {direction} end,", rows)
         for (score, direction), rows in table.groupby(["score", "direction"], sort=False)
     ]
 
