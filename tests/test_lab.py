@@ -313,14 +313,14 @@ def test_an_effect_counts_where_its_interval_says_so(one, wanted):
     assert verdicts.sign(one) == wanted
 
 
-def made_up(damages, control):
+def made_up(damages, control, rank=(-0.5, -0.3)):
     """A summary whose compact arms have these damage intervals, against a Frobenius control."""
     rows = [
         {"name": f"a{i}", "label": f"a{i}", "kind": "compact", "reached": 5,
          "compactness_ratio": estimate(-0.5, -0.3), "damage_ratio": {"nf4": estimate(*ends)}}
         for i, ends in enumerate(damages)
     ]  # fmt: skip
-    matched = {"frobenius": {"compactness": estimate(-0.5, -0.3), "nf4": estimate(*control)}}
+    matched = {"frobenius": {"compactness": estimate(*rank), "nf4": estimate(*control)}}
     return {"arms": rows, "matched": matched}
 
 
@@ -337,6 +337,11 @@ def made_up(damages, control):
 )
 def test_causes_needs_every_compact_arm_and_more_than_a_smaller_norm(damages, control, wanted):
     assert verdicts.causes(made_up(damages, control)).verdict == wanted
+
+
+def test_a_more_compact_control_that_suffers_more_refutes_the_cause():
+    assert verdicts.causes(made_up([(-0.4, -0.2)], (-0.3, -0.1), rank=(0.1, 0.2))).verdict == "refuted"
+    assert verdicts.causes(made_up([(-0.4, -0.2)], (-0.3, -0.1), rank=(-0.1, 0.2))).verdict == "not separable"
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,7 @@ def log_ratio(
 def arm_table(results: Sequence[Result], base: str = "standard") -> list[dict[str, Any]]:
     """A row an arm: training, spectra, damage, and all of it against the arm `base` (with Holm's p)."""
     arms = by_arm(results)
-    ratios = {
-        (name, kind): log_ratio(runs, arms[base], partial(damage, kind=kind))
-        for name, runs in arms.items()
-        for kind in DAMAGES
-        if name != base
-    }
-    adjusted = holm_family({repr(key): one for key, one in ratios.items() if one is not None})
+    adjusted = {kind: _against(arms, base, kind) for kind in DAMAGES}
     rows = []
     for name, runs in arms.items():
         arm = next(one["arm"] for one in results if one["arm"]["name"] == name)
@@ -74,16 +68,23 @@ def arm_table(results: Sequence[Result], base: str = "standard") -> list[dict[st
             row |= _arm_numbers(list(runs.values()))
             found = log_ratio(runs, arms[base], compactness)
             row["compactness_ratio"] = found.as_dict() if found and name != base else None
-            keys = {kind: repr((name, kind)) for kind in DAMAGES}
+            row["damage_ratio"] = {k: found[name].as_dict() for k, found in adjusted.items() if name in found}
             row["points"] = [
                 {"seed": seed, COMPACTNESS: compactness(one), "kl": {k: damage(one, k) for k in DAMAGES}}
                 for seed, one in runs.items()
             ]
-            row["damage_ratio"] = {
-                kind: adjusted[key].as_dict() for kind, key in keys.items() if key in adjusted
-            }
         rows.append(row)
     return rows
+
+
+def _against(arms: Mapping[str, Mapping[int, Result]], base: str, kind: str) -> dict[str, Estimate]:
+    """ln(arm / base) of one damage for every other arm; Holm's family is the arms."""
+    found = {
+        name: log_ratio(runs, arms[base], partial(damage, kind=kind))
+        for name, runs in arms.items()
+        if name != base
+    }
+    return holm_family({name: one for name, one in found.items() if one is not None})
 
 
 def _arm_numbers(runs: Sequence[Result]) -> dict[str, Any]:

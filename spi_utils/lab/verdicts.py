@@ -73,37 +73,42 @@ def trainable(summary: Summary) -> Answer:
 
 
 def causes(summary: Summary, kind: str = "nf4") -> Answer:
-    """Is every arm more compact than standard also less damaged, and by more than its smaller norm?"""
-    more_compact = [a for a in summary["arms"] if a["reached"] and sign(a.get("compactness_ratio")) < 0]
-    signs = {a["label"]: sign(a["damage_ratio"].get(kind)) for a in more_compact}
-    verdict = all_of(list(signs.values()), -1)
-    control = summary["matched"].get("frobenius")
-    beyond = None if control is None else norm_verdict(control, kind)
-    if verdict == SUPPORTED and beyond is not None and beyond != SUPPORTED:
-        verdict = beyond
+    """Does more compact mean less damaged: for every arm against standard, and against the controls?
+
+    refuted if an arm more compact than standard is more damaged, or if of the reference arm and a control the
+    more compact one is the more damaged: then something else decides.
+    supported if every arm more compact than standard is less damaged, and the reference arm less than the
+    Frobenius control too (compactness, not only a smaller norm).
+    """
+    arms = [a for a in summary["arms"] if a["reached"] and sign(a.get("compactness_ratio")) < 0]
+    signs = {a["label"]: sign(a["damage_ratio"].get(kind)) for a in arms}
     less = [label for label, one in signs.items() if one < 0]
     rest = [label for label, one in signs.items() if one >= 0]
-    text = f"of {len(signs)} arms more compact than standard, {len(less)} are less damaged by {kind.upper()}"
+    text = f"of {len(signs)} arms more compact than standard, {len(less)} suffer less from {kind.upper()}"
     text += f" ({'; '.join(less)})" if less else ""
-    text += f", {len(rest)} are not ({'; '.join(rest)})" if rest else ""
-    if control is not None:
-        text += (
-            f". Against the Frobenius penalty of equal loss and steps, the trace norm's rank is "
-            f"{ratio(control['compactness'])} and its damage {ratio(control[kind])}"
-        )
+    text += f", {len(rest)} don't separably ({'; '.join(rest)})" if rest else ""
+    for name, control in summary["matched"].items():
+        if control["compactness"] and control[kind]:
+            text += f". Over {name.replace('_', ' ')} at equal loss: rank {ratio(control['compactness'])}, "
+            text += f"damage {ratio(control[kind])}"
+    verdict = all_of(list(signs.values()), -1)
+    relations = {name: relation(control, kind) for name, control in summary["matched"].items()}
+    if REFUTED in relations.values():
+        verdict = REFUTED
+    elif verdict == SUPPORTED:
+        verdict = relations.get("frobenius", SUPPORTED)
     meanings = {
         SUPPORTED: "a compact layer needs protection less, because it is compact",
-        REFUTED: "compactness by itself is no reason to leave a layer unprotected",
+        REFUTED: "a layer's compactness does not decide what its quantization costs: measure the cost",
         OPEN: "compact layers may be robust for another reason than their compactness: measure the cost",
     }
     return Answer("compact spectra make networks robust to low precision", verdict, text, meanings[verdict])
 
 
-def norm_verdict(control: Mapping[str, Any], kind: str) -> str:
-    """Is the reference arm, more compact than this control at equal loss, less damaged than it?"""
-    if sign(control["compactness"]) >= 0:
-        return OPEN
-    return {-1: SUPPORTED, 0: OPEN, 1: REFUTED}[sign(control[kind])]
+def relation(control: Mapping[str, Any], kind: str) -> str:
+    """Reference arm over a control: is the more compact one less damaged, more damaged, or can't one tell?"""
+    rank, cost = sign(control["compactness"]), sign(control[kind])
+    return {1: SUPPORTED, 0: OPEN, -1: REFUTED}[rank * cost]
 
 
 def predicts_training(summary: Summary) -> Answer:
@@ -160,6 +165,9 @@ def direction(summary: Summary) -> Answer:
     high, low = (sum(one == which for one in arms.values()) for which in (-1, 1))
     verdict = {-1: SUPPORTED, 0: OPEN, 1: REFUTED}[sign(overall)]
     within = summary["correlations"]["within a type"]["alpha_hill"]["int3"]
+    views = summary["correlations"]["within a model"]
+    known = {key: row["int3"] for key, row in views.items() if row["int3"] is not None}
+    best = max(known, key=lambda key: abs(known[key]["mean"]), default="alpha_hill")
     meanings = {
         SUPPORTED: "on average protect the high end" + (", but not in every model" if low else ""),
         REFUTED: "on average protect the low end" + (", but not in every model" if high else ""),
@@ -169,9 +177,10 @@ def direction(summary: Summary) -> Answer:
         "a threshold should protect high α (flat spectra)",
         verdict,
         f"KL of int3 plans at half the weights, high α over low α: {ratio(overall)}, over random "
-        f"{ratio(against)}; high is better in {high} arms, low in {low} of {len(arms)}. Within a matrix "
-        "type α's ρ "
-        f"with the cost a weight is {interval(within)}",
+        f"{ratio(against)}; high is better in {high} arms, low in {low} of {len(arms)}. Within a model "
+        f"ρ with the cost a weight is {interval(known.get('alpha_hill'))} for α, {interval(within)} "
+        "relative to the "
+        f"matrix type, and strongest for {best}: {interval(known.get(best))}",
         meanings[verdict],
     )
 
