@@ -18,7 +18,8 @@ pytestmark = [
 # Cells that run before the front end listens for widgets would show none.
 READY = """window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel
            && Jupyter.notebook.kernel.is_connected()
-           && "jupyter.widget" in Jupyter.notebook.kernel.comm_manager.targets"""
+           && Jupyter.notebook.kernel.widget_manager"""
+SETTLED = 6000  # ms; the manager then asks the kernel for widgets, and drops what is shown before the answer
 
 
 def test_the_explorer_works_with_ipywidgets_7(tmp_path, classic, visit):
@@ -30,6 +31,7 @@ def test_the_explorer_works_with_ipywidgets_7(tmp_path, classic, visit):
     page = visit().page
     page.goto(classic(tmp_path / "02_visualize.ipynb"), timeout=PATIENCE)
     page.wait_for_function(READY, timeout=PATIENCE)
+    page.wait_for_timeout(SETTLED)
     page.evaluate("Jupyter.notebook.execute_all_cells()")
     page.wait_for_selector(".spi-explorer img", timeout=PATIENCE)
     controls = Controls(page)
