@@ -175,7 +175,7 @@ def _type_mean(levels: Sequence[Result], kind: str, key: str) -> float | None:
     return float(f"{np.mean(held):.4g}") if held else None
 
 
-def shapes(results: Sequence[Result], points: int = 32) -> dict[str, Any]:
+def shapes(results: Sequence[Result], points: int = 24) -> dict[str, Any]:
     """Mean over matrices and seeds of σ_k/σ_1 at `points` ranks k, for every arm and level; for a figure."""
     size = len(results[0]["levels"][0]["shape"])
     ranks = np.unique(np.linspace(0, size - 1, points).round().astype(int))
