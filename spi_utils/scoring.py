@@ -237,15 +237,18 @@ def _reference_rows(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and most likely token of each row of `hidden` (N, d)."""
-    nll, top1 = [], []
-    for rows in torch.arange(len(hidden)).split(head.chunk):
-        raw = head.raw(hidden[rows[0] : rows[-1] + 1], "variant")
-        goals = targets[rows[0] : rows[-1] + 1]
-        for part, goal in zip(raw.split(head.rows), goals.split(head.rows), strict=True):
+    # Made before the loop: small results kept between its large buffers would fragment the heap.
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    top1 = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    for first in range(0, len(hidden), head.chunk):
+        rows = slice(first, first + head.chunk)
+        raw = head.raw(hidden[rows], "variant").split(head.rows)
+        parts = (column[rows].split(head.rows) for column in (targets, nll, top1))
+        for part, goal, loss, best in zip(raw, *parts, strict=True):
             log_p = torch.log_softmax(head.finish(part), dim=-1)  # (rows, V)
-            nll.append(-log_p.gather(1, goal[:, None])[:, 0])
-            top1.append(log_p.argmax(dim=-1))
-    return torch.cat(nll), torch.cat(top1)
+            loss.copy_(log_p.gather(1, goal[:, None])[:, 0].neg_())
+            torch.argmax(log_p, dim=-1, out=best)
+    return nll, top1
 
 
 @torch.inference_mode()
@@ -253,7 +256,7 @@ def _variant_rows(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, reference: Reference | None
 ) -> dict[str, torch.Tensor]:
     """The columns of TokenScores for each row of `hidden` (N, d), without `reference` the loss alone."""
-    # Columns are made before the loop: small results kept between its large buffers would fragment the heap.
+    # As above, columns are made before the loop.
     kinds = COLUMNS if reference is not None else {"nll": torch.float32}
     columns = {k: torch.empty(len(hidden), dtype=v, device=hidden.device) for k, v in kinds.items()}
     for first in range(0, len(hidden), head.chunk):
