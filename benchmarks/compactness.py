@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", metavar="PATH", help="write the summary there")
     parser.add_argument("--costs", action="store_true", help="only what a trace-norm gradient costs")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=None, help="processes; default: one a core")
     parser.add_argument("--folder", default="bench-out/compactness", type=Path, help="for finished runs")
     given = parser.parse_args()

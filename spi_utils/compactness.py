@@ -15,12 +15,12 @@ What a gradient costs (torch 2.13, float32, one core of an AMD EPYC that other j
 it):
 
     shape        exact (SVD)   fast (Gram)   relative error of the fast one at a Gaussian weight
-    96 × 96          0.9           0.4           9e-4
-    96 × 384         1.7           0.7           2e-6
-    512 × 512         89            48           4e-2 (a square Gaussian's smallest σ are tiny)
+    96 × 96          0.9           0.5           8e-4
+    96 × 384         2.0           0.7           1e-6
+    512 × 512         44            25           4e-2 (a square Gaussian's smallest σ are tiny)
 
-Newton-Schulz was slower than the Gram matrix at each of these shapes on the CPU (0.6, 1.6 and 144 ms); a
-randomized SVD of rank 32 is the fastest (0.2, 0.4, 1.2 ms), but its gradient misses every direction beyond
+Newton-Schulz was slower than the Gram matrix at each of these shapes on the CPU (0.6, 1.7 and 71 ms); a
+randomized SVD of rank 32 is the fastest (0.2, 0.5, 1.1 ms), but its gradient misses every direction beyond
 the 32nd.
 """
 

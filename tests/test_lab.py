@@ -269,7 +269,7 @@ def test_the_summary_pairs_by_seed(results):
     assert row["reached"] == 3 and row["damage_ratio"]["nf4"]["p_holm"] is not None
     assert set(found["matched"]) == {"frobenius"} and len(found["through_training"]) == 4 * 3 * 6
     assert len(tables.arm_frame(found)) == 4 and len(tables.plan_frame(found)) == 5
-    assert list(tables.layer_frame(found).columns) == ["arm", "type", "untrained", 4.2, 4.0]
+    assert list(tables.layer_frame(found).columns) == ["arm", "type", "untrained", "loss 4.2", "loss 4"]
     assert len(tables.correlation_frame(found)) == len(correlations.PREDICTORS)
     assert len(tables.matched_frame(found)) == 1
     alone = [r["final"]["layers"]["nf4"] for r in runs if r["arm"]["name"] == "nuclear"]

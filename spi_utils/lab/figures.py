@@ -154,7 +154,7 @@ def _bars(one: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _ticks() -> list[float]:
-    return [round(m * 10.0**e, 6) for e in range(-5, 2) for m in (1, 1.5, 2, 3, 4, 6, 8)]
+    return [round(m * 10.0**e, 6) for e in range(-5, 2) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
 
 def _damage_finding(summary: Summary, kind: str) -> str:

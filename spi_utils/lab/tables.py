@@ -83,7 +83,8 @@ def layer_frame(summary: Summary, statistic: str = COMPACTNESS) -> pd.DataFrame:
         index=["arm", "type"], columns="level", values=statistic, sort=False
     )
     wide = wide[sorted(wide.columns, reverse=True)]
-    return wide.rename(columns={math.inf: "untrained"}).rename_axis(columns="loss").reset_index()
+    titles = {level: "untrained" if level == math.inf else f"loss {level:g}" for level in wide.columns}
+    return wide.rename(columns=titles).rename_axis(columns=None).reset_index()
 
 
 def matched_frame(summary: Summary) -> pd.DataFrame:
