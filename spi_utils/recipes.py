@@ -56,27 +56,40 @@ def write_recipes(
     """Write `recipes/` in the run directory, a recipe an engine; {engine: its file}.
 
     Args:
-        source: the plan's model, for its config. engines: keys of `ENGINES`, None for all.
+        source: the plan's model, for its config. engines: keys of `ENGINES`; None is every engine that this
+            plan can be said to, and those left out are printed with their reason.
 
     Raises:
-        PlanError: an unknown engine or architecture, a plan for another model, that names modules which the
-            model doesn't have, or that quantizes nothing; an engine's reader refuses its recipe. Nothing is
-            written then.
+        PlanError: a plan for another model, or that names modules which the model doesn't have; of an engine
+            that was asked for by name: it is unknown, or doesn't know the architecture, the plan quantizes
+            nothing, or the engine's reader refuses the recipe. Nothing is written then.
     """
     chosen = list(ENGINES if engines is None else engines)
     if unknown := [name for name in chosen if name not in ENGINES]:
         raise PlanError(f"there are no recipes for {unknown[0]!r}; the engines are {', '.join(ENGINES)}.")
-    if set(plan.formats.values()) <= {"16bit"}:
-        raise PlanError("this plan keeps every layer in 16-bit: there is nothing to quantize elsewhere.")
     facts = model_facts(run, plan, source)
     texts: dict[str, str] = {}
+    made = {}
     for name in chosen:
-        recipe = ENGINES[name].make(plan, facts)
-        texts[ENGINES[name].file] = render(name, recipe, check(name, recipe))
+        try:
+            recipe = _recipe(name, plan, facts)
+            texts[ENGINES[name].file] = render(name, recipe, check(name, recipe))
+        except PlanError as error:
+            if engines is not None:
+                raise
+            print(f"no recipe for {name}: {error}")
+            continue
         texts |= recipe.files
+        made[name] = run.path / "recipes" / ENGINES[name].file
     for file, text in texts.items():
         write_text(run.path / "recipes" / file, text)
-    return {name: run.path / "recipes" / ENGINES[name].file for name in chosen}
+    return made
+
+
+def _recipe(name: str, plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
+    if set(plan.formats.values()) <= {"16bit"}:
+        raise PlanError("this plan keeps every layer in 16-bit: there is nothing to quantize elsewhere.")
+    return ENGINES[name].make(plan, facts)
 
 
 def model_facts(run: Run, plan: ProtectionPlan, source: ModelSource) -> ModelFacts:

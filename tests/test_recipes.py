@@ -449,18 +449,20 @@ def test_torchao_quantizes_a_model_with_it(cases, arch):
 # --- bad input -------------------------------------------------------------------------------------------
 
 
-def test_bad_requests_are_explained_and_write_nothing(llama, tmp_path):
+def test_bad_requests_are_explained_and_write_nothing(llama, tmp_path, capsys):
     first = next(iter(llama.plan.formats))
     run = dataclasses.replace(llama.run, path=tmp_path)
     (tmp_path / "layers.csv").write_bytes(llama.run.layers_csv.read_bytes())
 
     def ask(plan=llama.plan, **options):
-        write_recipes(run, plan, llama.source, **options)
+        return write_recipes(run, plan, llama.source, **options)
 
     with pytest.raises(PlanError, match="no recipes for 'ollama'; the engines are llama"):
         ask(engines=["ollama"])
     with pytest.raises(PlanError, match="keeps every layer in 16-bit"):
-        ask(make_plan(llama.source, {first: "16bit"}))
+        ask(make_plan(llama.source, {first: "16bit"}), engines=["torchao"])
+    assert ask(make_plan(llama.source, {first: "16bit"})) == {}  # none asked for: said, and no error
+    assert capsys.readouterr().out.count("no recipe for") == len(ENGINES)
     with pytest.raises(
         PlanError, match=r"1 of the plan's 1 modules are not in this model: model\.layers\.77"
     ):
