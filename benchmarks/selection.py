@@ -60,7 +60,7 @@ class Sizes:
     seeds: int
 
 
-FULL_SIZES = Sizes(oracle=12, score=32, fisher=32, length=256, seeds=5)
+FULL_SIZES = Sizes(oracle=12, score=16, fisher=32, length=256, seeds=5)
 QUICK_SIZES = Sizes(oracle=3, score=8, fisher=16, length=128, seeds=5)
 
 
