@@ -280,7 +280,9 @@ def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     state = bitsandbytes_state(packed)
     state.dtype = dtype
     numel = packed.shape[0] * packed.shape[1]
-    if packed.shape[1] % 2:  # bitsandbytes' fast path wants an even width; blocks ignore rows anyway
+    if packed.shape[1] % BLOCK:
+        # Blocks run on across rows, but bitsandbytes' CPU path (0.50) begins one at every row: values of
+        # widths that 64 doesn't divide come out wrong. As a single row they are right.
         state.shape = torch.Size((1, numel + numel % 2))
     values = functional.dequantize_4bit(packed.codes, state)
     return values.reshape(-1)[:numel].reshape(packed.shape)

@@ -102,7 +102,7 @@ def test_many_callers_at_once_get_the_same_codes_and_leave_the_threads_alone():
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("out", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (10, 9)])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (10, 9), (96, 96), (128, 32), (64, 160)])
 def test_dequantized_values_are_bitsandbytes_own(shape, out, double_quant):
     packed, codes, state = assert_as_bitsandbytes(gaussian(*shape, torch.float16), double_quant)
     scales = state.absmax
@@ -112,7 +112,7 @@ def test_dequantized_values_are_bitsandbytes_own(shape, out, double_quant):
     index = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1)[: shape[0] * shape[1]]
     expected = torch.tensor(NF4_LEVELS)[index] * scales.repeat_interleave(64)[: len(index)]
     assert torch.equal(dequantize(packed, out), expected.to(out).view(shape))
-    if shape[1] % 2 == 0:
+    if shape[1] % 64 == 0:  # elsewhere its CPU path takes blocks to begin at every row: wrong values
         state.dtype = out
         assert torch.equal(dequantize(packed, out), bnb.dequantize_4bit(codes, state))
 
