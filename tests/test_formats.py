@@ -151,25 +151,17 @@ def test_int8_is_bitsandbytes_vectorwise_quantization_but_for_the_scales_roundin
     assert torch.allclose(packed.scales * 127, scales, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt", ["int8", *INT4])
-def test_integer_formats_are_what_compressed_tensors_computes(fmt, dtype):
-    weight = gaussian(40, 256, dtype)
+def test_integer_formats_are_what_compressed_tensors_computes(fmt):
+    """In float32; in 16 bits its quotients round before they are rounded to codes."""
+    weight = gaussian(40, 256)
     weight[3, :128] = 0
     packed = quantize(weight, fmt)
     local, scheme = as_compressed_tensors(packed)
-    with_weight = {key: value for key, value in local.items() if key in ("weight_scale", "weight_zero_point")}
-    theirs = PackedQuantizationCompressor.compress({"weight": weight, **with_weight}, scheme)
+    theirs = PackedQuantizationCompressor.compress({"weight": weight, **local}, scheme)
     back = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
-    ours = dequantize(packed, dtype)
-    assert back.dtype == dtype
-    # The same scales and zero points: the same codes, but where a quotient in 16 bits rounds to a half.
-    step = local["weight_scale"].float()
-    step = step.repeat_interleave(256 // step.shape[1], dim=1)
-    differs = back.float() != ours.float()
-    assert differs.float().mean() < (0.02 if dtype == torch.bfloat16 else 0.002)
-    assert ((back.float() - ours.float()).abs() <= 1.01 * step).all()
-    assert ours[3, :128].abs().max() == 0
+    assert torch.equal(back, dequantize(packed))
+    assert dequantize(packed)[3, :128].abs().max() == 0
 
 
 def as_compressed_tensors(packed):
