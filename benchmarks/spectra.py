@@ -5,10 +5,10 @@ Everything in one process, alternating, medians, on the same weights:
     python -m benchmarks.spectra --json spectra.json     # all of it, about 15 minutes on 2 cores
     python -m benchmarks.spectra --parts shapes fit      # some of it
 
-Parts: `bundled` (the bundled model's 210 matrices: WeightWatcher's analyze() against ours), `shapes` (single
-matrices: decomposition and fit), `fit`, and `memory` (synthetic checkpoints with Qwen3.5-4B's layer shapes).
-WeightWatcher may use every core in its LAPACK; ours works on a layer a core with one BLAS thread each, as
-analyze() does. Single matrices are decomposed with `--threads` on both sides.
+Parts: `bundled` (the bundled model's 210 matrices: WeightWatcher's analyze() against ours), `shapes` (as many
+matrices of one shape as there are cores: decomposition and fit), `fit`, and `memory` (synthetic checkpoints
+with Qwen3.5-4B's layer shapes). WeightWatcher takes a matrix at a time and may use every core in its LAPACK;
+ours, and the bare solve, work on a layer a core with one BLAS thread each, as analyze() does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from spi_utils.formats import relative_error
 from spi_utils.models import list_layers, open_weights, resolve
@@ -66,19 +65,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--threads", type=int, default=cores(), help="for BLAS, on single matrices, both sides"
-    )
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8], help="of the synthetic checkpoints")
     options = parser.parse_args()
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     figures: dict[str, Any] = {"cores": cores(), "processor": processor(), "repeats": options.repeats}
-    figures |= {"blas_threads_on_single_matrices": options.threads}
-    with threadpool_limits(options.threads):
-        if "fit" in options.parts:
-            figures |= measure_fit(options.repeats)
-        if "shapes" in options.parts:
-            figures |= measure_shapes(options.repeats)
+    if "fit" in options.parts:
+        figures |= measure_fit(options.repeats)
+    if "shapes" in options.parts:
+        figures |= measure_shapes(options.repeats)
     if "bundled" in options.parts:
         figures |= measure_bundled(options.repeats)
     if "memory" in options.parts:
@@ -103,7 +97,10 @@ def measure_fit(repeats: int) -> dict[str, Any]:
 
 
 def measure_shapes(repeats: int) -> dict[str, Any]:
-    """Decomposition and fit against WeightWatcher's; what columns, FARMS and NF4's error add to a solve."""
+    """Decomposition and fit against WeightWatcher's; what columns, FARMS and NF4's error add to a solve.
+
+    Seconds a matrix, for a matrix a core at once; NF4's error, which uses all cores itself, one by one.
+    """
     figures: dict[str, Any] = {}
     for rows, cols in SHAPES:
         matrix = random_matrix(rows, cols)
@@ -118,7 +115,11 @@ def measure_shapes(repeats: int) -> dict[str, Any]:
             "float32": lambda w: fit_power_law(decompose(w, precision="float32")[0] ** 2),
             "weightwatcher": weightwatcher_fit,
         }
-        seconds = alternate({name: partial(function, matrix) for name, function in work.items()}, repeats)
+        alone = {"weightwatcher", "nf4"}
+        turns: dict[str, Callable[[], Any]] = {
+            name: partial(each, f, matrix, spread_out=name not in alone) for name, f in work.items()
+        }
+        seconds = {name: value / cores() for name, value in alternate(turns, repeats).items()}
         at = f"{rows}x{cols}"
         figures[f"seconds_{at}"] = {name: round(value, 4) for name, value in seconds.items()}
         for name in ("columns", "farms", "nf4"):
@@ -218,6 +219,16 @@ def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str
             function()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def each(function: Callable[[torch.Tensor], Any], matrix: torch.Tensor, *, spread_out: bool) -> None:
+    """The same work on as many matrices as there are cores: side by side, or one after the other."""
+    jobs = [(matrix.clone(),) for _ in range(cores())]
+    if spread_out:
+        list(spread(function, jobs))
+        return
+    for job in jobs:
+        function(*job)
 
 
 def one_matrix(index: int, matrix: torch.Tensor, precision: str, farms: bool) -> tuple[int, dict[str, float]]:
