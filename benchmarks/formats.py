@@ -170,6 +170,15 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{SERVED}, beside the best hybrid\n{beside}")
 
 
+def finding(beside: list[dict[str, Any]]) -> str:
+    """The served mix beside the best hybrid, over all budgets at which both exist."""
+    ratios = [row["ratio_to_best_hybrid"] for row in beside if row["ratio_to_best_hybrid"] is not None]
+    if not ratios:
+        return "KL of every family by bits"
+    words = f"int4 + int8 has {min(ratios):.0%} to {max(ratios):.0%}"
+    return f"At equal bits {words} of the KL of the best NF4/16-bit hybrid"
+
+
 def draw(result: dict[str, Any], path: str) -> None:
     """KL against matrix bits, every family a line, uniform formats as points."""
     from spi_utils.figures.plotting import BLACK, CYCLE, MARKERS, headline, new_figure, styled
@@ -199,11 +208,9 @@ def draw(result: dict[str, Any], path: str) -> None:
         )
         axes.set_yscale("log")
         figure.legend(loc="outside right center")
-        best = min(result["aims"], key=lambda row: row["ratio_to_best_hybrid"] or 9)
         headline(
             figure,
-            f"At {best['budget']:g} bits int4 + int8 has {best['ratio_to_best_hybrid']:.0%} of the KL of "
-            "the best NF4/16-bit hybrid",
+            finding(result["aims"]),
             f"{Path(str(result['model']['id'])).name}; {result['windows']} windows of {result['length']} "
             f"tokens of {result['text']}; bars: 95 % intervals over windows. Crosses: one format "
             "for every layer.",

@@ -1,6 +1,7 @@
 """Answer a prompt with the model in this folder: python generate.py "Why is the sky blue?"
 
-Needs only: pip install torch transformers accelerate bitsandbytes
+Needs only: pip install torch transformers accelerate, and bitsandbytes or compressed-tensors, whichever
+config.json names as quant_method.
 """
 
 import sys

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spi_utils.errors import PlanError
-from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plan import ProtectionPlan, check_writer, make_plan
 from spi_utils.planning.rules import RULES
 from spi_utils.planning.scores import score_row, suggest
 from spi_utils.runs import Run, layers_fingerprint, read_layers, run_info
@@ -42,19 +42,21 @@ def decide(
         choices: what else `plan.make_plan` takes: score, direction, rule, value, double_quant, …
 
     Raises:
-        PlanError: as `make_plan`, or an unknown backend.
+        PlanError: as `make_plan`, an unknown backend, or a saved plan that the backend can't hold (force=True
+            replaces it).
         RunError: no layer table.
     """
     mark = layers_fingerprint(run)
+    if backend not in TIERS:
+        raise PlanError(f"unknown backend {backend!r}.{suggest(backend, TIERS)} Known: {', '.join(TIERS)}.")
     kept = None if force else _saved_by_hand(run, mark)
     if kept is not None:
+        check_writer(kept, backend)
         print(
             f"Kept the plan saved from the explorer ({len(kept.protected)} layers); force=True replaces it."
         )
         return kept
     model = run_info(run)["model"]
-    if backend not in TIERS:
-        raise PlanError(f"unknown backend {backend!r}.{suggest(backend, TIERS)} Known: {', '.join(TIERS)}.")
     choices["formats"] = tuple(formats) or default_formats(backend, **choices)
     choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
     plan = make_plan(read_layers(run), model=model, layers_fingerprint=mark, **choices)

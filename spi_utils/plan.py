@@ -95,7 +95,7 @@ def make_plan(
             layers, score, direction, formats, double_quant=double_quant,
             force_16bit=force_16bit, forbid_16bit=forbid_16bit, seed=seed,
         )  # fmt: skip
-        said.append(_price_of_grouping(layers, replace(ask, problem=free), cost))
+        said.append(_price_of_grouping(layers, replace(ask, problem=free), cost, matrix))
     return ProtectionPlan(
         model=dict(model or {}),
         score=score,
@@ -116,14 +116,16 @@ def make_plan(
     )
 
 
-def _price_of_grouping(layers: pd.DataFrame, ask: Ask, cost: float) -> str:
-    """What keeping groups together costs: predicted KL beside that of the same choice layer by layer."""
+def _price_of_grouping(layers: pd.DataFrame, ask: Ask, cost: float, matrix_bits: float) -> str:
+    """What keeping groups together costs: KL and size beside those of the same choice layer by layer."""
     p = ask.problem
     choice = RULES[ask.rule].choose(ask).formats[p.member]
-    free = predicted_kl(layers, dict(zip(p.names, (p.formats[place] for place in choice), strict=True)))
-    if free is None:
-        return ""
-    return f"Layers that engines merge share a format: predicted KL {cost:.4g}, layer by layer {free:.4g}."
+    formats = dict(zip(p.names, (p.formats[place] for place in choice), strict=True))
+    free, bits = predicted_kl(layers, formats), bit_rates(layers, formats, False)[1]
+    return (
+        f"Layers that engines merge share a format: predicted KL {cost:.4g} at {matrix_bits:.3f} matrix "
+        f"bits, layer by layer {free:.4g} at {bits:.3f}."
+    )
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:

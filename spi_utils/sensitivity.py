@@ -304,7 +304,8 @@ class Work:
 
 
 def _formats_of(batch: int, formats: Sequence[str]) -> tuple[str, ...]:
-    """Each format costs most of a forward pass, so only the first one, the low tier, sees every batch."""
+    """Each format costs most of a forward pass, so only the first one sees every batch, the others every
+    other one: half the windows rank layers nearly as well (benchmarks/selection.py)."""
     return tuple(formats) if batch % 2 == 0 else tuple(formats[:1])
 
 

@@ -24,10 +24,12 @@ from spi_utils.checkpoints.checkpoint import saved_weights
 from spi_utils.checkpoints.saved import put_saved
 from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.formats import FORMATS, dequantize, quantize
+from spi_utils.hub.gates import _planned
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.planning.pricing import bit_rates, price
 from spi_utils.runs import open_run, run_info
+from tests.tiny import CONFIGS, make_tiny
 
 ARCHS = ["llama", "llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3"]
 MIX = ("int4_g64", "int8", "16bit", "int4_g32", "int4_g128_absmax")
@@ -247,6 +249,51 @@ def test_another_programs_groups_are_refused():
     with pytest.raises(CheckpointError, match=r"group_0.*was not written by notebook 03_quantize"):
         ct_parts.read_formats(theirs)
     assert backend_row("bitsandbytes").read_formats({}) is None
+
+
+def test_files_may_call_modules_otherwise_than_the_model(tmp_path, here):
+    """Gemma 3 with a vision part: model.language_model.… in memory, language_model.model.… in the file."""
+    directory = gemma3_multimodal(tmp_path / "gemma")
+    run, source, plan = prepare(directory, tmp_path, ("int4_g64", "int8", "16bit"))
+    assert all(name.startswith("model.language_model.") for name in plan.formats)
+    folder = q.quantize(run, source, plan, **CT)
+    names = load_file(folder / "model.safetensors")
+    assert any(name.startswith("language_model.model.") for name in names)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    packed = {name for name, module in model.named_modules() if hasattr(module, "weight_packed")}
+    assert packed == {name for name, fmt in plan.formats.items() if fmt != "16bit"}
+    plan.write(run.plan_json)
+    assert _planned(run).passed, _planned(run)
+
+
+def gemma3_multimodal(directory):
+    """A tiny random Gemma 3 with its vision tower, as its own class saves it."""
+    from transformers import AutoConfig, Gemma3ForConditionalGeneration
+
+    kinds = ["sliding_attention", "full_attention"]
+    text = {**CONFIGS["gemma3"], "num_hidden_layers": 2, "layer_types": kinds}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).half()
+    make_tiny("gemma3", directory)  # its tokenizer
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_code_of_the_models_own_is_trusted_only_when_asked(tiny, tmp_path, here):
+    """put_saved reads config.json as JSON: it needs no code once the model is there."""
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    folder = q.quantize(run, source, plan, **CT)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "somebodys_own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(source, device="cpu", dtype=torch.float32)
+    with open_weights(source) as weights:
+        assert sum(put_saved(model, weights, plan.formats, folder).values()) == len(plan.formats)
 
 
 def test_what_vllm_would_object_to():

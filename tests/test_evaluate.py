@@ -22,6 +22,7 @@ from spi_utils.evaluate import Evaluation
 from spi_utils.judging import controls, measures, rivals, session, speed
 from spi_utils.judging.generalization import QUESTIONS, evaluated_beside, generalization
 from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.planning.choice import fused_groups
 from spi_utils.scoring import TokenScores
 from tests.evaluated_run import layer_table, ready_run, write_checkpoint
 from tests.synthetic import layer_table as large_table
@@ -204,6 +205,32 @@ def test_controls_weigh_what_the_plan_weighs():
     )
     assert best.key == "fisher_int8"
     assert variants["fisher"].predicted_kl < variants["plan"].predicted_kl
+
+
+@pytest.mark.parametrize("bits", [7.0, 9.0])
+def test_controls_of_a_plan_with_int8_have_the_same_bits_of_each_kind(bits):
+    """Else a random control would differ from the plan in its formats, not only in its choice."""
+    layers = large_table(210)
+    mixed = {"score": "fisher", "rule": "matrix_bits", "value": bits}
+    plan = make_plan(layers, **mixed, formats=("int4_g64", "int8", "16bit"), group="fused")
+    assert set(plan.formats.values()) == {7.0: {"int4_g64", "int8"}, 9.0: {"int8", "16bit"}}[bits]
+    variants, skipped = controls.make_variants(layers, plan, controls.FULL)
+    assert skipped.keys() >= {"noise"} and "no NF4 layer" in skipped["noise"]
+    numel = dict(zip(layers["name"], layers["numel"], strict=True))
+
+    def weights(formats, fmt):
+        return sum(numel[name] for name, held in formats.items() if held == fmt)
+
+    for key in ("random_0", "random_1", "type_prior", "first_last", "other_direction"):
+        variant = variants[key]
+        assert abs(variant.bytes_miss) <= controls.EQUAL_BYTES, key
+        assert variant.formats != plan.formats
+        for fmt in ("16bit", "int8", "int4_g64"):
+            assert weights(variant.formats, fmt) == pytest.approx(weights(plan.formats, fmt), rel=0.1)
+        for group in fused_groups(list(plan.formats)):
+            names = [list(plan.formats)[place] for place in group]
+            assert len({variant.formats[name] for name in names}) == 1
+    assert variants["plan"].predicted_kl < variants["random_0"].predicted_kl
 
 
 def test_without_sensitivity_fisher_is_left_out_and_said(tiny):

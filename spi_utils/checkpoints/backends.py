@@ -95,11 +95,7 @@ def loadable_formats(name: str) -> list[str]:
     return [fmt for fmt in held if FORMATS[fmt].symmetric]
 
 
-def backend_of(config: Any) -> str | None:
-    """The backend that wrote a checkpoint, by its model configuration; None for a plain 16-bit one."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    held = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    method = str(getattr(held.get("quant_method"), "value", held.get("quant_method")))
+def backend_of(quantization: Mapping[str, Any] | None) -> str | None:
+    """The backend that wrote a checkpoint, by its `quantization_config`; None for a plain 16-bit one."""
+    method = (quantization or {}).get("quant_method")
     return method if method in BACKENDS else None

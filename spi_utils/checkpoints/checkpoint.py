@@ -20,6 +20,7 @@ from spi_utils.checkpoints.tensorfile import DTYPES, PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import Packed, dequantize, layer_bytes, quantize
 from spi_utils.models import Weights
+from spi_utils.runs import read_json
 from spi_utils.source.weights import find_recipes, shard_paths
 
 # Endings of the tensors that stand beside a packed matrix' codes, and what backends call the codes.
@@ -270,11 +271,12 @@ def saved_weights(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(model_dir)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if model is None:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    method = backend_of(config)
+    quantization = read_json(directory / "config.json", what="configuration").get("quantization_config")
+    method = backend_of(quantization)
     backend = None if method is None else BACKENDS[method]
     with ExitStack() as stack:
         files: dict[str, TensorReader] = {}
@@ -283,7 +285,7 @@ def saved_weights(
             files.update(dict.fromkeys(reader.keys(), reader))
         named = {_weight_name(name): files[name] for name in files if not name.endswith(BESIDE)}
         recipes = find_recipes(model, named)
-        stated = None if backend is None else backend.read_formats(config.quantization_config)
+        stated = None if backend is None else backend.read_formats(quantization or {})
         names = [name for name in model.state_dict() if name in recipes and name.endswith(".weight")]
         formats = {
             name.removesuffix(".weight"): _format_of(name, recipes, files, stated, backend) for name in names

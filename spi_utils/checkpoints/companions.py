@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 # What travels along from the source's folder.
 COMPANIONS = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 

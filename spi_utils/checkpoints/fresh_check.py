@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -52,7 +52,7 @@ def in_memory(request: dict[str, Any], config: transformers.PretrainedConfig) ->
     held = dict(getattr(config, "quantization_config", None) or {})
     if held.get("quant_method") == "compressed-tensors":
         model = load(request, request["source"], **options)
-        unpack_into(model, Path(request["model"]), held, request["quantized"])
+        unpack_into(model, Path(request["model"]), held, request["stems"])
         return logits(model, config)
     if held:
         options["quantization_config"] = BitsAndBytesConfig.from_dict(held)
@@ -60,25 +60,27 @@ def in_memory(request: dict[str, Any], config: transformers.PretrainedConfig) ->
 
 
 @torch.no_grad()
-def unpack_into(model: torch.nn.Module, folder: Path, held: dict[str, Any], names: list[str]) -> None:
+def unpack_into(model: torch.nn.Module, folder: Path, held: dict[str, Any], stems: dict[str, str]) -> None:
     """Put (code - zero) * scale of every packed matrix into a model that holds the original weights.
 
     A word holds 32 / bits codes, the first in its lowest bits, each raised by 2 ** (bits - 1); zero points
-    lie along the column. Files may call a module by a longer name than the model does.
+    lie along the column. `stems` says how the files begin a module's tensors: "model.layers.0.mlp.up_proj.".
     """
     bits = {
         t: group["weights"]["num_bits"] for group in held["config_groups"].values() for t in group["targets"]
     }
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    for name in names:
-        stem = next(key for key in tensors if key.endswith(f"{name}.weight_packed")).removesuffix("_packed")
-        scale = tensors[f"{stem}_scale"]
-        rows, cols = tensors[f"{stem}_shape"].tolist()
-        code = unpacked(tensors[f"{stem}_packed"], bits[name])[:, :cols].view(rows, scale.shape[1], -1)
-        if f"{stem}_zero_point" in tensors:
-            zero = unpacked(tensors[f"{stem}_zero_point"].T, bits[name]).T[:rows]
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+    def read(key: str) -> torch.Tensor:
+        return where[key].get_tensor(key)
+
+    for name, stem in stems.items():
+        scale = read(f"{stem}weight_scale")
+        rows, cols = read(f"{stem}weight_shape").tolist()
+        code = unpacked(read(f"{stem}weight_packed"), bits[name])[:, :cols].view(rows, scale.shape[1], -1)
+        if f"{stem}weight_zero_point" in where:
+            zero = unpacked(read(f"{stem}weight_zero_point").T, bits[name]).T[:rows]
             code = code - zero[:, :, None]
         value = code.to(scale.dtype) * scale[:, :, None]
         weight = model.get_submodule(name).weight

@@ -27,6 +27,7 @@ from spi_utils.checkpoints.checkpoint import (
     Item,
     SavedWeights,
     Saving,
+    file_names,
     file_tensors,
     in_linear_order,
     read_saved,
@@ -164,7 +165,7 @@ def check_fresh(
     awkward = [
         item.module for item in items if item.fmt == "nf4" and not _runs_everywhere(shapes[item.module])
     ]
-    fits = _fits(folder, saving.device)
+    fits = _fits(folder, weights, saving)
     forward = fits and not (awkward and saving.device.type == "cpu")
     answer = _ask(
         {
@@ -175,7 +176,7 @@ def check_fresh(
             "threads": torch.get_num_threads(),
             "load": fits,
             "forward": forward,
-            "quantized": sorted(shapes),
+            "stems": {item.module: _stem(item, weights, saving) for item in items if item.fmt != "16bit"},
         }
     )
     _check_classes(answer, items, saving)
@@ -230,8 +231,18 @@ def _runs_everywhere(shape: tuple[int, int]) -> bool:
     return shape[0] % 32 == 0 and shape[1] % 64 == 0
 
 
-def _fits(folder: Path, device: torch.device) -> bool:
-    need = MEMORY_FACTOR * sum(path.stat().st_size for path in shard_paths(folder)) + INTERPRETER
+def _stem(item: Item, weights: Weights, saving: Saving) -> str:
+    """How the files begin the names of a quantized module's tensors."""
+    codes = BACKENDS[saving.backend].suffixes(item.fmt, saving.double_quant)[0]
+    return file_names(item, weights, saving)[0].removesuffix(codes)
+
+
+def _fits(folder: Path, weights: Weights, saving: Saving) -> bool:
+    """Whether the checkpoint can be loaded and run here; compressed-tensors unpacks it to 16 bits."""
+    size, device = sum(path.stat().st_size for path in shard_paths(folder)), saving.device
+    if saving.backend == "compressed-tensors":
+        size += 2 * sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    need = MEMORY_FACTOR * size + INTERPRETER
     if device.type == "cuda":
         return need < torch.cuda.mem_get_info(device)[0]
     return need < psutil.virtual_memory().available

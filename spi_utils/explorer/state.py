@@ -98,7 +98,7 @@ class ExplorerState:
         layers = read_layers(run)
         held = held_plan(run)
         if held is not None:
-            options = {**start_of(held, options), **options}
+            options = {**start_of(held, options, layers), **options}
         return cls(layers, run=run, spectra=read_spectra(run), **options)
 
     # --- what can be chosen ------------------------------------------------------------------------------

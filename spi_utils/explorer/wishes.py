@@ -16,6 +16,7 @@ import numpy as np
 from spi_utils.figures.score_figures import planned_layers
 from spi_utils.plan import ProtectionPlan
 from spi_utils.planning.choice import Patterns, matches
+from spi_utils.planning.scores import available_scores
 from spi_utils.runs import run_info
 
 if TYPE_CHECKING:
@@ -109,10 +110,11 @@ class Wishes:
         return " ".join(filter(None, (self.failures(), wishes, self.left_out)))
 
 
-def start_of(plan: ProtectionPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+def start_of(plan: ProtectionPlan, options: Mapping[str, Any], layers: pd.DataFrame) -> dict[str, Any]:
     """Options that start an explorer at a plan; its threshold only if no other score is asked for."""
     start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1)}
-    if not {"score", "direction", "share"} & set(options):
+    known = plan.score in available_scores(layers)  # another backend's formats may be all that was costed
+    if known and not {"score", "direction", "share"} & set(options):
         start |= {"score": plan.score, "direction": plan.direction}
         start |= {"threshold": plan.value} if plan.rule == "threshold" else {}
     start |= {name: plan.options[name] for name in _WISHES if name in plan.options}

@@ -129,7 +129,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     image = grid.colours({name: held == name for name in np.unique(held)})
     axes.imshow(image, aspect="auto", extent=grid.extent, interpolation="nearest")
     _draw_hollow(axes, grid)
-    above = held != "nf4"
+    above = held != min(held, key=nominal_bits) if len(set(held)) > 1 else held == "16bit"
     for height, count in enumerate(grid.counts(above)):
         axes.annotate(
             count, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=GREY

@@ -11,10 +11,10 @@ from spi_utils.hub.card_text import body
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TAGS = ["4-bit", "mixed-precision", "quantized", "spectral-analysis"]
+TAGS = ["mixed-precision", "quantized", "spectral-analysis"]
 BACKEND_TAGS = {
-    "bitsandbytes": ["nf4", "bitsandbytes"],
-    "compressed-tensors": ["compressed-tensors", "int4", "int8", "vllm"],
+    "bitsandbytes": ["nf4", "bitsandbytes", "4-bit"],
+    "compressed-tensors": ["compressed-tensors"],
 }
 # What a text's source is called on the Hub: (dataset id, config, split).
 DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
@@ -52,11 +52,17 @@ def _data(facts: Facts) -> ModelCardData:
         license=facts.licence.id or "unknown",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*BACKEND_TAGS[facts.backend], *TAGS, str(facts.plan["score"])],
+        tags=[*BACKEND_TAGS[facts.backend], *_tiers(facts), *TAGS, str(facts.plan["score"])],
         datasets=[dataset[0]] if dataset else None,
         model_name=facts.repo_id.split("/")[-1],
         eval_results=_eval_results(facts),
     )
+
+
+def _tiers(facts: Facts) -> list[str]:
+    """ "int4" and "int8" where the plan has them."""
+    used = facts.plan["formats"].values()
+    return [tag for tag in ("int4", "int8") if any(str(fmt).startswith(tag) for fmt in used)]
 
 
 def _eval_results(facts: Facts) -> list[EvalResult]:

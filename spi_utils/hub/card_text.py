@@ -33,8 +33,8 @@ EQUAL_BYTES = 0.005  # "equal bytes" as the evaluation's controls mean it
 LOADED = {
     "bitsandbytes": "",
     "compressed-tensors": " transformers unpacks the weights to 16 bits at the first forward pass, so the "
-    "file is small but the memory is not; vLLM keeps them packed (`vllm serve`, by its public source; not "
-    "tried here).",
+    "file is small but the memory is not. A vLLM that knows this architecture keeps them packed (`vllm "
+    "serve`, by its public source; not tried here).",
 }
 # What stats.verdict says of "a lower KL than random choices".
 VERDICTS = {

@@ -99,9 +99,9 @@ def _planned(run: Run) -> Gate:
     plan = _read(run.plan_json)
     if plan is None:
         return Gate("plan", False, f"no readable plan.json; run notebook {NOTEBOOKS['visualize']}")
-    planned = {name for name, form in plan["formats"].items() if form != "16bit"}
+    planned = {_short(name) for name, form in plan["formats"].items() if form != "16bit"}
     try:
-        held = quantized_modules(run.model_dir)
+        held = {_short(name) for name in quantized_modules(run.model_dir)}
     except CheckpointError as error:
         return Gate("plan", False, f"{error} Run notebook {NOTEBOOKS['quantize']} again")
     if planned != held:
@@ -113,6 +113,12 @@ def _planned(run: Run) -> Gate:
             f"run notebook {NOTEBOOKS['quantize']} again",
         )
     return Gate("plan", True, f"{len(held)} modules quantized and {len(plan['protected'])} kept, as planned")
+
+
+def _short(name: str) -> str:
+    """A module's name without the prefixes that files and models of multimodal checkpoints order differently
+    ("language_model.model.layers…", "model.language_model.layers…")."""
+    return re.sub(r"(^|\.)language_model\.", r"\1", name).removeprefix("model.")
 
 
 def quantized_modules(model_dir: Path) -> set[str]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
-from spi_utils.planning.pricing import able, bit_rates, nominal_bits, price
-from spi_utils.planning.scores import available_scores
+from spi_utils.planning.choice import fused_groups
+from spi_utils.planning.pricing import able, bit_rates, nominal_bits, payload_bytes, price
+from spi_utils.planning.scores import available_scores, score_values
 
 QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
 FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
@@ -123,6 +125,40 @@ def _priced(
     )
 
 
+def in_plans_formats(
+    layers: pd.DataFrame, plan: ProtectionPlan, score: str, seed: int, flip: bool
+) -> dict[str, str]:
+    """The plan's own formats, each with the bytes that the plan spends on it, given out in a score's order.
+
+    For plans with a format between 4-bit and 16-bit: what differs from the plan is then which layers get what,
+    not how many bits there are of each kind. Merged layers stay together if the plan's do. The highest format
+    goes first.
+    """
+    low = tiers(plan)[0]
+    rows = layers[layers["quantizable"]].reset_index(drop=True)
+    names = list(rows["name"])
+    groups = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    values = score_values(layers, score, formats=tiers(plan), seed=seed)[layers["quantizable"].to_numpy(bool)]
+    own = [plan.formats[name] for name in names]
+    movable = able(rows, low)  # a layer that the lowest format can't hold keeps the plan's
+    groups = [group for group in groups if movable[group].all()]
+    mean = np.array([np.nanmean(values[group]) for group in groups])
+    order = np.argsort(mean if flip else -mean, kind="stable")
+    chosen = [low if held else fmt for held, fmt in zip(movable, own, strict=True)]
+    base = payload_bytes(rows, low, plan.double_quant)
+    left = 0
+    for fmt in sorted(set(own) - {low}, key=nominal_bits, reverse=True):
+        extra = payload_bytes(rows, fmt, plan.double_quant) - base
+        left += sum(int(extra[place]) for place, held in enumerate(own) if held == fmt and movable[place])
+        for group in (groups[place] for place in order):
+            cost = int(extra[group].sum())
+            if chosen[group[0]] == low and cost <= left and able(rows.iloc[group], fmt).all():
+                left -= cost
+                for place in group:
+                    chosen[place] = fmt
+    return dict(zip(names, chosen, strict=True))
+
+
 def _everything(fmt: str) -> Choose:
     def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
         planned = layers["quantizable"].to_numpy(bool)
@@ -153,6 +189,8 @@ def _by_score(
 
     def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
         chosen = formats or tiers(plan)
+        if not formats and score != "fisher" and set(plan.formats.values()) - set(chosen):
+            return in_plans_formats(layers, plan, score or plan.score, number, flip)
         if score and score not in available_scores(layers, chosen):
             raise PlanError(
                 f"layers.csv lacks {score}'s column for {', '.join(chosen)}. Run notebook 01_analyze with "
@@ -167,13 +205,15 @@ def _by_score(
             formats=chosen,
             double_quant=plan.double_quant,
             seed=number,
-            group=group,
+            group=group if formats else plan.options.get("group"),
         ).formats
 
     return choose
 
 
 def _noise(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
+    if "nf4" not in plan.formats.values():
+        raise PlanError("the plan has no NF4 layer that noise could stand for.")
     return {name: "noise" if fmt == "nf4" else fmt for name, fmt in plan.formats.items()}
 
 

@@ -159,7 +159,8 @@ def _refuse_contradiction(names: Sequence[str], member: Ints, open_: Mask) -> No
     if len(stuck):
         first = names[int(np.flatnonzero(np.isin(member, stuck))[0])]
         raise PlanError(
-            f"{first}: its group is both forced to and kept from 16-bit. Change one of the patterns."
+            f"{first}: its group has no format that all of its layers may take: patterns force one and keep "
+            "another from 16-bit, or 16bit is not among the formats. Change a pattern, or name them all."
         )
 
 

@@ -166,8 +166,14 @@ def _claim(ask: Ask) -> Answer:
 def _first(ask: Ask, k: int) -> Answer:
     """The first k layers in the score's order; forced ones count, whole groups only."""
     p = _two_formats(ask)
-    forced = int(p.count[~p.allowed[:, p.tiers[0]]].sum())
+    unfit = _unfit(ask)  # in 16-bit whatever is asked for; not among those that are counted
+    forced = int(p.count[~p.allowed[:, p.tiers[0]] & ~unfit].sum())
     free = int(p.count[p.free].sum())
+    if k > forced + free and unfit.any():
+        raise PlanError(
+            f"{k} layers can't be chosen: {int(p.count[unfit].sum())} of {len(p.names)} can't be "
+            f"{p.formats[p.tiers[0]]} and stay in {_top(p)} anyway, {forced + free} are left."
+        )
     if not forced <= k <= forced + free:
         raise PlanError(
             f"{k} layers can't be protected: force_16bit and forbid_16bit leave {forced}…{forced + free}."
@@ -183,7 +189,7 @@ def _first(ask: Ask, k: int) -> Answer:
 
 
 def _threshold(ask: Ask) -> Answer:
-    p = _two_formats(ask)
+    p = _two_formats(ask)  # layers that can't be in the lower format stay out of the count
     cut = ask.value if p.direction == "high" else -ask.value
     taken = p.free & (p.value >= cut)  # a missing score is never above a threshold
     sign = "≥" if p.direction == "high" else "≤"
@@ -194,6 +200,13 @@ def _threshold(ask: Ask) -> Answer:
     elif taken[p.free].all():
         sentence += f" That is all of them: {_range(p)}."
     return Answer(_lift(p, taken), sentence, ask.value)
+
+
+def _unfit(ask: Ask) -> Mask:
+    """Items (I,) with a layer that the lower format can't hold."""
+    p = ask.problem
+    held = able(ask.layers, p.formats[p.tiers[0]])[ask.layers["quantizable"].to_numpy(bool)]
+    return np.bincount(p.member, weights=~held) > 0
 
 
 def _range(p: Problem) -> str:
@@ -228,7 +241,9 @@ def _check_budget(ask: Ask) -> int:
     """The limit in bytes for the planned layers; the smallest plan's where the budget is a hair below it."""
     p = ask.problem
     floor = ask.size(_lift(p, np.zeros(len(p.value), dtype=bool)))
-    ceiling = ask.size(_lift(p, p.free))
+    exact = p.cost is not None and p.direction == "high"
+    largest = np.where(p.allowed, ask.sizes, -1).argmax(axis=1)
+    ceiling = ask.size(largest if exact else _lift(p, p.free))
     limit = ask.goal - ask.offset
     low, high = ((side + ask.offset) / ask.unit for side in (floor, ceiling))
     if low * (1 - TOLERANCE) <= ask.value < low:
@@ -237,7 +252,7 @@ def _check_budget(ask: Ask) -> int:
         name, small = RULES[ask.rule].unit, p.formats[p.tiers[0]]
         raise PlanError(
             f"{ask.rule}={ask.value:g} can't be had: this model takes {low:.4f} {name} with every layer in "
-            f"{small} and {high:.4f} {name} with every layer in {_top(p)}. Choose a value between."
+            f"{small} and {high:.4f} {name} with every layer in {_top(p)}{_but(p)}. Choose a value between."
         )
     return max(limit, floor)
 
@@ -251,18 +266,18 @@ def _max_kl(ask: Ask) -> Answer:
             "Run notebook 01_analyze with a sensitivity, and with these formats."
         )
     sizes = ask.sizes.astype(float)
-    cost = p.cost if p.cost is not None and p.direction == "high" else None
-    table = p.predicted if cost is None else cost
-    least = float(np.where(p.allowed, table, np.inf).min(axis=1).sum())
+    exact = p.cost is not None and p.direction == "high"
+    least = float(np.where(p.allowed, p.predicted, np.inf).min(axis=1).sum())
     if ask.value < least:
         raise PlanError(
             f"max_kl={ask.value:g} can't be had: the best plan of these formats is predicted at {least:.4g} "
             "nats a token. Allow a higher KL, or add a format with more bits."
         )
-    sentence = f"The smallest plan with a predicted KL of at most {ask.value:g} nats a token, by {p.score}"
-    if cost is not None:
-        found = least_cost(sizes, cost, ask.value, p.allowed)
+    sentence = f"The smallest plan with a predicted KL of at most {ask.value:g} nats a token"
+    if exact:  # the limit is on what is predicted, whichever additive score was named
+        found = least_cost(sizes, p.predicted, ask.value, p.allowed)
         return Answer(found.choice, f"{sentence}, {_proof(found)}.", ask.value)
+    sentence += f", by {p.score}"
     _two_formats(ask)
     order = p.order[p.free[p.order]]
     start = _lift(p, np.zeros(len(p.value), dtype=bool))
@@ -299,6 +314,11 @@ def _lift(p: Problem, taken: Mask) -> Ints:
     choice = p.start.copy()
     choice[taken] = p.tiers[1]
     return choice
+
+
+def _but(p: Problem) -> str:
+    """', patterns and groups apart' where some layers may not take both ends."""
+    return "" if p.free.all() else ", as far as patterns and groups allow"
 
 
 def _proof(found: Solution) -> str:

@@ -22,7 +22,7 @@ from spi_utils.planning.pricing import check_formats, payload_bytes
 
 Values = NDArray[np.float64]
 DIRECTIONS = ("high", "low")
-FISHER_HINT = "with sensitivity='self' (or 'random', or a text file)"
+FISHER_HINT = "with sensitivity='self' (or 'random', or a text file) and this format in `cost_formats`"
 COLUMN_HINT = "again: this table was made without it"
 # What practice protects first, by a pattern on the module's name (METHOD: what llama.cpp, Unsloth and others
 # keep at more bits). Everything else comes last.
