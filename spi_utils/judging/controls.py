@@ -130,9 +130,9 @@ def in_plans_formats(
 ) -> dict[str, str]:
     """The plan's own formats, each with the bytes that the plan spends on it, given out in a score's order.
 
-    For plans with a format between 4-bit and 16-bit: what differs from the plan is then which layers get what,
-    not how many bits there are of each kind. Merged layers stay together if the plan's do. The highest format
-    goes first.
+    For plans with a format between 4-bit and 16-bit: what differs from the plan is then which layers get
+    what, not how many bits there are of each kind. Merged layers stay together if the plan's do. The highest
+    format goes first.
     """
     low = tiers(plan)[0]
     rows = layers[layers["quantizable"]].reset_index(drop=True)
