@@ -65,7 +65,7 @@ FAMILIES = (
     Family("Fisher: every symmetric int4, fused", "fisher", "high", ("int4_g32", *MIXED), "fused"),
 )
 SERVED = FAMILIES[5].name
-LABELS = {"nf4": (8, 4), "int4_g64": (6, 6), "int4_g32": (-18, -18), "int8": (6, 6)}  # where, in points
+LABELS = {"nf4": (-9, -12), "int4_g64": (6, 6), "int4_g32": (-9, 3), "int8": (8, 4)}  # where, in points
 HYBRIDS = tuple(family.name for family in FAMILIES[:3])
 
 
@@ -201,12 +201,17 @@ def draw(result: dict[str, Any], path: str) -> None:
             axes.plot(point["matrix_bits"], point["kl"], "x", color=BLACK, markersize=9, markeredgewidth=2)
             for _, row in point.iterrows():
                 axes.annotate(
-                    f"all {fmt}", (row["matrix_bits"], row["kl"]), offset, textcoords="offset points"
+                    f"all {fmt}",
+                    (row["matrix_bits"], row["kl"]),
+                    offset,
+                    textcoords="offset points",
+                    ha="right" if offset[0] < 0 else "left",
                 )
         axes.set(
             xlabel="bits a weight over the planned matrices", ylabel="mean KL(16-bit ‖ plan), nats a token"
         )
         axes.set_yscale("log")
+        axes.margins(x=0.14)
         figure.legend(loc="outside right center")
         headline(
             figure,
