@@ -1,7 +1,6 @@
 """Answer a prompt with the model in this folder: python generate.py "Why is the sky blue?"
 
-Needs only: pip install torch transformers accelerate, and bitsandbytes or compressed-tensors, whichever
-config.json names as quant_method.
+Needs only: pip install torch transformers accelerate, and what config.json names as quant_method
 """
 
 import sys

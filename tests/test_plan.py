@@ -294,7 +294,7 @@ def test_empty_patterns_are_no_wish():
         ({"force_16bit": "down_prj"}, "matches none of the 21"),
         ({"force_16bit": "(("}, "no regular expression"),
         ({"force_16bit": "up_proj", "forbid_16bit": "mlp"}, "matches force_16bit and forbid_16bit"),
-        ({"force_16bit": "q_proj", "forbid_16bit": "k_proj", "group": "fused"}, "forced to and kept from"),
+        ({"force_16bit": "q_proj", "forbid_16bit": "k_proj", "group": "fused"}, "has no format that all"),
         ({"rule": "top_k", "value": 2, "force_16bit": "mlp"}, "leave 9…21"),
         ({"rule": "matrix_bits", "value": 4.6, "score": "fisher", "force_16bit": "mlp"}, "can't be had"),
     ],

@@ -237,7 +237,7 @@ def drop_script(run):
         (change_checkpoint, "evaluation", "04_evaluate"),
         (drop_stage, "stages", "evaluate has not finished; run notebook 04_evaluate"),
         (shrink_plan, "size", "600,000 planned (+3.33 %)"),
-        (swap_plan, "plan", "model.layers.0.self_attn.q_proj"),
+        (swap_plan, "plan", "the first layers.0.self_attn.q_proj"),
         (touch_plan, "evaluation", "plan.json changed after it"),
         (leave_token, "secrets", "generate.py holds what looks like an access token"),
         (drop_script, "checkpoint", "model/ lacks generate.py; run notebook 03_quantize"),

@@ -259,7 +259,7 @@ def test_code_that_comes_with_the_model_travels_along_when_trusted(tmp_path, her
 
 
 def test_too_large_for_memory_is_checked_without_weights_and_said(tiny, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(verify, "_fits", lambda folder, device: False)
+    monkeypatch.setattr(verify, "_fits", lambda *_: False)
     run, source, plan = prepare(tiny("llama"), tmp_path)
     q.quantize(run, source, plan, device="cpu")
     found = run_info(run)["stages"]["quantize"]["fresh_process"]

@@ -1,6 +1,8 @@
 """A T4 that isn't there: its capability, its memory and float16, and what the project decides by them."""
 
 import types
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.budget import qwen35_4b
 from spi_utils.budget import MACHINES, budget, work_of
 from spi_utils.checkpoints import verify
+from spi_utils.checkpoints.checkpoint import Saving
 from spi_utils.costs import footprint
 from spi_utils.errors import AnalysisError
 from spi_utils.evaluate import evaluate
@@ -106,10 +109,14 @@ def test_longer_windows_recompute_their_activations_instead_of_running_out(t4, q
 def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(6_000_000_000)  # a hole: no byte is written
-    device = torch.device("cuda:0")
-    assert verify._fits(tmp_path, device)
+    weights = SimpleNamespace(shapes={"a.weight": (60_000, 50_000)})  # 6 GB in 16-bit
+    half = torch.float16
+    stock = Saving(half, half, False, "error", torch.device("cuda:0"))
+    assert verify._fits(tmp_path, weights, stock)
+    # compressed-tensors unpacks at the first forward pass: the packed file and the 16-bit weights at once
+    assert not verify._fits(tmp_path, weights, replace(stock, backend="compressed-tensors"))
     t4(10 * GIB)
-    assert not verify._fits(tmp_path, device)
+    assert not verify._fits(tmp_path, weights, stock)
 
 
 @pytest.mark.slow
