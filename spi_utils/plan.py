@@ -76,10 +76,9 @@ def make_plan(
             failed layers, or a score that the table doesn't hold.
     """
     number = check_value(rule, value)
-    problem = pose(
-        layers, score, direction, formats, double_quant=double_quant, group=group,
-        force_16bit=force_16bit, forbid_16bit=forbid_16bit, seed=seed,
-    )  # fmt: skip
+    wishes: dict[str, Any] = {"force_16bit": force_16bit, "forbid_16bit": forbid_16bit, "seed": seed}
+    wishes |= {"double_quant": double_quant}
+    problem = pose(layers, score, direction, formats, group=group, **wishes)
     ask = Ask(problem, layers, rule, number)
     answer = RULES[rule].choose(ask)
     of_layer = np.array(problem.formats)[answer.formats[problem.member]]
@@ -91,11 +90,11 @@ def make_plan(
     cost = predicted_kl(layers, assigned)
     said = [answer.sentence, *remarks(ask, answer, weight)]
     if group and cost is not None:
-        free = pose(
-            layers, score, direction, formats, double_quant=double_quant,
-            force_16bit=force_16bit, forbid_16bit=forbid_16bit, seed=seed,
-        )  # fmt: skip
-        said.append(_price_of_grouping(layers, replace(ask, problem=free), cost, matrix))
+        free = replace(ask, problem=pose(layers, score, direction, formats, **wishes))
+        said.append(
+            f"Layers that engines merge share a format: predicted KL {cost:.4g} at {matrix:.3f} matrix bits, "
+            f"{_without_groups(free, double_quant)}."
+        )
     return ProtectionPlan(
         model=dict(model or {}),
         score=score,
@@ -116,16 +115,13 @@ def make_plan(
     )
 
 
-def _price_of_grouping(layers: pd.DataFrame, ask: Ask, cost: float, matrix_bits: float) -> str:
-    """What keeping groups together costs: KL and size beside those of the same choice layer by layer."""
+def _without_groups(ask: Ask, double_quant: bool) -> str:
+    """KL and size of the same choice made layer by layer, to show what keeping groups together costs."""
     p = ask.problem
     choice = RULES[ask.rule].choose(ask).formats[p.member]
     formats = dict(zip(p.names, (p.formats[place] for place in choice), strict=True))
-    free, bits = predicted_kl(layers, formats), bit_rates(layers, formats, False)[1]
-    return (
-        f"Layers that engines merge share a format: predicted KL {cost:.4g} at {matrix_bits:.3f} matrix "
-        f"bits, layer by layer {free:.4g} at {bits:.3f}."
-    )
+    bits, kl = bit_rates(ask.layers, formats, double_quant)[1], predicted_kl(ask.layers, formats)
+    return f"layer by layer {'unknown' if kl is None else f'{kl:.4g}'} at {bits:.3f}"
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:

@@ -391,7 +391,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(stubs, workers):
     stubs.write(models=["a/one"])
     stubs.behave(plan_alpha_hill="hang", plan_fisher="hang")
     process = start(stubs, workers=workers)
-    interrupt(stubs, process)
+    assert_ctrl_c_ends(stubs, process)
 
 
 @pytest.mark.slow
@@ -400,10 +400,10 @@ def test_ctrl_c_ends_the_jobs_on_a_cluster_too(stubs):
     stubs.write(models=["a/one"])
     stubs.behave(plan_alpha_hill="hang", plan_fisher="hang")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        interrupt(stubs, start(stubs, scheduler=cluster.scheduler_address))
+        assert_ctrl_c_ends(stubs, start(stubs, scheduler=cluster.scheduler_address))
 
 
-def interrupt(stubs, process):
+def assert_ctrl_c_ends(stubs, process):
     """Ctrl-C once a job hangs: the batch and its jobs end, and the same command goes on."""
     pids = wait_for(stubs.folder / "pids-alpha_hill", process)
     assert alive(pids) == pids

@@ -103,7 +103,6 @@ def pose(
     """
     check_direction(direction)
     wanted = check_formats(formats)
-    additive = score_row(score).additive
     planned = layers["quantizable"].to_numpy(bool)
     if not planned.any():
         raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
@@ -130,8 +129,7 @@ def pose(
     raw = added(values * numel) / added(numel)  # a group's score: the mean over its weights
     open_ = added(allowed.astype(int)) == np.bincount(member)[:, None]
     _refuse_contradiction(names, member, open_)
-    cost = np.stack([additive_cost(layers, score, fmt)[planned] for fmt in every], 1) if additive else None
-    cost = None if cost is None else np.where(allowed, cost, 0.0)  # what can't be chosen may be unknown
+    cost = _costs(layers, score, every, allowed)
     predicted = np.where(allowed, np.stack([predicted_cost(rows, fmt) for fmt in every], 1), 0.0)
     _refuse_unpriced(names, cost, every, score)
     return Problem(
@@ -150,6 +148,16 @@ def pose(
         member=member,
         count=np.bincount(member),
         numel=int(numel.sum()),
+    )
+
+
+def _costs(layers: pd.DataFrame, score: str, formats: Sequence[str], allowed: Mask) -> Floats | None:
+    """An additive score's nats a token, (L, F), 0 for what can't be chosen and may be unknown; else None."""
+    if not score_row(score).additive:
+        return None
+    planned = layers["quantizable"].to_numpy(bool)
+    return np.where(
+        allowed, np.stack([additive_cost(layers, score, fmt)[planned] for fmt in formats], 1), 0.0
     )
 
 
