@@ -84,7 +84,8 @@ def all_figures(
     }
     if sensitivity_column(layers) is not None:
         figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
-        formats = tuple(dict.fromkeys(["nf4", *plan.formats.values(), "16bit"]))
+        used = {*plan.formats.values(), "16bit"}
+        formats = tuple(used if len(used) > 1 else {"nf4", "16bit"})
         curves = frontier(layers, formats=formats, double_quant=plan.double_quant, **wishes_of(plan))
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(curves, plan)

@@ -248,6 +248,10 @@ def test_another_programs_groups_are_refused():
     theirs = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}}
     with pytest.raises(CheckpointError, match=r"group_0.*was not written by notebook 03_quantize"):
         ct_parts.read_formats(theirs)
+    zeros = {"num_bits": 4, "group_size": 64, "symmetric": False}
+    named_as_ours = {"config_groups": {"int4_g64": {"targets": ["a"], "weights": zeros}}}
+    with pytest.raises(CheckpointError, match=r"int4_g64.*was not written by notebook 03_quantize"):
+        ct_parts.read_formats(named_as_ours)
     assert backend_row("bitsandbytes").read_formats({}) is None
 
 

@@ -15,9 +15,9 @@ from spi_utils.explorer.picture import ChoicePicture, encode_png
 from spi_utils.explorer.state import ExplorerState
 from spi_utils.explorer.widgets import Explorer, explore, read_number
 from spi_utils.figures.plotting import FORMAT_COLOURS
-from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plan import ProtectionPlan, check_writer, make_plan
 from spi_utils.planning.scores import available_scores
-from spi_utils.runs import read_layers
+from spi_utils.runs import layers_fingerprint, read_layers
 from tests.synthetic import layer_table, make_run, spectra_of
 
 
@@ -309,6 +309,49 @@ def test_save_writes_the_plan_and_a_reopened_explorer_starts_there(tmp_path):
     again = ExplorerState.open(run.path)
     assert (again.score, again.direction, again.threshold) == ("alpha_decay", "low", state.threshold)
     assert ExplorerState.open(run, score="alpha_hill").score == "alpha_hill"
+
+
+@pytest.mark.parametrize(("lower", "width"), [("int4_g64", "4-bit"), ("int8", "8-bit")])
+def test_a_plan_of_the_other_backends_formats_is_explored_in_them(tmp_path, lower, width):
+    run = make_run(tmp_path / "run", 35)
+    table, mark = read_layers(run), layers_fingerprint(run)
+    held = make_plan(
+        table, rule="top_k", value=9, formats=(lower, "16bit"), group="fused",
+        model={"sha256": "0" * 64}, layers_fingerprint=mark,
+    )  # fmt: skip
+    held.write(run.plan_json)
+    state = ExplorerState.open(run)
+    assert (state.lower, state.rest) == (lower, width)
+    state.set_threshold(float(np.median(state.chooser.cut)))
+    state.save()
+    plan = ProtectionPlan.read(run.plan_json, model={"sha256": "0" * 64})
+    check_writer(plan, "compressed-tensors")
+    assert set(plan.formats.values()) == {lower, "16bit"}
+    assert plan.bytes["total"] == state.choice.total_bytes
+    data = page_data(state)
+    assert data["rest"] == width
+    moved = [extra for extra, kept in zip(data["size_extra"], state.choice.mask, strict=True) if kept]
+    assert data["size_base"] + sum(moved) == plan.bytes["total"]
+    page = explorer_html(state, "model")
+    assert f"stored in {width} ({lower})" in page
+    assert f"bytes_{lower}" in page
+    assert "bytes_nf4" not in page
+
+
+def test_tiers_between_two_formats_are_left_out_and_said(tmp_path):
+    run = make_run(tmp_path / "run", 35)
+    mixed = make_plan(
+        read_layers(run), score="fisher", rule="matrix_bits", value=6.5,
+        formats=("int4_g64", "int8", "16bit"), model={"sha256": "0" * 64},
+    )  # fmt: skip
+    assert set(mixed.formats.values()) >= {"int4_g64", "int8"}
+    mixed.write(run.plan_json)
+    state = ExplorerState.open(run)
+    assert state.lower == "int4_g64"
+    assert "int8; here layers are int4_g64 or 16-bit" in state.notes()
+    assert ExplorerState.open(run, lower="nf4").lower == "nf4"
+    with pytest.raises(PlanError, match="at least two formats"):
+        ExplorerState.open(run, lower="16bit")
 
 
 def test_a_run_without_analysis_names_the_notebook(tmp_path):

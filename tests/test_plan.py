@@ -222,6 +222,12 @@ def test_the_low_direction_of_an_additive_score_is_the_anti_oracle():
 # --- wishes ----------------------------------------------------------------------------------------------
 
 
+def test_a_format_that_fits_no_layer_is_refused_as_such():
+    odd = layer_table(14).assign(cols=100).drop(columns=["fisher_int4_g64", "predicted_int4_g64"])
+    with pytest.raises(PlanError, match="int4_g64 can hold none of the 14 layers"):
+        make_plan(odd, score="fisher", rule="matrix_bits", value=8, formats=("int4_g64", "16bit"))
+
+
 def test_fused_groups_share_a_format():
     plan = make_plan(layer_table(70), score="fisher", rule="matrix_bits", value=7, group="fused")
     for block in range(10):

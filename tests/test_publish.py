@@ -123,7 +123,8 @@ def test_the_card_holds_the_measured_numbers(run):
     chance = next(line for line in text.splitlines() if line.startswith("| random layers"))
     assert f"| {mean:.4f} |" in chance
     assert "-0.0620 (-0.0850 … -0.0410) nats a token: **the choice of layers matters.**" in text
-    assert f"| `{KEPT}` | 4 of 4 |" in text and "| `q_proj` | 0 of 4 |" in text
+    assert "| layers by type | 16bit | nf4 |" in text
+    assert f"| `{KEPT}` | 4 | 0 |" in text and "| `q_proj` | 0 | 4 |" in text
     assert (
         'from_pretrained("me/small"' in text
         and "![Which layers stay in 16-bit.](figures/plan_map.png)" in text

@@ -131,7 +131,8 @@ def read_formats(held: Mapping[str, Any]) -> dict[str, str]:
     for name, group in held["config_groups"].items():
         row = format_row(name) if name in _ours() else None
         weights = group["weights"]
-        if row is None or (weights["num_bits"], weights.get("group_size")) != (row.bits, row.group):
+        said = (weights["num_bits"], weights.get("group_size"), weights.get("symmetric", True))
+        if row is None or said != (row.bits, row.group, row.symmetric):
             raise CheckpointError(
                 f"config.json: the group {name!r} of compressed-tensors is none of {', '.join(_ours())}: "
                 "this checkpoint was not written by notebook 03_quantize."

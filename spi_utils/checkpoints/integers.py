@@ -35,7 +35,7 @@ def int8_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    rows, cols = weight.shape
+    rows = len(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, dtype=weight.dtype, device=weight.device)
 
@@ -49,7 +49,7 @@ def int8_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             part.div(scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         )
 
-    step = max(1, CHUNK // cols)
+    step = _rows_at_once(weight)
     map_parts(fill, range(0, rows, step))
     return codes, scales
 
@@ -91,7 +91,7 @@ def int4_codes(weight: torch.Tensor, group: int, *, symmetric: bool, search: boo
         if zeros is not None and zero is not None:
             zeros[start : start + step] = zero.to(torch.int8).view(-1, cols // group)
 
-    step = max(1, (CHUNK if device.type == "cpu" else 256 * CHUNK) // cols)
+    step = _rows_at_once(weight)
     map_parts(fill, range(0, rows, step))
     return codes, scales, zeros
 
@@ -154,6 +154,11 @@ def _error(
 ) -> torch.Tensor:
     shifted = code if zero is None else code - zero[:, None]
     return (shifted * scale.float()[:, None]).sub_(part).square_().sum(dim=1)
+
+
+def _rows_at_once(weight: torch.Tensor) -> int:
+    """How many rows are worked on together: few on a CPU, for its cache; many on a GPU, to fill it."""
+    return max(1, (CHUNK if weight.device.type == "cpu" else 256 * CHUNK) // weight.shape[1])
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

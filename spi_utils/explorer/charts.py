@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from spi_utils.explorer.state import ExplorerState
 
-STATES = {"16-bit": FORMAT_COLOURS["16bit"], "4-bit": "#A9C6DA"}
-NO_SCORE = {"4-bit, no score": "#8A8A8A"}
+KEPT, REST, NO_SCORE = FORMAT_COLOURS["16bit"], "#A9C6DA", "#8A8A8A"
 FAILED = {"16-bit, analysis failed": "transparent"}  # drawn hollow
 # Columns of the layer table that a tooltip shows, where the table has them.
 TOOLTIP = (
@@ -28,11 +27,14 @@ TOOLTIP = (
     ("alpha_decay", "rank decay a"),
     ("effective_rank_rel", "effective rank / M"),
     ("stable_rank", "stable rank"),
-    ("error_nf4", "NF4 error"),
-    ("fisher_nf4", "Fisher cost, nats"),
-    ("measured_nf4", "measured cost, nats"),
     ("bytes_16bit", "bytes in 16-bit"),
-    ("bytes_nf4", "bytes in NF4"),
+)
+# The same of the lower format.
+LOWER_TOOLTIP = (
+    ("error", "{} error"),
+    ("fisher", "Fisher cost in {}, nats"),
+    ("measured", "measured cost in {}, nats"),
+    ("bytes", "bytes in {}"),
 )
 KL = "predicted KL (nats a token)"
 INK = {"expr": "ink"}  # a parameter that the page sets to its text colour: dark on light, light on dark
@@ -40,16 +42,24 @@ INK = {"expr": "ink"}  # a parameter that the page sets to its text colour: dark
 
 def threshold_values(state: ExplorerState, score: str) -> NDArray[np.float64]:
     """A score as a threshold sees it, (L,): a group's mean over its weights; NaN where none can choose."""
-    own = score_values(state.layers, score, double_quant=state.double_quant, seed=state.wishes.seed)
+    options: dict[str, Any] = {"formats": state.formats, "double_quant": state.double_quant}
+    own = score_values(state.layers, score, seed=state.wishes.seed, **options)
     own = own[state.layers["quantizable"].to_numpy(bool)]
     member, weights = state.chooser.problem.member, state.planned["numel"].to_numpy(float)
     mean = np.bincount(member, own * weights) / np.bincount(member, weights)
     return np.where(state.chooser.settled, np.nan, mean[member])
 
 
+def tooltip_columns(state: ExplorerState) -> list[tuple[str, str]]:
+    """Columns of this layer table that a tooltip shows, with their titles."""
+    name = state.lower.upper() if state.lower == "nf4" else state.lower
+    columns = [*TOOLTIP, *((f"{stem}_{state.lower}", title.format(name)) for stem, title in LOWER_TOOLTIP)]
+    return [(column, title) for column, title in columns if column in state.planned]
+
+
 def chart_specs(state: ExplorerState, map_height: int) -> dict[str, Any]:
     """Element id -> Vega-Lite specification, without data; `map_height` in pixels."""
-    charts = {"histogram": _histogram(), "map": _map(state, map_height), "spectrum": _spectrum()}
+    charts = {"histogram": _histogram(state), "map": _map(state, map_height), "spectrum": _spectrum()}
     if state.field is not None:
         charts["frontier"] = _frontier()
     fit = {"type": "fit", "contains": "padding"}
@@ -63,8 +73,10 @@ def _scale(alt: Any, states: Iterable[str], colours: Iterable[str]) -> Any:
     return alt.Scale(domain=list(states), range=list(colours))
 
 
-def _histogram() -> Any:
+def _histogram(state: ExplorerState) -> Any:
     import altair as alt
+
+    states = {"16-bit": KEPT, state.rest: REST}
 
     bars = (
         alt.Chart(alt.NamedData("bins"))
@@ -74,7 +86,7 @@ def _histogram() -> Any:
             x2="right:Q",
             y=alt.Y("low:Q", title="layers", axis=alt.Axis(tickMinStep=1, tickCount=5)),
             y2="high:Q",
-            color=alt.Color("state:N", scale=_scale(alt, STATES, STATES.values()), legend=None),
+            color=alt.Color("state:N", scale=_scale(alt, states, states.values()), legend=None),
             tooltip=[alt.Tooltip("count:Q", title="layers"), "state:N"],
         )
     )
@@ -108,19 +120,22 @@ def _frontier() -> Any:
 def _map(state: ExplorerState, height: int) -> Any:
     import altair as alt
 
-    known = [(column, title) for column, title in TOOLTIP if column in state.planned]
     tooltip = [
         alt.Tooltip("name:N", title="layer"),
         alt.Tooltip("state:N", title="stored in"),
         alt.Tooltip("score:Q", title="score", format=".5~g"),
         alt.Tooltip("shape:N", title="shape"),
-        *(alt.Tooltip(f"{column}:Q", title=title, format=",.5~g") for column, title in known),
+        *(
+            alt.Tooltip(f"{column}:Q", title=title, format=",.5~g")
+            for column, title in tooltip_columns(state)
+        ),
         alt.Tooltip("status:N", title="status"),
     ]
     free = ~state.chooser.settled
     missing = not all(np.isfinite(threshold_values(state, name)[free]).all() for name in state.scores)
-    states = STATES | (NO_SCORE if missing else {}) | (FAILED if state.wishes.held else {})
-    outlines = [FORMAT_COLOURS["16bit"] if name in FAILED else "white" for name in states]
+    states = {"16-bit": KEPT, state.rest: REST} | ({f"{state.rest}, no score": NO_SCORE} if missing else {})
+    states |= FAILED if state.wishes.held else {}
+    outlines = [KEPT if name in FAILED else "white" for name in states]
     key = alt.Legend(title=None, orient="top")  # one legend: fill and outline share field and title
     blocks = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False)
     return (

@@ -89,7 +89,7 @@ function bins() {
   const rows = [];
   counts.forEach(([in16, in4], i) => {
     if (in16) rows.push({ left: edge(i), right: edge(i + 1), low: in4, high: in4 + in16, count: in16, state: "16-bit" });
-    if (in4) rows.push({ left: edge(i), right: edge(i + 1), low: 0, high: in4, count: in4, state: "4-bit" });
+    if (in4) rows.push({ left: edge(i), right: edge(i + 1), low: 0, high: in4, count: in4, state: DATA.rest });
   });
   return rows;
 }
@@ -107,7 +107,7 @@ function curve() {
 function layerRows() {
   const values = scoreOf().values;
   return DATA.layers.map((layer, i) => ({ ...layer, place: i, score: values[i],
-    state: DATA.settled[i] ? DATA.settled[i] : kept(values[i]) ? "16-bit" : values[i] === null ? "4-bit, no score" : "4-bit" }));
+    state: DATA.settled[i] ? DATA.settled[i] : kept(values[i]) ? "16-bit" : DATA.rest + (values[i] === null ? ", no score" : "") }));
 }
 // Chart -> named table -> rows, for the present choice.
 function tables(c) {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spi_utils.explorer.charts import FAILED, TOOLTIP, chart_specs, threshold_values
+from spi_utils.explorer.charts import FAILED, chart_specs, threshold_values, tooltip_columns
 from spi_utils.explorer.state import ExplorerState
+from spi_utils.figures.plan_figures import FORMAT_LABELS
 from spi_utils.figures.plotting import score_label, shorten
 from spi_utils.figures.score_figures import is_wide
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of
@@ -41,7 +42,8 @@ def write_explorer(run: Run, **options: Any) -> Path:
     """Write the run's explorer.html and return its path.
 
     Args:
-        options: `score`, `direction`, `share` and `double_quant` to start from, as `ExplorerState.open`.
+        options: `score`, `direction`, `share`, `lower` and `double_quant` to start from,
+            as `ExplorerState.open`.
 
     Raises:
         RunError: no analysis in this run; says which notebook to run.
@@ -57,6 +59,7 @@ def explorer_html(state: ExplorerState, model: str) -> str:
     height = 70 + 24 * len(state.grid.types)
     parts = {
         "__TITLE__": html.escape(f"{model}: what stays in 16-bit"),
+        "__LOWER__": html.escape(FORMAT_LABELS[state.lower]),
         "__BUNDLE__": _scripts(),
         "__DATA__": _json(page_data(state)),
         "__SPECS__": _json(chart_specs(state, height)),
@@ -81,6 +84,7 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
     data_extra, header_extra, kl = _steps(state)
     size_base = int(chooser.file_bytes[0])
     return {
+        "rest": state.rest,
         "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
         "layers": _layers(state),
         "scores": {name: _score(state, name, title) for name, title in state.scores.items()},
@@ -101,15 +105,15 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
 
 
 def _steps(state: ExplorerState) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Per planned layer (L,): bytes of data and of header from NF4 to 16-bit, and the KL that NF4 costs.
+    """Per planned layer (L,): bytes of data and of header from the lower format to 16-bit, and its KL.
 
     Of a layer that a threshold can't move, only what it costs where it is.
     """
-    rows, dq = state.planned, state.double_quant
+    rows, low, dq = state.planned, state.lower, state.double_quant
     names = list(rows["name"])
-    data = payload_bytes(rows, "16bit", dq) - payload_bytes(rows, "nf4", dq)
-    header = header_bytes(names, "16bit", dq) - header_bytes(names, "nf4", dq)
-    kl = np.where(state.chooser.held, 0.0, predicted_cost(rows, "nf4"))
+    data = payload_bytes(rows, "16bit", dq) - payload_bytes(rows, low, dq)
+    header = header_bytes(names, "16bit", dq) - header_bytes(names, low, dq)
+    kl = np.where(state.chooser.held, 0.0, predicted_cost(rows, low))
     return data, header, kl
 
 
@@ -117,13 +121,13 @@ def _settled(state: ExplorerState) -> list[str | None]:
     """The state of each layer that no threshold moves, as the map names it; None for all others."""
     settled, held = state.chooser.settled, state.chooser.held
     failed = state.planned["name"].isin(state.wishes.held)
-    known = np.where(failed, next(iter(FAILED)), np.where(held, "16-bit", "4-bit"))
+    known = np.where(failed, next(iter(FAILED)), np.where(held, "16-bit", state.rest))
     return [str(name) if fixed else None for name, fixed in zip(known, settled, strict=True)]
 
 
 def _layers(state: ExplorerState) -> list[dict[str, Any]]:
     """A record a layer, with the numbers that its tooltip shows."""
-    numbers = [column for column, _ in TOOLTIP if column in state.planned]
+    numbers = [column for column, _ in tooltip_columns(state)]
     columns = ["name", "type", "depth", "rows", "cols", "status", *numbers]
     records: list[dict[str, Any]] = [
         dict(zip(columns, row, strict=True)) for row in state.planned[columns].itertuples(index=False)

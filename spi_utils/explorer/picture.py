@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spi_utils.figures.plan_figures import LayerGrid, draw_grid
+from spi_utils.figures.plan_figures import FORMAT_LABELS, LayerGrid, draw_grid
 from spi_utils.figures.plotting import BLACK, BLUE, FORMAT_COLOURS, GREY, VERMILLION, score_label, styled
 from spi_utils.figures.score_figures import histogram_edges, is_wide
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 10.0, 6.0, 100  # inches; 1000 × 600 pixels
 FRAME = 3  # pixels that are left of a hollow cell's side
-KEPT, REST = FORMAT_COLOURS["16bit"], FORMAT_COLOURS["nf4"]
+KEPT = FORMAT_COLOURS["16bit"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,17 @@ class ChoicePicture:
 
     @styled
     def __init__(
-        self, grid: LayerGrid, values: NDArray[np.float64], score: str, direction: str, curves: Curves | None
+        self,
+        grid: LayerGrid,
+        values: NDArray[np.float64],
+        score: str,
+        direction: str,
+        curves: Curves | None,
+        lower: str = "nf4",
     ) -> None:
+        """`values` (L,) is the score of each planned layer; `lower` the format of those not protected."""
         self._grid, self._values, self._high = grid, values, direction == "high"
+        self._lower = lower
         self._edges = histogram_edges(values)
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
         self._canvas = FigureCanvasAgg(figure)
@@ -68,7 +76,7 @@ class ChoicePicture:
             self._point = _draw_frontier(frontier, curves)
         self._draw_histogram(histogram, score)
         below = bottom.subplots()
-        _draw_map(below, grid)
+        _draw_map(below, grid, lower)
         self._canvas.draw()
         self._map = CellPainter(below, grid.shape, HEIGHT * DPI)
         figure.set_layout_engine("none")  # the layout is settled; what follows must not move it
@@ -94,14 +102,14 @@ class ChoicePicture:
         for artist in moving:
             artist.draw(self._canvas.get_renderer())
         pixels = np.asarray(self._canvas.buffer_rgba())
-        cells = self._grid.colours({"16bit": chosen, "nf4": ~chosen})
+        cells = self._grid.colours({"16bit": chosen, self._lower: ~chosen})
         self._map.paint(pixels, cells, self._grid.hollow)
         return encode_png(pixels)
 
     def _draw_histogram(self, axes: Axes, score: str) -> None:
         finite = self._values[np.isfinite(self._values)]
         counts, _ = np.histogram(finite, self._edges)
-        axes.stairs(counts, self._edges, fill=True, color=REST)
+        axes.stairs(counts, self._edges, fill=True, color=FORMAT_COLOURS[self._lower])
         self._kept = axes.stairs(np.zeros(len(counts)), self._edges, fill=True, color=KEPT, animated=True)
         self._line = axes.axvline(self._edges[0], color=BLACK, lw=2, animated=True)
         axes.set(xlabel=score_label(score), ylabel="layers", ylim=(0, max(counts.max(initial=0), 1) * 1.15))
@@ -158,11 +166,11 @@ def _inside(gaps: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return ~near if gaps.any() or len(gaps) > 4 * FRAME else np.zeros(len(gaps), bool)
 
 
-def _draw_map(axes: Axes, grid: LayerGrid) -> None:
+def _draw_map(axes: Axes, grid: LayerGrid, lower: str) -> None:
     draw_grid(axes, grid, most_labels=16)
     axes.set_title("What is kept in 16-bit, a cell a layer", loc="left", fontsize=10)
     axes.plot([], [], "s", ms=8, color=KEPT, label="16-bit")
-    axes.plot([], [], "s", ms=8, color=REST, label="4-bit (NF4)")
+    axes.plot([], [], "s", ms=8, color=FORMAT_COLOURS[lower], label=FORMAT_LABELS[lower])
     if grid.hollow.any():
         axes.plot([], [], "s", ms=7, mfc="white", mec=KEPT, mew=2, label="analysis failed")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1)

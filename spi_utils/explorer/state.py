@@ -29,6 +29,7 @@ from spi_utils.figures.spectrum_figures import single_spectrum
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.planning.chooser import Chooser
 from spi_utils.planning.frontier import Field, Standing
+from spi_utils.planning.pricing import nominal_bits
 from spi_utils.planning.scores import SCORES, available_scores
 from spi_utils.runs import Run, existing_run, layers_fingerprint, read_layers, read_spectra, run_info
 
@@ -56,6 +57,7 @@ class ExplorerState:
         direction: str = "high",
         share: float = 0.52,
         threshold: float | None = None,
+        lower: str = "nf4",
         double_quant: bool = False,
         **wishes: Any,
     ) -> None:
@@ -67,15 +69,18 @@ class ExplorerState:
             spectra: name -> singular values, for `spectrum_picture`.
             share: of the layers, how many are protected at first; unless
             threshold: says where to start, in the score's units.
+            lower: the format of the layers that are not kept in 16-bit.
             double_quant: NF4 with double quantization.
             wishes: group, force_16bit, forbid_16bit, seed, as `make_plan`. Failed layers that no pattern
                 speaks of stay in 16-bit.
 
         Raises:
-            PlanError, AnalysisError: unknown score or none in the table, nothing to plan, a bad pattern.
+            PlanError, AnalysisError: unknown score or format, a score that the table doesn't hold,
+                nothing to plan, a bad pattern.
         """
         self.layers, self.run, self.spectra = layers, run, dict(spectra or {})
         self.planned = planned_layers(layers)
+        self.formats = (lower, "16bit")
         self.double_quant = double_quant
         self.wishes = Wishes.of(layers, **wishes)
         self.grid = LayerGrid(layers)
@@ -104,9 +109,19 @@ class ExplorerState:
     # --- what can be chosen ------------------------------------------------------------------------------
 
     @property
+    def lower(self) -> str:
+        """The format of the layers that are not kept in 16-bit."""
+        return self.formats[0]
+
+    @property
+    def rest(self) -> str:
+        """That format by its width, as a map names it: "4-bit"."""
+        return f"{int(nominal_bits(self.lower))}-bit"
+
+    @property
     def scores(self) -> dict[str, str]:
         """Scores that this table holds: name -> title."""
-        return {name: SCORES[name].title for name in available_scores(self.layers)}
+        return {name: SCORES[name].title for name in available_scores(self.layers, self.formats)}
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -179,7 +194,7 @@ class ExplorerState:
     @cached_property
     def field(self) -> Field | None:
         """What random selections and the optimum reach at each size; None without sensitivity."""
-        return Field.of(self.layers, double_quant=self.double_quant, **self.wishes.options)
+        return Field.of(self.layers, **self._options)
 
     @property
     def standing(self) -> Standing | None:
@@ -219,7 +234,7 @@ class ExplorerState:
             if len(self._pictures) >= PICTURES_KEPT:
                 del self._pictures[next(iter(self._pictures))]
             values = self.chooser.problem.raw[self.chooser.problem.member]
-            self._pictures[key] = ChoicePicture(self.grid, values, *key, self._curves())
+            self._pictures[key] = ChoicePicture(self.grid, values, *key, self._curves(), self.lower)
         kl = self.choice.predicted_kl
         point = None if kl is None else (float(self.choice.total_bytes), kl)
         return self._pictures[key].png(self.threshold, self.choice.mask, point)
@@ -236,11 +251,10 @@ class ExplorerState:
             direction=self.direction,
             rule="threshold",
             value=self.threshold,
-            double_quant=self.double_quant,
             model=run_info(self.run)["model"] if self.run else None,
             layers_fingerprint=layers_fingerprint(self.run) if self.run else "",
             origin="slider",
-            **self.wishes.options,
+            **self._options,
         )
         return replace(plan, reason=" ".join(filter(None, (plan.reason, self.wishes.failures()))))
 
@@ -259,12 +273,14 @@ class ExplorerState:
 
     # --- inside ------------------------------------------------------------------------------------------
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"formats": self.formats, "double_quant": self.double_quant, **self.wishes.options}
+
     def _use(self, score: str, direction: str, count: int) -> None:
         key = (score, direction)
         if key not in self._choosers:
-            self._choosers[key] = Chooser.of(
-                self.layers, score, direction, double_quant=self.double_quant, **self.wishes.options
-            )
+            self._choosers[key] = Chooser.of(self.layers, score, direction, **self._options)
         self.score, self.direction = key
         self.chooser = self._choosers[key]
         cut = self.chooser.cut

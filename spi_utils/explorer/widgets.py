@@ -29,8 +29,8 @@ def explore(run_dir: str | Path | Run, **options: Any) -> widgets.VBox:
 
     Args:
         run_dir: a run directory, or the `Run`.
-        options: `score`, `direction`, `share`, `threshold`, `double_quant`, `group`, `force_16bit`,
-            `forbid_16bit`, instead of the run's plan's.
+        options: `score`, `direction`, `share`, `threshold`, `lower`, `double_quant`, `group`,
+            `force_16bit`, `forbid_16bit`, instead of the run's plan's.
 
     Raises:
         RunError: no analysis there; says which notebook to run.

@@ -16,6 +16,7 @@ import numpy as np
 from spi_utils.figures.score_figures import planned_layers
 from spi_utils.plan import ProtectionPlan
 from spi_utils.planning.choice import Patterns, matches
+from spi_utils.planning.pricing import nominal_bits
 from spi_utils.planning.scores import available_scores
 from spi_utils.runs import run_info
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from spi_utils.runs import Run
 
-FORMATS = frozenset({"nf4", "16bit"})  # what the explorer chooses between
 NAMED = 3  # failed layers named in a sentence; the rest are counted
 
 
@@ -112,16 +112,18 @@ class Wishes:
 
 def start_of(plan: ProtectionPlan, options: Mapping[str, Any], layers: pd.DataFrame) -> dict[str, Any]:
     """Options that start an explorer at a plan; its threshold only if no other score is asked for."""
-    start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1)}
-    known = plan.score in available_scores(layers)  # another backend's formats may be all that was costed
+    quantized = sorted(set(plan.formats.values()) - {"16bit"}, key=nominal_bits)
+    lower = options.get("lower") or (quantized[0] if quantized else "nf4")
+    start: dict[str, Any] = {"share": plan.count("16bit") / max(len(plan.formats), 1), "lower": lower}
+    known = plan.score in available_scores(layers, (lower, "16bit"))
     if known and not {"score", "direction", "share"} & set(options):
         start |= {"score": plan.score, "direction": plan.direction}
         start |= {"threshold": plan.value} if plan.rule == "threshold" else {}
     start |= {name: plan.options[name] for name in _WISHES if name in plan.options}
-    dropped = sorted(set(plan.formats.values()) - FORMATS)
+    dropped = [fmt for fmt in quantized if fmt != lower]
     if dropped:
         start["left_out"] = (
-            f"Not kept from the run's plan: {', '.join(dropped)}; here layers are NF4 or 16-bit."
+            f"Not kept from the run's plan: {', '.join(dropped)}; here layers are {lower} or 16-bit."
         )
     return start | {"double_quant": plan.double_quant}
 

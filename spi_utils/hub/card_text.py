@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.hub.card_facts import Facts, source_name
+from spi_utils.planning.pricing import nominal_bits
 from spi_utils.stats import Estimate, verdict
 
 # (variant key of evaluation.json, row of the table); random_* is added as the mean over its seeds.
@@ -206,21 +207,24 @@ def _rivals(variants: Mapping[str, Any]) -> str:
 
 def _plan(facts: Facts) -> str:
     plan, rows = facts.plan, facts.layers[facts.layers["quantizable"]]
-    kept = rows["name"].isin(set(plan["protected"]))
-    table = rows.assign(kept=kept).groupby("type", sort=False)["kept"].agg(["sum", "size"])
-    lines = [f"| `{name}` | {int(row['sum'])} of {int(row['size'])} |" for name, row in table.iterrows()]
-    depths = sorted(rows.loc[kept, "depth"].unique())
-    span = f" They lie in blocks {depths[0]} to {depths[-1]}." if depths else ""
+    held = rows["name"].map(plan["formats"])
+    used = sorted(set(held), key=nominal_bits, reverse=True)
+    lines = [
+        f"| `{kind}` | {' | '.join(str(int((of == fmt).sum())) for fmt in used)} |"
+        for kind, of in held.groupby(rows["type"], sort=False)
+    ]
+    depths = sorted(rows.loc[held == "16bit", "depth"].unique())
+    span = f" The 16-bit layers lie in blocks {depths[0]} to {depths[-1]}." if depths else ""
     value = "" if plan.get("value") is None else f", value {plan['value']:g}"
     reason = f"\n\n{plan['reason']}" if plan.get("reason") else ""
     return f"""## The plan
 
-Layers were ranked by `{plan["score"]}` and the **{plan["direction"]}** end is kept in 16-bit
+Decided by the score `{plan["score"]}`, whose **{plan["direction"]}** end is protected
 (rule `{plan["rule"]}`{value}).{span} `plan.json` names every module, `layers.csv` holds each one's
 statistics and `evaluation.json` the losses of every window.{reason}
 
-| layer type | kept in 16-bit |
-| --- | --- |
+| layers by type | {" | ".join(used)} |
+| ---{" | ---" * len(used)} |
 {chr(10).join(lines)}"""
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spi_utils.errors import PlanError
+from spi_utils.formats import format_row
 from spi_utils.planning.pricing import able, check_formats, header_bytes, payload_bytes
 from spi_utils.planning.scores import (
     additive_cost,
@@ -106,6 +107,7 @@ def pose(
     planned = layers["quantizable"].to_numpy(bool)
     if not planned.any():
         raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
+    _refuse_useless(layers[planned], wanted)
     values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     rows, values = layers[planned].reset_index(drop=True), values[planned]
     names = tuple(rows["name"])
@@ -170,6 +172,16 @@ def _refuse_contradiction(names: Sequence[str], member: Ints, open_: Mask) -> No
             f"{first}: its group has no format that all of its layers may take: patterns force one and keep "
             "another from 16-bit, or 16bit is not among the formats. Change a pattern, or name them all."
         )
+
+
+def _refuse_useless(rows: pd.DataFrame, formats: Sequence[str]) -> None:
+    """A format that can hold no layer at all has no costs either."""
+    for fmt in formats:
+        if not able(rows, fmt).any():
+            raise PlanError(
+                f"{fmt} can hold none of the {len(rows)} layers: groups of {format_row(fmt).group} divide "
+                "none of their columns. Leave it out, or take one with smaller groups, int8 or nf4."
+            )
 
 
 def _refuse_homeless(rows: pd.DataFrame, allowed: Mask, formats: Sequence[str]) -> None:
