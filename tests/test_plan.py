@@ -288,7 +288,7 @@ def test_empty_patterns_are_no_wish():
         ({"rule": "top_k", "value": "12"}, "needs a value"),
         ({"rule": "claim", "value": 12}, "use rule='top_k' for 12"),
         ({"rule": "threshold", "value": float("nan")}, "finite number"),
-        ({"rule": "matrix_bits", "value": 4.0}, "4.5000 matrix bits .* in nf4 and 16.0000 .* in 16bit"),
+        ({"rule": "matrix_bits", "value": 4.0}, "4.5000 matrix bits .* in nf4 and 16.0000 .* in 16-bit"),
         ({"rule": "matrix_bits", "value": 17}, "4.5000 matrix bits .* and 16.0000"),
         ({"rule": "budget_gb", "value": 5}, r"can't be had: this model takes 0\.\d+ GB .* and 0\.\d+ GB"),
         ({"rule": "max_kl", "value": -1, "score": "fisher"}, "best plan of these formats is predicted at 0"),

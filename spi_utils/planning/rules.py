@@ -331,7 +331,8 @@ def _end(p: Problem) -> str:
 
 
 def _top(p: Problem) -> str:
-    return p.formats[p.tiers[1]]
+    """The upper format as prose writes it."""
+    return p.formats[p.tiers[1]].replace("16bit", "16-bit")
 
 
 RULES: dict[str, Rule] = {
