@@ -27,6 +27,7 @@ from spi_utils.report_html import (
     Html,
     code,
     interval_cell,
+    legend,
     p_cell,
     picture,
     section,
@@ -35,6 +36,7 @@ from spi_utils.report_html import (
     spread,
     table,
     text,
+    verbatim,
     verdict_cell,
 )
 from spi_utils.report_runs import other_runs
@@ -106,7 +108,6 @@ def write_report(run: runs.Run) -> Path:
         _analysis(run),
         _method(evaluation),
         _environment(info, evaluation),
-        f'<p class="end">{code(switching_sentence(evaluation))}</p>',
     ]
     page = Template(resources.files("spi_utils").joinpath("report_page.html").read_text(encoding="utf-8"))
     title = f"{evaluation.model['id']}: what the hybrid is worth"
@@ -127,7 +128,9 @@ def _top(evaluation: Evaluation) -> str:
     tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
     return (
         f"<h1>{text(evaluation.model['id'])}</h1>"
-        f'<p class="lead">{text(headline_of(evaluation))}</p><div class="facts">{"".join(tiles)}</div>'
+        f'<p class="lead">{text(headline_of(evaluation))}</p>'
+        f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
+        f'<div class="facts">{"".join(tiles)}</div>'
         f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
 
@@ -146,6 +149,26 @@ DIVERGENCE_HEADS = (
     *("variant", "KL median", "99 %", "99.9 %", "same top-1", "Δp mean", "Δp RMS", "predicted KL"),
     *("word perplexity", "byte perplexity"),
 )
+LOSS_MEANINGS = {
+    "matrix bits": "bits a weight over the matrices that a plan decides on, the formats' overhead included",
+    "Δ loss": "loss minus the 16-bit reference's on the same windows; above zero is worse",
+    "p (Holm)": "how often chance alone would give a Δ loss this far from zero, corrected for all rows",
+    "KL": "how far the predictions are from the 16-bit model's; zero is the same model",
+}
+DIVERGENCE_MEANINGS = {
+    "KL median, 99 %, 99.9 %": "of single tokens: half, and all but 1 % or 0.1 % of them, lie below",
+    "same top-1": "tokens for which the most probable next token is the 16-bit model's",
+    "Δp mean, Δp RMS": "change of the probability given to the text's own next token: its mean, and the root "
+    "of its mean square",
+    "predicted KL": "what notebook 01's sensitivity foretold, before anything was quantized",
+    "word, byte perplexity": "the same loss spread over words or bytes, for models with other tokenizers",
+}
+SELECTION_MEANINGS = {
+    "loss − random's, KL − random's": "difference to the mean of the random selections; below zero is better",
+    "p (Holm)": "how often chance alone would give a KL this far from random's, corrected for all rows",
+    "KL beats": "of how many random selections this one has the lower KL",
+    "miss in bytes": "its size minus the plan's, as a share of the 16-bit model's",
+}
 
 
 def _quality(run: runs.Run, evaluation: Evaluation) -> str:
@@ -157,8 +180,10 @@ def _quality(run: runs.Run, evaluation: Evaluation) -> str:
         "KL is a different model, not a better one.",
         picture(run.figures / f"{HEADLINE}.png"),
         table(LOSS_HEADS, [_loss_row(one) for one in variants], _marks(evaluation)),
+        legend(LOSS_MEANINGS),
         *(f'<p class="note">Not scored: {text(k)}. {text(why)}</p>' for k, why in evaluation.skipped.items()),
         table(DIVERGENCE_HEADS, [_divergence_row(one) for one in variants], _marks(evaluation)),
+        legend(DIVERGENCE_MEANINGS),
     )
 
 
@@ -200,20 +225,25 @@ def _selection(evaluation: Evaluation) -> str:
         rows.append(
             [
                 one["label"],
-                f"{100 * one['bytes_miss']:+.2f} %",
-                interval_cell(beside["nll"]),
+                verdict_cell(stats.verdict(kl, "lower")),
                 interval_cell(beside["kl"]),
                 p_cell(kl.p_holm),
                 f"{beside['kl_beats']} of {beside['controls']}",
-                verdict_cell(stats.verdict(kl, "lower")),
+                interval_cell(beside["nll"]),
+                f"{100 * one['bytes_miss']:+.2f} %",
             ]
         )
-    heads = ["at equal bytes", "miss in bytes", "loss − random's", "KL − random's", "p (Holm)", "KL beats"]
+    heads = ["at equal bytes", "better than random?", "KL − random's", "p (Holm)", "KL beats"]
     return section(
         "Is the selection worth something?",
         "A rule is worth something only if it beats random layers of the same size. The intervals hold for "
         "the random selections that were drawn.",
-        table([*heads, "better than random?"], rows, ["plan" if key == "plan" else "" for key in held]),
+        table(
+            [*heads, "loss − random's", "miss in bytes"],
+            rows,
+            ["plan" if key == "plan" else "" for key in held],
+        ),
+        legend(SELECTION_MEANINGS) if rows else "",
     )
 
 
@@ -224,14 +254,14 @@ def _details(run: runs.Run) -> str:
 
 def _claims(evaluation: Evaluation, speed: Mapping[str, Any] | None) -> str:
     rows = [
-        [code(row["stated"]), code(row["measured"]), verdict_cell(row["verdict"])]
+        [code(row["stated"]), verdict_cell(row["verdict"]), code(row["measured"])]
         for row in audit(evaluation, speed)
     ]
     return section(
         "The claim, audited",
         "Verdicts are computed: from intervals over windows where chance is involved, else from whether the "
         "measured number rounds to the stated one.",
-        table(["stated", "measured here", "verdict"], rows, words=(0, 1)),
+        table(["stated", "verdict", "measured here"], rows, words=(0, 1, 2)),
     )
 
 
@@ -244,25 +274,34 @@ def _other_texts(evaluation: Evaluation) -> str:
     return section("Other texts", "", *parts) if parts else ""
 
 
+FLOAT32 = (
+    "The 16-bit weights ran in float32 here, twice their file's bytes a token: the ratio of the two rows is "
+    "partly float32 against half the bytes."
+)
+
+
 def _speed_table(speed: Mapping[str, Any] | None) -> str:
     if not speed:
         return ""
     one = speed["plan"]
     modules = ", ".join(f"{count} {name}" for name, count in one["kernels"]["modules"].items())
     sample = (
-        f"<p>The checkpoint continues “{text(one['prompt'])}” with:</p>"
-        f"<blockquote>{text(one['sample'].strip())}</blockquote>"
+        f"<p>The checkpoint continues “{verbatim(one['prompt'])}” with:</p>"
+        f"<blockquote>{verbatim(one['sample'].strip())}</blockquote>"
         if one.get("sample")
         else ""
     )
     heads = ["batch 1", "prefill, tokens/s", "decode, tokens/s", "bandwidth allows", "first token, s"]
-    rows = [_speed_row("16-bit model", speed["reference"]), _speed_row("this checkpoint", one)]
+    wide = speed["reference"].get("dtype") == "float32"
+    name = "16-bit weights, run in float32" if wide else "16-bit model"
+    rows = [_speed_row(name, speed["reference"]), _speed_row("this checkpoint", one)]
     return section(
         "Speed and memory",
         f"Median (least–most) of {one['repeats']} generations of {one['new_tokens']} tokens after "
         f"{one['prompt_tokens']}, on {one['device']} ({one['threads']} threads), with stock transformers "
         f"({modules}). The bound is the device's measured bandwidth over the bytes that a token reads.",
         table([*heads, "GB a token", "peak GB"], rows, ["", "plan"]),
+        f'<p class="note">{FLOAT32}</p>' if wide else "",
         sample,
     )
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 CAPTIONS = {"supported": "✓ supported", "refuted": "✗ refuted"}
+MANY = 4  # columns; a phone shows no more at once
+NEGATIVE = re.compile(r"(?<![\w.\-])-(?=\d)")  # in a date, a range or a name a hyphen stands after something
 
 
 class Html(str):
@@ -16,8 +19,13 @@ class Html(str):
 
 
 def text(value: Any) -> str:
-    """Escaped text; `Html` stays as it is."""
-    return value if isinstance(value, Html) else html.escape(str(value), quote=True)
+    """Escaped text, its negative numbers with a true minus; `Html` stays as it is."""
+    return value if isinstance(value, Html) else html.escape(NEGATIVE.sub("−", str(value)), quote=True)
+
+
+def verbatim(value: str) -> Html:
+    """Text escaped and otherwise left alone: a model's own words, a hash."""
+    return Html(html.escape(value, quote=True))
 
 
 def section(title: str, introduction: str, *parts: str) -> str:
@@ -40,7 +48,8 @@ def table(
     top = _row("th", heads, "", words) if heads else ""
     padded = [*marks, *[""] * (len(rows := list(rows)) - len(marks))]
     body = "".join(_row("td", row, mark, words) for row, mark in zip(rows, padded, strict=True))
-    return f'<div class="scroll"><table><thead>{top}</thead><tbody>{body}</tbody></table></div>'
+    kind = "scroll many" if len(heads) > MANY else "scroll"
+    return f'<div class="{kind}"><table><thead>{top}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(tag: str, cells: Sequence[str], mark: str, words: Sequence[int]) -> str:
@@ -49,6 +58,12 @@ def _row(tag: str, cells: Sequence[str], mark: str, words: Sequence[int]) -> str
         for index, cell in enumerate(cells)
     )
     return f"<tr{f' class={mark}' if mark else ''}>{made}</tr>"
+
+
+def legend(meanings: Mapping[str, str]) -> str:
+    """What a table's column titles mean, in small print below it."""
+    said = (f"<dt>{text(head)}</dt><dd>{text(meaning)}</dd>" for head, meaning in meanings.items())
+    return f'<dl class="legend">{"".join(said)}</dl>'
 
 
 def verdict_cell(verdict: str) -> Html:

@@ -16,7 +16,7 @@ from spi_utils.judging import measures
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.sentences import mix_sentence
-from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text
+from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text, verbatim
 from spi_utils.scoring import TokenScores
 
 WINDOWS, TOKENS = 24, 40
@@ -129,7 +129,18 @@ def test_the_report_is_whole_and_fetches_nothing(run, evaluation):
     assert seen.count("supported") >= 2 and "refuted" in seen
     assert "Not scored: fisher_int8" in seen
     assert "8" * 64 in seen and "disjoint windows" in seen
-    assert seen.rstrip().endswith(report.switching_sentence(evaluation).replace("`", "").split("would")[1])
+    advice = report.switching_sentence(evaluation).replace("`", "").split("would")[1].replace(" -", " −")
+    assert advice in seen and seen.index(advice) < seen.index("Quality against bytes")
+    assert not re.search(r"(?<![\w.])-\d", seen)
+    for head in ("p (Holm)", "Δp mean, Δp RMS", "KL beats", "miss in bytes"):
+        assert f"<dt>{html.escape(head, quote=True)}</dt>" in report.write_report(run).read_text("utf-8")
+
+
+def test_a_reference_that_ran_in_float32_is_named_so(run):
+    assert "float32 against half the bytes" not in report._speed_table({"plan": SPEED, "reference": SPEED})
+    wide = {"plan": SPEED, "reference": {**SPEED, "dtype": "float32", "gb_per_token": 0.54}}
+    said = report._speed_table(wide)
+    assert "16-bit weights, run in float32" in said and "float32 against half the bytes" in said
 
 
 def test_the_same_run_gives_the_same_report(run):
@@ -139,7 +150,7 @@ def test_the_same_run_gives_the_same_report(run):
     assert report.write_report(run).read_bytes() == first
 
 
-def test_headline_and_last_sentence_are_the_runs_own_numbers(run, evaluation):
+def test_headline_and_advice_are_the_runs_own_numbers(run, evaluation):
     plan, fisher = evaluation.variants["plan"], evaluation.variants["fisher"]
     headline = report.headline(run)
     assert "109 of 210 matrices" in headline and "269 MB become 205 MB (−24%)" in headline
@@ -148,7 +159,7 @@ def test_headline_and_last_sentence_are_the_runs_own_numbers(run, evaluation):
     assert f"{1 - fisher['kl_mean'] / plan['kl_mean']:.0%}" in last and "supported" in last
 
 
-def test_the_last_sentence_without_or_with_fisher(evaluation):
+def test_the_advice_without_or_with_fisher(evaluation):
     without = {key: one for key, one in evaluation.variants.items() if key != "fisher"}
     said = report.switching_sentence(make_evaluation(variants=without, skipped={"fisher": "run notebook 01"}))
     assert "not measured" in said and "run notebook 01" in said
@@ -261,6 +272,10 @@ def test_a_run_without_evaluation(tmp_path, evaluation):
 
 
 def test_pieces():
+    assert text("−0.5, -0.00 %, (-1 … -0.2), 2018-01-22, smollm2-135m") == (
+        "−0.5, −0.00 %, (−1 … −0.2), 2018-01-22, smollm2-135m"
+    )
+    assert verbatim("<-1>") == "&lt;-1&gt;"
     assert text("<&>") == "&lt;&amp;&gt;" and text(Html("<b>")) == "<b>"
     assert code("use `x<y` now") == "use <code>x&lt;y</code> now"
     assert (size(6.41e9), size(205_043_671), p_cell(0.0002), p_cell(None)) == (
