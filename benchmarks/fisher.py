@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from spi_utils.costs.fisher import BLOCK, per_block, random_windows, sample_windows, slopes
-from spi_utils.costs.footprint import choose_batch
+from spi_utils.costs.footprint import footprints
 from spi_utils.costs.measure import IN_BLOCK, Measure
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.progress import progress
@@ -64,7 +64,7 @@ def all_slopes(switch: Switch, windows: torch.Tensor) -> tuple[NDArray[np.float3
     switch.restore()
     for name in switch.layers:
         switch.packed(name, "nf4")
-    size = choose_batch(switch, windows.shape[1], 1).batch
+    size = footprints(switch, windows.shape[1], 1)[0].batch
     draws = torch.Generator().manual_seed(0)
     parts, ratios = [], []
     for ids in progress(windows.split(size), -(-len(windows) // size), "gradients"):

@@ -8,12 +8,12 @@ two: enough to see that a run doesn't fit, or that a stage hangs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
-from spi_utils.platforms import find_gpus, platform_name
+from spi_utils.platforms import Gpu, find_gpus, memory_bytes, platform_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +24,20 @@ SENSITIVITY_TOKENS = 32 * 256
 BACKWARD = 3  # a forward and a backward pass, in forward passes
 CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
 LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
+FARMS = 0.2  # seconds a matrix: its 128 × 128 blocks on one host core (0.09 measured here)
 INTERPRETER = 3_000_000_000  # bytes of memory: Python, torch, CUDA's context
 SPEED_TOKENS = 2 * 6 * 64  # timed generations of two models
 NOTEBOOK_SECONDS = 12  # kernel start and imports of a stage
-KEPT, SHARE = 1.2, 0.85  # as in footprint.py, which imports torch
+# What a graph keeps, in 16-bit units of its layers' inputs and outputs: 1.2 with attention, 3.1 to 4.2 with
+# Qwen3.5's recurrence in torch (transformers 5.23, 5.15). footprint.kept_bytes counts it for the real model.
+KEPT = 4.2
+LOGITS = 200_000_000  # bytes of two pieces of them
+SHARE = 0.85  # as in footprint.py, which imports torch
 GIB = 2**30
+
+
+# Stages of run.json that make up one of the budget's.
+PARTS = {"analyze": ("spectra", "analyze")}
 
 
 @dataclass(frozen=True)
@@ -140,9 +149,10 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
     checkpoint = size - (1 - kept) * (2 * model.planned - model.packed("nf4"))
     largest = 4 * max([rows * cols for rows, cols in model.shapes])
     streamed = INTERPRETER + max(largest, 2 * model.vocabulary * model.hidden)
+    analyze = (_analyze(model, machine), _gradients(model, machine), max(streamed, _codes(model)), 0.05e9)
     seconds = {
         "fetch": (size / machine.download, 0.0, INTERPRETER, size),
-        "analyze": (_analyze(model, machine), _gradients(model, machine), streamed, 0.05e9),
+        "analyze": analyze,
         "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
         "quantize": (_quantize(model, machine, checkpoint), checkpoint + largest, streamed, checkpoint),
         "evaluate": (_evaluate(model, machine, tokens, variants), size + 3 * largest, _codes(model), 0.1e9),
@@ -152,20 +162,21 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
 
 
 def _gradients(model: Model, machine: Machine) -> float:
-    """Bytes of a backward pass over 1,024 tokens; footprint.choose_batch takes less on a smaller GPU."""
-    kept = 1024 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes)
-    most = SHARE * machine.gpu_bytes
-    return max(model.bytes_16bit + 0.5e9, min(model.bytes_16bit + kept, most))
+    """Bytes of a backward pass over as many windows at once as fit, else over one with checkpointing."""
+    window = 256 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes)
+    base = model.bytes_16bit + 12 * max(rows * cols for rows, cols in model.shapes) + LOGITS
+    ways = [base + windows * window for windows in (3, 2, 1)]
+    return next((need for need in ways if need < SHARE * machine.gpu_bytes), base + window / 8)
 
 
 def _codes(model: Model) -> float:
-    """The evaluation keeps NF4, int8 and int4 codes of every matrix in memory."""
+    """The sensitivities and the evaluation keep NF4, int8 and int4 codes of every matrix in memory."""
     return INTERPRETER + sum(model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
 
 
 def _analyze(model: Model, machine: Machine) -> float:
     """Seconds: every matrix' eigenvalues, then one backward pass over text that the model wrote."""
-    solve = sum(_eigenvalues(rows, cols, machine) for rows, cols in model.shapes)
+    solve = sum(FARMS + _eigenvalues(rows, cols, machine) for rows, cols in model.shapes)
     write = 256 * model.bytes_16bit / machine.gpu_bandwidth  # all windows at once, token after token
     passes = BACKWARD * model.forward + CHANGES * 2.0 * model.planned
     read = 2 * model.bytes_16bit / machine.disk  # once for the spectra, once for the model
@@ -224,21 +235,28 @@ def check_budget(
 def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of the budget, with what run.json's stages really took beside it where they ran."""
     lines = [
-        "| stage | minutes, budget | minutes, actual | GPU, GB | memory, GB | memory, actual | leaves, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| stage | minutes, budget | actual | GPU, GB | actual | memory, GB | actual | leaves, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cost in costs:
-        held = stages.get(cost.stage, {})
-        minutes = f"{held['seconds'] / 60:.1f}" if "seconds" in held else "–"
-        peak = f"{held['peak_rss_gb']:.1f}" if "peak_rss_gb" in held else "–"
-        numbers = f"{cost.gpu / 1e9:.1f} | {cost.ram / 1e9:.1f} | {peak} | {cost.disk / 1e9:.2f}"
+        held = [stages[name] for name in PARTS.get(cost.stage, (cost.stage,)) if name in stages]
+        minutes = f"{sum(one['seconds'] for one in held) / 60:.1f}" if held else "–"
+        gpu, memory = (_peak(held, name) for name in ("peak_gpu_gb", "peak_rss_gb"))
+        numbers = f"{cost.gpu / 1e9:.1f} | {gpu} | {cost.ram / 1e9:.1f} | {memory} | {cost.disk / 1e9:.2f}"
         lines.append(f"| {cost.stage} | {cost.minutes:.1f} | {minutes} | {numbers} |")
-    total = sum(cost.minutes for cost in costs)
-    return "\n".join([*lines, f"| **all** | **{total:.1f}** | | | | | |"])
+    total, taken = sum(cost.minutes for cost in costs), sum(one["seconds"] for one in stages.values()) / 60
+    return "\n".join([*lines, f"| **all** | **{total:.1f}** | **{taken:.1f}** | | | | | |"])
+
+
+def _peak(stages: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The largest of some stages' peaks, in GB."""
+    return f"{max(one[name] for one in stages):.1f}" if stages and all(name in one for one in stages) else "–"
 
 
 def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> list[Cost]:
     """Print the budget of all stages on Kaggle or Colab before they start; nothing, and no costs, elsewhere.
+
+    Memory is this session's own, a larger GPU's too; times are a T4's.
 
     Raises:
         PlatformError: the run does not fit this platform; says which stage lacks what.
@@ -247,9 +265,10 @@ def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> lis
 
     from spi_utils.models import list_layers
 
-    machine = MACHINES.get(platform_name())
-    if machine is None or not any(gpu.usable for gpu in find_gpus()[:1]):
+    machine, gpus = MACHINES.get(platform_name()), find_gpus()
+    if machine is None or not gpus or not gpus[0].usable:
         return []
+    machine = this_session(machine, gpus[0])
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
     costs = budget(model, machine, tokens=tokens, variants=variants)
@@ -258,6 +277,12 @@ def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> lis
         raise PlatformError(f"{source.id} does not fit: {'; '.join(problems)}. Use a smaller model.")
     print(f"Budget on {machine.name}, by arithmetic:\n{beside_actual(costs, {})}")
     return costs
+
+
+def this_session(machine: Machine, gpu: Gpu) -> Machine:
+    """A platform's usual machine with the GPU and the memory that are really there."""
+    name = f"{machine.name.split(',')[0]}, {gpu.name}"
+    return replace(machine, name=name, gpu_bytes=gpu.memory_bytes, ram_bytes=memory_bytes())
 
 
 def work_of(profile: str, random_seeds: int = 5) -> tuple[int, int]:

@@ -118,14 +118,15 @@ def environment_report(gpus: Sequence[Gpu], where: str) -> str:
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     lines = [
         f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"{_memory_bytes() / 1e9:.1f} GB of memory, {disk:.0f} GB free in {Path.cwd()}",
+        f"{memory_bytes() / 1e9:.1f} GB of memory, {disk:.0f} GB free in {Path.cwd()}",
         shown,
         *(f"cuda:{index}: {gpu}" for index, gpu in enumerate(gpus)),
     ]
     return "\n".join(lines)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """This machine's physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -40,7 +40,15 @@ from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 from spi_utils.checkpoints.verify import verify
 from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.formats import fits
-from spi_utils.models import Layer, ModelSource, Weights, list_layers, open_weights, resolve_device
+from spi_utils.models import (
+    Layer,
+    ModelSource,
+    Weights,
+    list_layers,
+    open_weights,
+    resolve_device,
+    resolve_dtype,
+)
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, read_json, stage, write_json
@@ -81,8 +89,8 @@ def quantize(
     Args:
         device: where codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
         max_shard_size: such as "2GB" or "500MB" (10⁹ and 10⁶ bytes).
-        storage_dtype: of everything that isn't quantized; "auto" is the source's own 16-bit type, "float16"
-            suits a T4. What a cast loses is counted for each tensor and recorded.
+        storage_dtype: of everything that isn't quantized; "auto" is the source's own 16-bit type, and float16
+            on a GPU without bfloat16 (T4). What a cast loses is counted for each tensor and recorded.
         compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
         overflow: if values are too large for float16, "keep_bf16" saves the whole checkpoint in bfloat16 (one
             layer in another dtype doesn't run in stock loaders, see `checkpoint.settle`), "error" refuses.
@@ -99,7 +107,7 @@ def quantize(
     """
     check_request(source, plan, overflow, backend)
     place = resolve_device(device)
-    storage = source.storage_dtype if storage_dtype == "auto" else storage_dtype
+    storage = _auto_storage(source, place) if storage_dtype == "auto" else storage_dtype
     compute = storage if compute_dtype == "auto" else compute_dtype
     _check_dtypes(storage, compute)
     _check_target(run, source)
@@ -125,6 +133,12 @@ def quantize(
         _promote(work / "model", run.model_dir)
         st.record(**read_json(report))
     return run.model_dir
+
+
+def _auto_storage(source: ModelSource, place: torch.device) -> str:
+    """float16 for a GPU that only emulates bfloat16, slowly; else the source's own."""
+    emulated = place.type == "cuda" and resolve_dtype("auto", place) == torch.float16
+    return "float16" if emulated else source.storage_dtype
 
 
 def _make(

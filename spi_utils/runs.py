@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -321,6 +322,7 @@ def stage(
         },
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
+        **_gpu_peak(),
         "environment": environment(),
         **current.notes,
     }
@@ -330,6 +332,14 @@ def stage(
     shutil.rmtree(run.partial / name, ignore_errors=True)
     if run.partial.exists() and not any(run.partial.iterdir()):
         run.partial.rmdir()
+
+
+def _gpu_peak() -> dict[str, float]:
+    """The most memory that this process' torch has taken on a GPU, where it has used one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"peak_gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3)}
 
 
 def _files(run: Run, outputs: Sequence[str]) -> list[Path]:

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from spi_utils.costs.fisher import per_block, per_sequence, per_token, random_windows, sample_windows, slopes
-from spi_utils.costs.footprint import checkpointed, choose_batch
+from spi_utils.costs.footprint import Footprint, checkpointed, footprints
 from spi_utils.costs.measure import Measure
 from spi_utils.costs.refine import Refinement, most_measurements, refine
 from spi_utils.errors import AnalysisError
@@ -180,16 +180,24 @@ class Work:
         return make_windows(text, self.tokenizer, count, self.settings.length, self.start, config=config)
 
     def _slopes(self, windows: torch.Tensor) -> dict[str, NDArray[np.float32]]:
-        """Slopes by format, (layers, W, T), a file a batch; formats after the first on every other batch."""
-        formats = self.settings.formats
-        plan = choose_batch(self.switch, windows.shape[1], len(formats))
-        how = ", with gradient checkpointing" if plan.checkpoint else ""
-        print(
-            f"sensitivity: {len(windows)} windows of {windows.shape[1]} tokens, {plan.batch} at a time{how}, "
-            f"about {plan.bytes / 1e9:.1f} GB at peak on {self.switch.device}",
-            flush=True,
+        """Slopes by format, (layers, W, T), as large a batch at a time as the memory holds."""
+        said = f"sensitivity: {len(windows)} windows of {windows.shape[1]} tokens"
+        for plan in footprints(self.switch, windows.shape[1], len(self.settings.formats)):
+            print(f"{said}, {plan} on {self.switch.device}", flush=True)
+            self.notes["estimated_peak_gb"] = round(plan.bytes / 1e9, 2)
+            try:
+                return self._slopes_by(plan, windows)
+            except torch.OutOfMemoryError as error:
+                failure = f"out of memory, {plan}: {error}"
+            torch.cuda.empty_cache()  # here, where the failed pass' tensors are gone with its traceback
+            print(f"sensitivity: {failure}", flush=True)
+        raise AnalysisError(
+            f"{failure}. Use shorter windows (`length`), a device with more memory, or sensitivity='none'."
         )
-        self.notes["estimated_peak_gb"] = round(plan.bytes / 1e9, 2)
+
+    def _slopes_by(self, plan: Footprint, windows: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+        """The same by one plan, a file a batch; formats after the first on every other batch."""
+        formats = self.settings.formats
         firsts = range(0, len(windows), plan.batch)
         paths = [self.folder / f"slopes-{first:05d}-{plan.batch}.npz" for first in firsts]
         todo = [(first, path) for first, path in zip(firsts, paths, strict=True) if not path.exists()]

@@ -6,7 +6,6 @@ import pytest
 from benchmarks.budget import LIMITS, qwen35_4b, table
 from spi_utils import budget as budgets
 from spi_utils.budget import (
-    KEPT,
     MACHINES,
     SHARE,
     Model,
@@ -97,9 +96,9 @@ def test_a_run_is_announced_on_a_t4_only_and_refused_where_it_does_not_fit(tiny,
     monkeypatch.setattr(budgets, "platform_name", lambda: "colab")
     monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("Tesla T4", (7, 5), COLAB.gpu_bytes),))
     costs = announce(source, "quick")
-    assert "Budget on Colab, T4" in capsys.readouterr().out
+    assert "Budget on Colab, Tesla T4" in capsys.readouterr().out
     assert next(c for c in costs if c.stage == "fetch").disk == 2 * 631_936
-    monkeypatch.setitem(budgets.MACHINES, "colab", replace(COLAB, ram_bytes=1))
+    monkeypatch.setattr(budgets, "memory_bytes", lambda: 1)
     with pytest.raises(PlatformError, match=r"does not fit: fetch needs about 3\.0 GB of memory"):
         announce(source, "quick")
 
@@ -119,14 +118,32 @@ def test_the_budget_stands_beside_what_a_stage_took(tmp_path):
     with stage(run, "analyze", {}, []):
         pass
     stages = run_info(run)["stages"]
-    stages["analyze"]["seconds"] = 90.0
+    stages["analyze"] |= {"seconds": 90.0, "peak_gpu_gb": 9.3}
+    stages["spectra"] = stages["analyze"] | {"seconds": 30.0, "peak_gpu_gb": 2.0}
     text = beside_actual(quick(qwen35_4b(), KAGGLE), stages)
     row = next(line for line in text.splitlines() if line.startswith("| analyze"))
-    assert row.split("|")[3].strip() == "1.5" and row.split("|")[6].strip() != "–"
+    cells = [cell.strip() for cell in row.split("|")]
+    assert (cells[3], cells[5]) == ("2.0", "9.3") and cells[7] != "–"
+    assert "| **2.0** |" in text.splitlines()[-1]
     assert (
         next(line for line in text.splitlines() if line.startswith("| quantize")).split("|")[3].strip() == "–"
     )
 
 
 def test_the_memory_rule_is_the_sensitivitys_own():
-    assert (KEPT, SHARE) == (footprint.KEPT, footprint.SHARE)
+    assert footprint.SHARE == SHARE
+
+
+def test_a_larger_gpu_is_not_held_to_a_t4s_memory(tiny, monkeypatch, capsys):
+    from spi_utils.models import resolve
+
+    monkeypatch.setattr(budgets, "platform_name", lambda: "colab")
+    monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("NVIDIA A100", (8, 0), 40 * 2**30),))
+    big = replace(qwen35_4b(), shapes=qwen35_4b().shapes * 2)
+    monkeypatch.setattr(budgets.Model, "of_layers", lambda frame: big)
+    monkeypatch.setattr(budgets, "memory_bytes", lambda: 80 * 2**30)
+    assert announce(resolve(str(tiny("llama"))), "quick")
+    assert "Budget on Colab, NVIDIA A100" in capsys.readouterr().out
+    monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("Tesla T4", (7, 5), COLAB.gpu_bytes),))
+    with pytest.raises(PlatformError, match=r"analyze needs about .* of GPU memory, Colab, Tesla T4 has"):
+        announce(resolve(str(tiny("llama"))), "quick")

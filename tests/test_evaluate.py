@@ -607,6 +607,21 @@ def test_a_folder_that_does_not_load_is_an_error(tmp_path):
         speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
+def test_scores_stand_where_speed_can_not_be_measured(ready, tmp_path, monkeypatch, capsys):
+    def too_large(*_):
+        raise EvaluationError("measuring model/ in a process of its own failed: out of memory.")
+
+    monkeypatch.setattr(evaluate, "measure_run", too_large)
+    shutil.copytree(ready[0].path, tmp_path / "run")
+    run = runs.Run(tmp_path / "run")
+    options = SMALL | {"speed_repeats": 1, "controls": []}
+    found = evaluate.evaluate(run, ready[1], device="cpu", **options)
+    assert found.variants["plan"]["kl_mean"] > 0
+    assert "Speed was not measured: measuring model/" in capsys.readouterr().out
+    assert "out of memory" in runs.run_info(run)["stages"]["evaluate"]["speed_failed"]
+
+
 # --- the audit -------------------------------------------------------------------------------------------
 
 

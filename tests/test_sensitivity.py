@@ -205,13 +205,46 @@ def test_the_model_samples_its_own_text(switch):
 
 
 def test_memory_is_estimated_and_refused_with_advice(switch, monkeypatch):
-    full = footprint.estimate(switch, 3, 256, 2, checkpoint=False)
-    assert footprint.estimate(switch, 3, 256, 2, checkpoint=True) < full
+    kept = footprint.kept_bytes(switch, 256)
+    full = footprint.estimate(switch, kept, 3, 256, 2, checkpoint=False)
+    assert footprint.estimate(switch, kept, 3, 256, 2, checkpoint=True) < full
     monkeypatch.setattr(footprint, "_memory", lambda device: (64_000_000_000, 64_000_000_000))
-    assert footprint.choose_batch(switch, 256, 2) == footprint.Footprint(3, False, full)
+    plans = footprint.footprints(switch, 256, 2)
+    assert plans[0] == footprint.Footprint(3, False, full)
+    assert [(plan.batch, plan.checkpoint) for plan in plans[1:]] == [
+        *[(2, False), (1, False)],
+        *[(3, True), (2, True), (1, True)],
+    ]
     monkeypatch.setattr(footprint, "_memory", lambda device: (1_000_000, 1_000_000))
     with pytest.raises(AnalysisError, match=r"GB are free.*length=128"):
-        footprint.choose_batch(switch, 256, 2)
+        footprint.footprints(switch, 256, 2)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_5", "gemma3"])
+def test_what_a_graph_keeps_is_counted_without_keeping_it(arch, tmp_path):
+    model = load(arch, tmp_path)
+    switch = make_switch(model)
+    held = {p.untyped_storage().data_ptr(): p for p in (*model.parameters(), *model.buffers())}
+    weights = set(held)
+
+    def hold(tensor):  # alive until the end, so that no address is used twice
+        return held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    def hold_input(module, inputs, output):
+        hold(inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_hook(hold_input) for name in switch.layers]
+    embedding = model.get_input_embeddings()
+    handles.append(embedding.register_forward_hook(lambda m, i, out: out.requires_grad_(True)))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros((1, 64), dtype=torch.long), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    expected = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in weights)
+    kept = footprint.kept_bytes(switch, 64)
+    assert kept.total == expected
+    assert kept.total / 5 < kept.block < kept.total / 2  # four blocks and what is outside them
+    assert all(not module._forward_hooks for module in model.modules())
 
 
 # --- the whole --------------------------------------------------------------------------------------------
@@ -312,6 +345,29 @@ def test_a_killed_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     whole_again = sensitivities(run, source, make_frame(source), **OPTIONS, force=True)
     assert len(calls) == 4
     pd.testing.assert_frame_equal(resumed, whole_again, check_exact=True)
+
+
+def test_where_memory_runs_out_a_smaller_batch_goes_on(source, tmp_path, monkeypatch, capsys):
+    def full(most):
+        def slopes(model, switch, ids, *rest):
+            if len(ids) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return whole(model, switch, ids, *rest)
+
+        return slopes
+
+    whole = sensitivity.slopes
+    monkeypatch.setattr(sensitivity, "slopes", full(1))
+    run = open_run(tmp_path / "run", source.identity())
+    table = sensitivities(run, source, make_frame(source), **OPTIONS)
+    assert np.isfinite(table["fisher_nf4"]).all()
+    said = capsys.readouterr().out
+    assert "out of memory, 2 at a time" in said and "1 at a time" in said
+    monkeypatch.setattr(sensitivity, "slopes", full(0))
+    with pytest.raises(
+        AnalysisError, match="out of memory, 1 at a time, with gradient"
+    ):
+        sensitivities(open_run(tmp_path / "b", source.identity()), source, make_frame(source), **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from benchmarks.budget import qwen35_4b
-from spi_utils.budget import MACHINES, budget, work_of
+from spi_utils.budget import KEPT, MACHINES, budget, work_of
 from spi_utils.checkpoints import verify
 from spi_utils.checkpoints.checkpoint import Saving
 from spi_utils.costs import footprint
 from spi_utils.errors import AnalysisError
 from spi_utils.evaluate import evaluate
 from spi_utils.models import resolve_device, resolve_dtype
+from spi_utils.quantize import _auto_storage
 from spi_utils.source.sources import chosen_model
 from tests.evaluated_run import ready_run
 from tests.test_platforms import GIB, P100, T4, fake_cuda
@@ -48,14 +49,17 @@ def t4(monkeypatch):
     return use
 
 
-@pytest.fixture(scope="module")
-def qwen():
+@pytest.fixture
+def qwen(monkeypatch):
     """Qwen3.5-4B's modules in float16, without their weights, on what calls itself cuda:0."""
+    # It reads values, which these tensors don't have; a batch of whole texts isn't packed.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda places: None, raising=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN), dtype=torch.float16)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     names = [name for name in linear if name != "lm_head"]
     assert len(names) == 248 and 2 * sum(p.numel() for p in model.parameters()) == WEIGHTS
+    model.eval().requires_grad_(False)
     return types.SimpleNamespace(
         model=model,
         layers=names,
@@ -77,11 +81,21 @@ def test_on_a_p100_auto_is_the_bundled_model_in_float32_on_the_cpu(monkeypatch):
     assert chosen_model("auto") == "bundled"
 
 
-def test_the_sensitivity_of_qwen_fits_in_whole_batches(t4, qwen):
+def test_what_qwens_recurrence_keeps_is_counted(qwen):
+    """Three to four times what the layers' inputs and outputs would be: its states are float32."""
+    wide = sum(sum(qwen.live(name).shape) for name in qwen.layers)
+    kept = footprint.kept_bytes(qwen, 256)
+    assert 2.5 < kept.total / (256 * 2 * wide) < KEPT
+    states = 256 * 4 * 32 * 128  # float32 values of one block: 32 heads of 128
+    assert kept.block > 5 * states
+
+
+def test_the_sensitivity_of_qwen_fits(t4, qwen):
     t4(WEIGHTS + GIB)  # the model itself, and what CUDA and its libraries take
-    plan = footprint.choose_batch(qwen, 256, 2)
-    assert plan.batch * 256 == footprint.BATCH_TOKENS and not plan.checkpoint
-    assert WEIGHTS < plan.bytes < footprint.SHARE * T4.memory_bytes
+    plans = footprint.footprints(qwen, 256, 3)
+    assert all(WEIGHTS < plan.bytes < footprint.SHARE * T4.memory_bytes for plan in plans)
+    assert not any(plan.batch == 3 and not plan.checkpoint for plan in plans)  # 19 GB
+    assert plans[-1].checkpoint and plans[-1].batch == 1
 
 
 def test_the_budget_promises_no_less_than_the_sensitivity_takes(t4, qwen):
@@ -90,19 +104,26 @@ def test_the_budget_promises_no_less_than_the_sensitivity_takes(t4, qwen):
     costs = {
         one.stage: one for one in budget(qwen35_4b(), MACHINES["colab"], tokens=tokens, variants=variants)
     }
-    assert footprint.choose_batch(qwen, 256, 2).bytes < costs["analyze"].gpu < T4.memory_bytes
+    taken = footprint.footprints(qwen, 256, 3)[0].bytes
+    assert taken < costs["analyze"].gpu < T4.memory_bytes
     assert all(one.gpu < T4.memory_bytes for one in costs.values())
 
 
 def test_another_process_on_the_gpu_is_noticed_before_the_work_begins(t4, qwen):
     t4(T4.memory_bytes - 2 * GIB)
     with pytest.raises(AnalysisError, match=r"on cuda:0, .*; 2\.1 GB are free.*length=128"):
-        footprint.choose_batch(qwen, 256, 2)
+        footprint.footprints(qwen, 256, 3)
+
+
+def test_a_checkpoint_made_on_a_t4_is_float16_for_it(t4):
+    source = SimpleNamespace(storage_dtype="bfloat16")
+    assert _auto_storage(source, torch.device("cuda:0")) == "float16"
+    assert _auto_storage(source, torch.device("cpu")) == "bfloat16"
 
 
 def test_longer_windows_recompute_their_activations_instead_of_running_out(t4, qwen):
     t4(WEIGHTS)
-    plan = footprint.choose_batch(qwen, 2048, 2)
+    plan = footprint.footprints(qwen, 2048, 3)[0]
     assert plan.checkpoint and plan.bytes < footprint.SHARE * T4.memory_bytes
 
 

@@ -244,6 +244,7 @@ def _fits(folder: Path, weights: Weights, saving: Saving) -> bool:
         size += 2 * sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     need = MEMORY_FACTOR * size + INTERPRETER
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps is not free for another
         return need < torch.cuda.mem_get_info(device)[0]
     return need < psutil.virtual_memory().available
 

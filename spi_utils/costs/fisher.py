@@ -90,17 +90,12 @@ def slopes(
 
     Raises:
         AnalysisError: gradients that overflow at every scale, or a layer that doesn't see every token once.
+        torch.OutOfMemoryError: the GPU is too small for so many tokens at once.
     """
     state = generator.get_state()
     for scale in SCALES if model.dtype == torch.float16 else (1.0,):
         generator.set_state(state)
-        try:
-            found = _slopes_at(scale, model, switch, windows, formats, generator)
-        except torch.OutOfMemoryError as error:
-            raise AnalysisError(
-                f"Out of memory in a backward pass over {tuple(windows.shape)} tokens: {error}. Use shorter "
-                "windows (`length`), a device with more memory, or sensitivity='none'."
-            ) from error
+        found = _slopes_at(scale, model, switch, windows, formats, generator)
         able = {fmt: [switch.able(name, fmt) for name in switch.layers] for fmt in formats}
         if all(np.isfinite(values[able[fmt]]).all() for fmt, values in found.items()):
             return found
