@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from spi_utils.hub import upload
 from spi_utils.hub.hub_calls import LONGEST_WAIT
@@ -260,6 +260,8 @@ def test_a_busy_hub_is_waited_for(hub, run, published, where):
         ({"Retry-After": "31"}, 31),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
         ({"Retry-After": "9999999"}, LONGEST_WAIT),
+        ({"Retry-After": "1.5"}, 1.5),
+        ({"Retry-After": "soon", "RateLimit": '"api";r=0;t=3'}, 3),
         ({}, 1),
     ],
 )
@@ -267,7 +269,7 @@ def test_the_servers_own_delay_is_kept(hub, run, published, waits, headers, seco
     hub.faults = [Fault("whoami", 429, headers=headers)]
     code, said = published()
     assert code == 0 and waits == [seconds]
-    assert f"the Hub is busy (HTTP 429); waiting {seconds} s" in said
+    assert f"the Hub is busy (HTTP 429); waiting {seconds:.0f} s" in said
 
 
 def test_a_broken_connection_is_tried_again(hub, run, published):
@@ -300,6 +302,37 @@ def test_what_fails_for_good_is_explained_and_the_files_stay(hub, run, published
     assert f"The local files are untouched in {run.path}" in said and "Traceback" not in said
     assert shards(run) == before
     assert len(hub.repositories[REPO].commits) == 1 if REPO in hub.repositories else True
+
+
+class XetAuthenticationError(PermissionError):
+    """As hf_xet names it; the package can't make one without its server."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words", "tries"),
+    [
+        (RuntimeError("Data processing error: CAS service error : Reqwest Error"), 0, "waiting 1 s", 2),
+        (XetAuthenticationError("token refused"), 1, "does not accept the token", 1),
+    ],
+)
+def test_the_large_files_own_transport_is_waited_for_and_explained(
+    hub, run, published, monkeypatch, failure, code, words, tries
+):
+    calls = []
+    real = HfApi.preupload_lfs_files
+
+    def breaking(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise failure
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", breaking)
+    monkeypatch.setattr(upload, "SENT_ALONE", max(map(len, shards(run).values())))
+    done, said = published()
+    sent_alone = len(calls) - (done == 0)  # the commit asks once more
+    assert done == code and words in said and sent_alone == tries
+    assert "hf_" not in said
 
 
 def test_no_connection_is_said(hub, run, published, monkeypatch, waits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -65,7 +66,7 @@ class Caller:
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return function()
+                return _transferred(function)
             except Exception as error:
                 delay = _delay(error, attempt)
                 if delay is None or attempt == ATTEMPTS:
@@ -126,16 +127,28 @@ def _delay(error: Exception, attempt: int) -> float | None:
 
 
 def server_delay(headers: Mapping[str, str]) -> float | None:
-    """Seconds from `Retry-After` (a number or a date) or the `RateLimit` header's `t=`."""
-    after, limit = (
-        headers.get("retry-after", "").strip(),
-        re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", "")),
-    )
-    if after.isdigit():
+    """Seconds from `Retry-After` (a number or a date) or the `RateLimit` header's `t=`; None from neither."""
+    after = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d*)?", after):
         return float(after)
-    if after:
+    with contextlib.suppress(ValueError):  # no date either
         return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
     return float(limit.group(1)) if limit else None
+
+
+def _transferred(send: Callable[[], Result]) -> Result:
+    """`send()`, its transport's failures raised as ConnectionError.
+
+    xet, which carries large files, raises plain RuntimeError and OSError where HTTP raises its own.
+    """
+    try:
+        return send()
+    except (RuntimeError, OSError) as error:
+        own = isinstance(error, (FileNotFoundError, PermissionError))  # a file of ours, or xet's refusal
+        if own or _response(error) is not None or _unreachable(error):
+            raise
+        raise ConnectionError(f"sending a large file broke off: {error}") from error
 
 
 def _offline(error: Exception) -> bool:
@@ -160,6 +173,8 @@ def _advice(error: Exception, repo_id: str, token: Token) -> str | None:
 
 def _status(error: Exception, said: str) -> int | None:
     """The row of STATUS that an error belongs to; None where the Hub gave no answer."""
+    if any(type(link).__name__ == "XetAuthenticationError" for link in _chain(error)):
+        return 401
     response = _response(error)
     if response is None:  # huggingface_hub raises ValueError for a card or an LFS object that is refused
         return (507 if QUOTA.search(said) else 400) if isinstance(error, ValueError) else None

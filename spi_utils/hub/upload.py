@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +120,15 @@ def _tree(api: HfApi, repo_id: str) -> list[Any]:
 
 def _send_large(api: HfApi, call: Caller, repo_id: str, files: Mapping[str, Path]) -> None:
     """Send large files one at a time: a kill costs at most the one under way."""
-    from huggingface_hub import CommitOperationAdd
-
     large = [name for name, path in files.items() if path.stat().st_size >= SENT_ALONE]
     for name in progress(large, len(large), "large files at the Hub"):
-        call(
-            lambda name=name: api.preupload_lfs_files(  # type: ignore[misc]
-                repo_id, [CommitOperationAdd(name, str(files[name]))], free_memory=False
-            )
-        )
+        call(partial(_preupload, api, repo_id, name, files[name]))
+
+
+def _preupload(api: HfApi, repo_id: str, name: str, path: Path) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd(name, str(path))], free_memory=False)
 
 
 def _commit(api: HfApi, repo_id: str, files: Mapping[str, Path], stale: list[str]) -> str:
