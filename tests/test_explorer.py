@@ -12,7 +12,7 @@ from spi_utils.errors import AnalysisError, PlanError, RunError
 from spi_utils.explorer.charts import chart_specs
 from spi_utils.explorer.page import explorer_html, page_data, write_explorer
 from spi_utils.explorer.picture import ChoicePicture, encode_png
-from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer.state import ExplorerState, three_digits
 from spi_utils.explorer.widgets import Explorer, explore, read_number
 from spi_utils.figures.plotting import FORMAT_COLOURS
 from spi_utils.plan import ProtectionPlan, check_writer, make_plan
@@ -102,7 +102,41 @@ def test_the_comparison_is_against_random_and_the_optimum(state):
     worst = state.standing
     assert best.gain > 0.9 > 0 > worst.gain
     assert best.better_than == 1.0
-    assert "optimum" in state.comparison()
+    assert "the least predicted KL" in state.comparison()
+    assert f"worse than random by {worst.predicted_kl - worst.random_median:.3g}" in state.comparison()
+    state.set_threshold(state.bounds[0])  # nothing left to gain
+    assert "This choice" not in state.comparison()
+
+
+def test_a_score_of_costs_starts_at_its_high_end(state):
+    state.set_score("alpha_hill", "low")
+    state.set_score("alpha_decay")
+    assert state.direction == "low"
+    state.set_score("fisher")
+    assert state.direction == "high"
+    state.set_score("fisher", "low")  # who wants it gets it
+    assert state.direction == "low"
+
+
+def test_layers_that_share_a_value_are_counted(state, layers):
+    assert state.ties() == ""
+    state.set_score("smallest", "high")
+    sizes = layers.loc[layers["quantizable"], "numel"]
+    last = sizes[state.choice.mask].max()
+    assert state.ties().startswith(f"{(sizes == last).sum()} layers share")
+    assert ExplorerState(layers, group="fused").ties() == ""  # a group's layers are one choice
+
+
+def test_sizes_of_one_model_share_a_unit():
+    small = ExplorerState(layer_table(7))
+    assert small.unit == (1e6, "MB") and re.search(r" [\d.]+ MB in all, [\d.]+ MB saved", small.line())
+    assert [three_digits(x) for x in (205.04, 64.0, 0.4978, 0, -1.5)] == [
+        "205",
+        "64.0",
+        "0.498",
+        "0",
+        "−1.50",
+    ]
 
 
 def test_without_sensitivity_sizes_remain_and_that_is_said(layers):
@@ -447,7 +481,9 @@ def test_the_browsers_rounding_of_a_slider_changes_nothing(explorer):
 
 def test_score_and_direction_change_ranges_and_picture(explorer):
     before = explorer.picture.value
+    explorer.direction.value = "low"
     explorer.score.value = "fisher"
+    assert explorer.direction.value == "high"
     explorer.direction.value = "low"
     assert (explorer.state.score, explorer.state.direction) == ("fisher", "low")
     assert explorer.state.wide

@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 
 KEPT, REST, NO_SCORE = FORMAT_COLOURS["16bit"], "#A9C6DA", "#8A8A8A"
 FAILED = {"16-bit, analysis failed": "transparent"}  # drawn hollow
-# Columns of the layer table that a tooltip shows, where the table has them.
-TOOLTIP = (
-    ("alpha_hill", "α (Hill)"),
-    ("alpha_pl", "α (Clauset)"),
-    ("alpha_pl_ks", "KS distance"),
-    ("alpha_pl_tail", "values in the tail"),
-    ("alpha_decay", "rank decay a"),
-    ("effective_rank_rel", "effective rank / M"),
-    ("stable_rank", "stable rank"),
-    ("bytes_16bit", "bytes in 16-bit"),
-)
-# The same of the lower format.
-LOWER_TOOLTIP = (
-    ("error", "{} error"),
-    ("fisher", "Fisher cost in {}, nats"),
-    ("measured", "measured cost in {}, nats"),
-    ("bytes", "bytes in {}"),
-)
 KL = "predicted KL (nats a token)"
-INK = {"expr": "ink"}  # a parameter that the page sets to its text colour: dark on light, light on dark
+# Parameters that the page sets to its theme's: dark on light, light on dark. A third, top, is the tallest bar's.
+INK, LINE = {"expr": "ink"}, {"expr": "line"}
+# Vega writes 0.000001; "1e−6" can be read.
+LABELS = (
+    "datum.label !== '' && datum.value !== 0 && (abs(datum.value) < 0.001 || abs(datum.value) >= 1e5)"
+    " ? replace(format(datum.value, '~e'), 'e-', 'e−') : datum.label"
+)
 
 
 def threshold_values(state: ExplorerState, score: str) -> NDArray[np.float64]:
@@ -50,23 +38,17 @@ def threshold_values(state: ExplorerState, score: str) -> NDArray[np.float64]:
     return np.where(state.chooser.settled, np.nan, mean[member])
 
 
-def tooltip_columns(state: ExplorerState) -> list[tuple[str, str]]:
-    """Columns of this layer table that a tooltip shows, with their titles."""
-    name = state.lower.upper() if state.lower == "nf4" else state.lower
-    columns = [*TOOLTIP, *((f"{stem}_{state.lower}", title.format(name)) for stem, title in LOWER_TOOLTIP)]
-    return [(column, title) for column, title in columns if column in state.planned]
-
-
 def chart_specs(state: ExplorerState, map_height: int) -> dict[str, Any]:
     """Element id -> Vega-Lite specification, without data; `map_height` in pixels."""
     charts = {"histogram": _histogram(state), "map": _map(state, map_height), "spectrum": _spectrum()}
     if state.field is not None:
-        charts["frontier"] = _frontier()
+        charts["frontier"] = _frontier(state.unit[1])
     fit = {"type": "fit", "contains": "padding"}
     specs = {
         name: chart.properties(width="container", autosize=fit).to_dict() for name, chart in charts.items()
     }
-    return {name: spec | {"params": [{"name": "ink", "value": "black"}]} for name, spec in specs.items()}
+    theme = [{"name": "ink", "value": "black"}, {"name": "line", "value": BLUE}, {"name": "top", "value": 1}]
+    return {name: spec | {"params": theme} for name, spec in specs.items()}
 
 
 def _scale(alt: Any, states: Iterable[str], colours: Iterable[str]) -> Any:
@@ -82,9 +64,14 @@ def _histogram(state: ExplorerState) -> Any:
         alt.Chart(alt.NamedData("bins"))
         .mark_rect()
         .encode(
-            x=alt.X("left:Q", title=None, scale=alt.Scale(zero=False, nice=False)),
+            x=alt.X("left:Q", title=None, axis=alt.Axis(labelExpr=LABELS), scale=alt.Scale(nice=False)),
             x2="right:Q",
-            y=alt.Y("low:Q", title="layers", axis=alt.Axis(tickMinStep=1, tickCount=5)),
+            y=alt.Y(
+                "low:Q",
+                title="layers",
+                axis=alt.Axis(tickMinStep=1, tickCount=5),
+                scale=alt.Scale(domainMin=0, domainMax={"expr": "top"}),
+            ),
             y2="high:Q",
             color=alt.Color("state:N", scale=_scale(alt, states, states.values()), legend=None),
             tooltip=[alt.Tooltip("count:Q", title="layers"), "state:N"],
@@ -94,24 +81,24 @@ def _histogram(state: ExplorerState) -> Any:
     return (bars + cut).properties(height=230)
 
 
-def _frontier() -> Any:
+def _frontier(unit: str) -> Any:
     import altair as alt
 
-    size = alt.X("size:Q", title="model size (GB)", scale=alt.Scale(zero=False))
+    size = alt.X("size:Q", title=f"model size ({unit})", scale=alt.Scale(zero=False))
     kl = alt.Y("kl:Q", title=KL)
     band = alt.Chart(alt.NamedData("band"))
     area = band.mark_area(color="#9A9A9A", opacity=0.45).encode(
         x=size, y=alt.Y("low:Q", title=KL, scale=alt.Scale(domainMin=0)), y2="high:Q"
     )
     best = band.mark_line(strokeDash=[5, 4], strokeWidth=1.8, color=INK).encode(x=size, y="optimum:Q")
-    curve = alt.Chart(alt.NamedData("curve")).mark_line(color=BLUE, strokeWidth=2.2).encode(x=size, y=kl)
+    curve = alt.Chart(alt.NamedData("curve")).mark_line(color=LINE, strokeWidth=2.2).encode(x=size, y=kl)
     point = (
         alt.Chart(alt.NamedData("point"))
         .mark_point(filled=True, size=130, color=VERMILLION, opacity=1)
         .encode(
             x=size,
             y=kl,
-            tooltip=[alt.Tooltip("size:Q", format=".3f", title="GB"), alt.Tooltip("kl:Q", format=".4g")],
+            tooltip=[alt.Tooltip("size:Q", format=".3~r", title=unit), alt.Tooltip("kl:Q", format=".4g")],
         )
     )
     return (area + best + curve + point).properties(height=230)
@@ -120,17 +107,6 @@ def _frontier() -> Any:
 def _map(state: ExplorerState, height: int) -> Any:
     import altair as alt
 
-    tooltip = [
-        alt.Tooltip("name:N", title="layer"),
-        alt.Tooltip("state:N", title="stored in"),
-        alt.Tooltip("score:Q", title="score", format=".5~g"),
-        alt.Tooltip("shape:N", title="shape"),
-        *(
-            alt.Tooltip(f"{column}:Q", title=title, format=",.5~g")
-            for column, title in tooltip_columns(state)
-        ),
-        alt.Tooltip("status:N", title="status"),
-    ]
     free = ~state.chooser.settled
     missing = not all(np.isfinite(threshold_values(state, name)[free]).all() for name in state.scores)
     states = {"16-bit": KEPT, state.rest: REST} | ({f"{state.rest}, no score": NO_SCORE} if missing else {})
@@ -140,13 +116,16 @@ def _map(state: ExplorerState, height: int) -> Any:
     blocks = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False)
     return (
         alt.Chart(alt.NamedData("layers"))
-        .mark_rect(strokeWidth=alt.expr("indexof(datum.state, 'failed') < 0 ? 0.5 : 2.5"), cursor="pointer")
+        .mark_rect(
+            strokeWidth=alt.expr("indexof(datum.state, 'failed') < 0 ? 0.5 : 2.5"),
+            cursor="pointer",
+            tooltip=alt.expr("datum.tip"),  # its rows depend on the score, which a list of fields can't
+        )
         .encode(
             x=alt.X("depth:O", title="depth (block)", axis=blocks),
             y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False)),
             fill=alt.Fill("state:N", scale=_scale(alt, states, states.values()), legend=key),
             stroke=alt.Stroke("state:N", scale=_scale(alt, states, outlines), legend=key),
-            tooltip=tooltip,
         )
         .properties(height=height)
     )
@@ -156,7 +135,7 @@ def _spectrum() -> Any:
     import altair as alt
 
     log = alt.Scale(type="log", nice=False)
-    axis = alt.Axis(format="~g", tickCount=5, grid=False)
+    axis = alt.Axis(format="~g", tickCount=5, grid=False, labelExpr=LABELS)
     bars = (
         alt.Chart(alt.NamedData("bars"))
         .mark_rect(color=SKY, opacity=0.75)

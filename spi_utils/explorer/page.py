@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spi_utils.explorer.charts import FAILED, chart_specs, threshold_values, tooltip_columns
-from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer.charts import FAILED, chart_specs, threshold_values
+from spi_utils.explorer.state import TIES, ExplorerState, three_digits
 from spi_utils.figures.plan_figures import FORMAT_LABELS
-from spi_utils.figures.plotting import score_label, shorten
+from spi_utils.figures.plotting import score_label, short_label, shorten
 from spi_utils.figures.score_figures import is_wide
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of
 from spi_utils.planning.pricing import header_bytes, payload_bytes
-from spi_utils.planning.scores import predicted_cost
+from spi_utils.planning.scores import predicted_cost, score_row
 from spi_utils.runs import run_info, write_text
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ if TYPE_CHECKING:
 
 SCRIPTS = "window.vegaEmbed = vegaEmbed;"  # what the bundle gives the page
 SPECTRA_UP_TO = 1000  # layers; beyond, the file would grow past what an e-mail carries
+# spectra.py's status in words: what is to be thought of Clauset's α.
+FITS = {
+    "few_values": "rough: few eigenvalues",
+    "short_tail": "rough: few values in the tail",
+    "poor_fit": "doubtful: no power law",
+    "failed": "analysis failed",
+    "listed": "not analysed",
+}
 DIGITS = 5  # significant digits of what is only shown; scores keep all, as thresholds are compared with them
 
 
@@ -59,6 +67,7 @@ def explorer_html(state: ExplorerState, model: str) -> str:
     height = 70 + 24 * len(state.grid.types)
     parts = {
         "__TITLE__": html.escape(f"{model}: what stays in 16-bit"),
+        "__UNIT__": state.unit[1],
         "__LOWER__": html.escape(FORMAT_LABELS[state.lower]),
         "__BUNDLE__": _scripts(),
         "__DATA__": _json(page_data(state)),
@@ -86,7 +95,9 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
     return {
         "rest": state.rest,
         "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
+        "facts": [[column, title] for column, title, _ in _facts(state)],
         "layers": _layers(state),
+        "item": chooser.problem.member.tolist(),
         "scores": {name: _score(state, name, title) for name, title in state.scores.items()},
         "size_base": size_base,
         "size_full": state.choice.total_bytes + state.choice.saved_bytes,
@@ -98,6 +109,8 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
         "held": int(chooser.held.sum()),
         "failed": state.wishes.count(),
         "notes": state.notes(),
+        "ties": TIES,
+        "unit": state.unit,
         "kl": kl.tolist() if np.isfinite(kl).all() else None,
         "frontier": _frontier(state),
         "spectra": _spectra(state),
@@ -126,23 +139,56 @@ def _settled(state: ExplorerState) -> list[str | None]:
 
 
 def _layers(state: ExplorerState) -> list[dict[str, Any]]:
-    """A record a layer, with the numbers that its tooltip shows."""
-    numbers = [column for column, _ in tooltip_columns(state)]
-    columns = ["name", "type", "depth", "rows", "cols", "status", *numbers]
-    records: list[dict[str, Any]] = [
-        dict(zip(columns, row, strict=True)) for row in state.planned[columns].itertuples(index=False)
+    """A record a layer: its place on the map, and the texts of `_facts`."""
+    columns = ["name", "type", "depth"]
+    facts = zip(*(texts for _, _, texts in _facts(state)), strict=True)
+    rows = state.planned[columns].itertuples(index=False)
+    return [
+        {"name": name, "label": shorten(str(kind), 24), "depth": depth, "facts": told}
+        for (name, kind, depth), told in zip(rows, facts, strict=True)
     ]
-    for record in records:
-        record["label"] = shorten(str(record.pop("type")), 24)
-        record["shape"] = f"{record.pop('rows')} × {record.pop('cols')}"
-        record.update({column: _short(record[column]) for column in numbers})
-    return records
+
+
+def _facts(state: ExplorerState) -> list[tuple[str, str, list[str | None]]]:
+    """What a tooltip tells besides the score: column, title, and a text a layer (None: unknown)."""
+    table, low = state.planned, state.lower
+    name = low.upper() if low == "nf4" else low
+    numbers = (
+        ("alpha_hill", "α (Hill)"),
+        (f"predicted_{low}", f"predicted KL in {name}"),
+        (f"measured_{low}", f"measured KL in {name}"),
+    )
+    known = [
+        (column, title, [f"{value:.3g}" if np.isfinite(value) else None for value in table[column]])
+        for column, title in numbers
+        if column in table
+    ]
+    pairs = zip(table["bytes_16bit"], table[f"bytes_{low}"], strict=True)
+    sizes: list[str | None] = [
+        f"{three_digits(top / 1e6)} MB, in {name} {three_digits(few / 1e6)} MB" for top, few in pairs
+    ]
+    alphas = table["alpha_pl"] if "alpha_pl" in table else np.full(len(table), np.nan)
+    fits = [_fit(alpha, status) for alpha, status in zip(alphas, table["status"], strict=True)]
+    return [*known, ("status", "α (Clauset)", fits), (f"bytes_{low}", "size", sizes)]
+
+
+def _fit(alpha: float, status: str) -> str | None:
+    """Clauset's α and what is to be thought of it: "6.02, rough: few values in the tail"."""
+    parts = ([f"{alpha:.3g}"] if np.isfinite(alpha) else []) + ([FITS[status]] if status in FITS else [])
+    return ", ".join(parts) or None
 
 
 def _score(state: ExplorerState, name: str, title: str) -> dict[str, Any]:
     values = threshold_values(state, name)
     held = [float(value) if np.isfinite(value) else None for value in values]
-    return {"title": title, "axis": score_label(name), "wide": is_wide(values), "values": held}
+    return {
+        "title": title,
+        "axis": score_label(name),
+        "short": short_label(name),
+        "additive": score_row(name).additive,
+        "wide": is_wide(values),
+        "values": held,
+    }
 
 
 def _short(value: float) -> float | None:

@@ -181,7 +181,7 @@ def _draw_frontier(axes: Axes, curves: Curves) -> Line2D:
     axes.fill_between(grid, curves.random_low, curves.random_high, color="#DDDDDD", label="random, 90 %")
     axes.plot(grid, curves.random_median, color=GREY, lw=1)
     axes.plot(curves.size / 1e9, curves.kl, color=BLUE, lw=1.8, label="this score")
-    axes.plot(grid, curves.optimum, color=BLACK, lw=1.4, ls="--", label="optimum")
+    axes.plot(grid, curves.optimum, color=BLACK, lw=1.4, ls="--", label="least predicted")
     axes.set(xlabel="model size (GB)", ylabel="predicted KL (nats a token)", ylim=(0, None))
     axes.set_title("What a gigabyte buys", loc="left", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))

@@ -23,14 +23,13 @@ from spi_utils.errors import PlanError, RunError
 from spi_utils.explorer.picture import ChoicePicture, Curves, png_of
 from spi_utils.explorer.wishes import Wishes, held_plan, start_of
 from spi_utils.figures.plan_figures import LayerGrid
-from spi_utils.figures.plotting import gigabytes
 from spi_utils.figures.score_figures import is_wide, planned_layers
 from spi_utils.figures.spectrum_figures import single_spectrum
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.planning.chooser import Chooser
 from spi_utils.planning.frontier import Field, Standing
 from spi_utils.planning.pricing import nominal_bits
-from spi_utils.planning.scores import SCORES, available_scores
+from spi_utils.planning.scores import SCORES, available_scores, score_row
 from spi_utils.runs import Run, existing_run, layers_fingerprint, read_layers, read_spectra, run_info
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLIDER_STEPS = 500
+TIES = "{} layers share the score's value at the cut, and go together."
 PICTURES_KEPT = 8  # bitmaps of recently used scores, 2.4 MB each
 
 
@@ -143,11 +143,26 @@ class ExplorerState:
         """File sizes in bytes with nothing and with everything scored in 16-bit."""
         return int(self.chooser.file_bytes[0]), int(self.chooser.file_bytes[len(self.chooser.cut)])
 
+    @property
+    def unit(self) -> tuple[float, str]:
+        """What this model's sizes are told in, whatever the choice: bytes in the unit, and its name."""
+        return (1e9, "GB") if self.chooser.full_bytes >= 1e9 else (1e6, "MB")
+
+    def amount(self, count: float) -> str:
+        """A number of bytes in the model's unit: "205 MB"."""
+        size, name = self.unit
+        return f"{three_digits(count / size)} {name}"
+
     # --- choosing ----------------------------------------------------------------------------------------
 
-    def set_score(self, score: str, direction: str) -> None:
-        """Rank the layers by another score or from its other end; as many stay protected as before."""
-        self._use(score, direction, self.choice.layers)
+    def set_score(self, score: str, direction: str | None = None) -> None:
+        """Rank the layers by another score or from its other end; as many stay protected as before.
+
+        Without a direction the present one stays, but a score of costs starts at its high end: to protect
+        what costs least is never meant.
+        """
+        kept = "high" if score_row(score).additive else self.direction
+        self._use(score, direction or kept, self.choice.layers)
 
     def set_threshold(self, value: float) -> None:
         """Protect the layers whose score is at `value` or beyond it.
@@ -174,8 +189,9 @@ class ExplorerState:
         slack = 0.005 * high  # a size as it is displayed, rounded, is still meant
         if not math.isfinite(total_bytes) or not low - slack <= total_bytes <= high + slack:
             raise PlanError(
-                f"{gigabytes(total_bytes)}: expected a size between {gigabytes(low)} (no layer in 16-bit) "
-                f"and {gigabytes(high)} (all). The size stays at {gigabytes(self.choice.total_bytes)}."
+                f"{self.amount(total_bytes)}: expected a size between {self.amount(low)} (no layer in "
+                f"16-bit) and {self.amount(high)} (all). The size stays at "
+                f"{self.amount(self.choice.total_bytes)}."
             )
         self._at(self.chooser.threshold_for(total_bytes))
 
@@ -208,7 +224,7 @@ class ExplorerState:
         c = self.choice
         return (
             f"{c.layers} of {len(self.planned)} layers in 16-bit{self.wishes.count()} · "
-            f"{gigabytes(c.total_bytes)} in all, {gigabytes(c.saved_bytes)} saved · "
+            f"{self.amount(c.total_bytes)} in all, {self.amount(c.saved_bytes)} saved · "
             f"{c.bits_per_weight:.2f} bits a weight"
             + ("" if c.predicted_kl is None else f" · predicted KL {c.predicted_kl:.3g} nats a token")
         )
@@ -219,9 +235,18 @@ class ExplorerState:
         if s is None:
             return "No sensitivity in this run: the cost of a choice is not predicted."
         return (
-            f"At this size: random {s.random_low:.3g}–{s.random_high:.3g}, optimum {s.optimum:.3g}. "
-            f"Better than {s.better_than:.0%} of random choices; {s.gain:.0%} of the possible gain."
+            f"Predicted at this size: random choices {s.random_low:.3g}–{s.random_high:.3g} nats a token, "
+            f"the least predicted KL {s.optimum:.3g}.{_worth(s)}"
         )
+
+    def ties(self) -> str:
+        """How many layers share the value at the cut, so that no threshold parts them; empty if none does."""
+        cut, kept = self.chooser.cut, self.chooser.count_at(self.threshold)
+        same = cut == cut[kept - 1] if kept else np.zeros(0, bool)
+        if same.sum() < 2:
+            return ""
+        items = self.chooser.order[: len(cut)][same]
+        return TIES.format(int(self.chooser.problem.count[items].sum()))
 
     def notes(self) -> str:
         """What holds at every threshold: failed layers and the wishes of the run's plan. May be empty."""
@@ -308,3 +333,22 @@ class ExplorerState:
             random_median=middle,
             random_high=high,
         )
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits without an exponent: "205", "64.0", "0.498"."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(abs(value)))))}f}".replace("-", "−")
+
+
+def _worth(s: Standing) -> str:
+    """What a choice is predicted to be worth against random ones; empty where all choices are the same."""
+    if s.gain == 0:
+        return ""
+    if s.gain < 0:
+        return f" This choice is predicted worse than random by {s.predicted_kl - s.random_median:.3g}."
+    return (
+        f" This choice is predicted better than {s.better_than:.0%} of random choices, with {s.gain:.0%} of "
+        "what can be gained over them."
+    )

@@ -80,7 +80,7 @@ class Explorer:
     # --- layout and events -------------------------------------------------------------------------------
 
     def _assemble(self, widgets: Any) -> widgets.VBox:
-        unit = "GB" if self._unit == 1e9 else "MB"
+        _, unit = self.state.unit
 
         def row(label: str, *parts: Any) -> Any:
             name = widgets.HTML(f"<span>{label}</span>", layout=widgets.Layout(width="110px"))
@@ -106,7 +106,7 @@ class Explorer:
 
     def _connect(self) -> None:
         state = self.state
-        self._on(self.score, lambda value: self._rescore(value, state.direction))
+        self._on(self.score, self._rescore)
         self._on(self.direction, lambda value: self._rescore(state.score, value))
         self._on(self.threshold, lambda value: state.set_threshold(self._from_slider(value)))
         self._on(self.number, lambda value: state.set_threshold(read_number(value)))
@@ -132,7 +132,7 @@ class Explorer:
 
         widget.observe(changed, names="value")
 
-    def _rescore(self, score: str, direction: str) -> None:
+    def _rescore(self, score: str, direction: str | None = None) -> None:
         self.state.set_score(score, direction)
         self._fill_scale()
 
@@ -140,7 +140,7 @@ class Explorer:
 
     @property
     def _unit(self) -> float:
-        return 1e9 if self.state.size_bounds[1] >= 2e9 else 1e6
+        return self.state.unit[0]
 
     def _from_slider(self, place: float) -> float:
         low, high = self.state.bounds
@@ -167,10 +167,11 @@ class Explorer:
         if moved is not self.size:
             self._place(self.size, state.choice.total_bytes / self._unit)
         self.number.value = f"{state.threshold:.5g}"
-        self.size_number.value = f"{state.choice.total_bytes / self._unit:.2f}"
+        self.size_number.value = f"{state.choice.total_bytes / self._unit:.{3 if self._unit == 1e9 else 2}f}"
         self.score.value, self.direction.value = state.score, state.direction
         self._busy = False
-        said = "<br>".join(html.escape(text) for text in (state.comparison(), state.notes()) if text)
+        told = (state.comparison(), state.ties(), state.notes())
+        said = "<br>".join(html.escape(text) for text in told if text)
         self.line.value = f"<b>{html.escape(state.line())}</b><br>{said}"
         self.picture.value = state.picture()
 

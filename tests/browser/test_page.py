@@ -3,6 +3,7 @@
 import pytest
 
 from spi_utils.explorer.page import write_explorer
+from spi_utils.explorer.state import ExplorerState
 from spi_utils.plan import make_plan
 from spi_utils.runs import read_layers
 from tests.synthetic import layer_table, make_run
@@ -98,7 +99,55 @@ def test_a_click_on_the_map_shows_that_layers_spectrum(opened):
     assert page.inner_text("#spectrum-title") != before
     page.hover("#map canvas", position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
     page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "KS distance" in page.inner_text("#vg-tooltip-element")
+    told = page.inner_text("#vg-tooltip-element")
+    assert "α Hill (the score)" in told and "α (Hill)" not in told and " MB" in told
+    assert told.count("\t") <= 6
+    title = page.inner_text("#spectrum-title")
+    assert "Clauset's α" in title and "KS distance" in title and "Hill's α" in title
+
+
+def test_size_is_the_same_choice_from_the_other_side(opened, run):
+    page, state = opened.page, ExplorerState.open(run)
+    low, high = state.size_bounds
+    for score in ("alpha_hill", "smallest"):
+        state.set_score(score)
+        page.select_option("#score", score)
+        for share in (0.001, 0.3, 0.7, 1):
+            size = round((low + share * (high - low)) / 1e6, 2)
+            page.fill("#size-number", f"{size}")
+            page.press("#size-number", "Enter")
+            state.set_size(size * 1e6)
+            assert answer(page) == state.line()
+            assert float(page.input_value("#size-number")) == pytest.approx(
+                state.choice.total_bytes / 1e6, abs=0.006
+            )
+    page.focus("#size")
+    before = page.input_value("#slider")
+    for _ in range(100):
+        page.keyboard.press("ArrowLeft")
+    assert page.input_value("#slider") != before
+    before = answer(page)
+    page.fill("#size-number", "1e9")
+    page.press("#size-number", "Enter")
+    assert "no size" in page.inner_text("#refusal") and answer(page) == before
+
+
+def test_a_score_of_costs_starts_at_its_high_end(opened):
+    page = opened.page
+    page.select_option("#direction", "low")
+    page.select_option("#score", "fisher")
+    assert page.input_value("#direction") == "high"
+    page.select_option("#direction", "low")
+    assert page.input_value("#direction") == "low"
+    assert "worse than random by" in page.inner_text("#standing")
+
+
+def test_layers_that_share_a_value_are_counted(opened, run):
+    page, state = opened.page, ExplorerState.open(run)
+    assert page.inner_text("#notes") == ""
+    state.set_score("smallest")
+    page.select_option("#score", "smallest")
+    assert page.inner_text("#notes") == state.ties() != ""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -123,11 +172,12 @@ def test_failed_layers_are_hollow_and_counted(tmp_path, visit, theme):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 800, 420])
 def test_nothing_is_cut_off(run, visit, width, theme):
     one = visit(width, theme, offline=True)
     one.page.goto(run.explorer.as_uri())
     one.page.wait_for_selector("body[data-ready=yes]")
     one.page.screenshot(path=run.figures / f"screen_page_{width}_{theme}.png", full_page=True)
     assert one.cut_off() == []
+    assert one.page.evaluate("document.documentElement.scrollWidth") <= width
     assert one.errors == []
