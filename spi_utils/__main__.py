@@ -11,11 +11,19 @@ from typing import Any
 import yaml
 
 from spi_utils.errors import SPIError
-from spi_utils.headless import ALL, STAGES, check_parameters, execute, parameters_of, run_stages
+from spi_utils.headless import (
+    ALL,
+    STAGES,
+    NotebookError,
+    check_parameters,
+    execute,
+    parameters_of,
+    run_stages,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a failed stage, 2 for a wrong call."""
+    """Run a command and return its exit code: 0, papermill's for a failed stage, 1, or 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="python -m spi_utils", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all five stages through 00_run_all, headless")
@@ -43,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             _print_summary(options.run_dir)
     except SPIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, NotebookError) else 1
     return 0
 
 

@@ -190,8 +190,15 @@ def _yaml(value: Any) -> str:
 
 def _analysis_task(batch: Batch, name: str, parameters: Settings) -> Task:
     run = Run(batch.out / "analyses" / name)
-    mark = fingerprint({"parameters": parameters})
+    mark = fingerprint({"parameters": parameters, "files": _local_files(str(parameters["model"]))})
     return _task(batch, f"analysis {name}", run, [ANALYZE], parameters, mark)
+
+
+def _local_files(model: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of a local model's weight files: a model that was trained on is another one."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _job_task(batch: Batch, job: Job) -> Task:

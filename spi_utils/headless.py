@@ -56,7 +56,14 @@ Show = Callable[[str, float, str], None]
 
 
 class NotebookError(SPIError):
-    """A notebook failed; the message is the failing cell's own, with the executed copy's path."""
+    """A notebook failed; the message is the failing cell's own, with the executed copy's path.
+
+    `exit_code` is papermill's: 1 for a failed cell, 138 for a kernel that died.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code  # as a shell tells a signal
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def execute(
             return time.monotonic() - started
         if attempt == 2 or not any(sign in log for sign in PORT_COLLISIONS):
             break
-    raise NotebookError(_explain(name, output, code, log))
+    raise NotebookError(_explain(name, output, code, log), code)
 
 
 def _papermill(

@@ -221,6 +221,19 @@ def test_parameters_survive_the_command_line():
 # --- running ---------------------------------------------------------------------------------------------
 
 
+def test_a_local_model_that_was_trained_on_is_analysed_again(stubs, capsys):
+    model = stubs.folder / "mine"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"first")
+    stubs.write(models=[str(model)], scores=["fisher"])
+    assert stubs.run() == 0 and len(stubs.ran()) == 2
+    assert stubs.run() == 0 and stubs.ran() == []
+    (model / "model.safetensors").write_bytes(b"second, longer")
+    capsys.readouterr()
+    assert stubs.run() == 0
+    assert stubs.ran()[0]["kind"] == "analyze"
+
+
 def test_each_model_is_analysed_once_and_a_second_call_runs_nothing(stubs, capsys):
     assert stubs.run(workers=2) == 0
     ran = stubs.ran()

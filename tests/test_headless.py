@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from spi_utils import headless
+from spi_utils.__main__ import main
 from spi_utils.errors import RunError
 from spi_utils.runs import open_run, run_info, write_text
 
@@ -82,8 +83,19 @@ def test_the_first_failing_stage_stops_with_its_own_error(toys, tmp_path):
 @pytest.mark.slow
 def test_a_dead_kernel_is_said_to_be_out_of_memory(toys, tmp_path):
     toys("01_analyze", "import os; os._exit(1)")
-    with pytest.raises(headless.NotebookError, match=r"01_analyze failed: (the kernel died|DeadKernel)"):
+    with pytest.raises(headless.NotebookError, match=r"01_analyze failed: (the kernel died|Dead)") as caught:
         headless.execute("01_analyze", tmp_path / "out.ipynb", {})
+    assert caught.value.exit_code == 138
+
+
+@pytest.mark.parametrize(("code", "told"), [(1, 1), (138, 138), (-9, 137)])
+def test_the_command_ends_with_the_notebooks_own_code(monkeypatch, capsys, code, told):
+    def failing(*_, **__):
+        raise headless.NotebookError("01_analyze failed: why", code)
+
+    monkeypatch.setattr("spi_utils.__main__.run_stages", failing)
+    assert main(["run", "--only", "01_analyze", "-p", "run_dir", "runs/x"]) == told
+    assert capsys.readouterr().err == "NotebookError: 01_analyze failed: why\n"
 
 
 def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
