@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KEPT, REST, NO_SCORE = FORMAT_COLOURS["16bit"], "#A9C6DA", "#8A8A8A"
 FAILED = {"16-bit, analysis failed": "transparent"}  # drawn hollow
 KL = "predicted KL (nats a token)"
-# Parameters that the page sets to its theme's: dark on light, light on dark. A third, top, is the tallest bar's.
+# Parameters that the page sets to its theme's: dark on light, light on dark. (`top` is the tallest bar.)
 INK, LINE = {"expr": "ink"}, {"expr": "line"}
 # Vega writes 0.000001; "1e−6" can be read.
 LABELS = (

@@ -37,7 +37,8 @@ class Curves:
     """Predicted KL (nats a token) against the model's size (bytes), for the small frontier of the picture.
 
     `size` (n,) and `kl` (n,): this score's own choices. At each `grid` (points,) size: the least KL, and the
-    median of random selections with the bounds that hold 90 % of them.
+    median of random selections with the bounds that hold 90 % of them. `unit`: bytes in the axis's unit, and
+    its name.
     """
 
     size: NDArray[np.float64]
@@ -47,6 +48,7 @@ class Curves:
     random_low: NDArray[np.float64]
     random_median: NDArray[np.float64]
     random_high: NDArray[np.float64]
+    unit: tuple[float, str] = (1e9, "GB")
 
 
 class ChoicePicture:
@@ -73,7 +75,7 @@ class ChoicePicture:
             histogram, self._point = top.subplots(), None
         else:
             histogram, frontier = top.subplots(1, 2, width_ratios=[1.25, 1])
-            self._point = _draw_frontier(frontier, curves)
+            self._point, self._unit = _draw_frontier(frontier, curves), curves.unit[0]
         self._draw_histogram(histogram, score)
         below = bottom.subplots()
         _draw_map(below, grid, lower)
@@ -96,7 +98,7 @@ class ChoicePicture:
         self._line.set_xdata([threshold, threshold])
         moving: list[Artist] = [self._kept, self._line]
         if self._point is not None and point is not None:
-            self._point.set_data([point[0] / 1e9], [point[1]])
+            self._point.set_data([point[0] / self._unit], [point[1]])
             moving.append(self._point)
         self._canvas.restore_region(self._background)
         for artist in moving:
@@ -177,12 +179,13 @@ def _draw_map(axes: Axes, grid: LayerGrid, lower: str) -> None:
 
 
 def _draw_frontier(axes: Axes, curves: Curves) -> Line2D:
-    grid = curves.grid / 1e9
+    size, name = curves.unit
+    grid = curves.grid / size
     axes.fill_between(grid, curves.random_low, curves.random_high, color="#DDDDDD", label="random, 90 %")
     axes.plot(grid, curves.random_median, color=GREY, lw=1)
-    axes.plot(curves.size / 1e9, curves.kl, color=BLUE, lw=1.8, label="this score")
+    axes.plot(curves.size / size, curves.kl, color=BLUE, lw=1.8, label="this score")
     axes.plot(grid, curves.optimum, color=BLACK, lw=1.4, ls="--", label="least predicted")
-    axes.set(xlabel="model size (GB)", ylabel="predicted KL (nats a token)", ylim=(0, None))
+    axes.set(xlabel=f"model size ({name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     axes.set_title("What a gigabyte buys", loc="left", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.legend(loc="upper right", fontsize=8)

@@ -332,6 +332,7 @@ class ExplorerState:
             random_low=low,
             random_median=middle,
             random_high=high,
+            unit=self.unit,
         )
 
 
