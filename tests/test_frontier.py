@@ -117,6 +117,15 @@ def test_the_frontier_is_tidy_and_ordered():
     assert table.loc[table["kind"] == "score", "measured_kl"].notna().all()
 
 
+def test_the_frontier_and_a_standing_know_the_same_random_choices():
+    layers = layer_table(70)
+    table, field = frontier(layers, ["alpha_hill"]), Field.of(layers)
+    middle = table[(table["kind"] == "random") & (table["quantile"] == 0.5)]
+    size = float(field.file_bytes[20])
+    found = np.interp(size, middle["bytes"], middle["predicted_kl"])
+    assert found == pytest.approx(field.standing(size, 0.1).random_median, rel=1e-6)
+
+
 def test_the_frontier_covers_every_score_of_the_table():
     table = frontier(layer_table(28), points=5)
     curves = set(

@@ -26,7 +26,8 @@ COLUMNS = (
     *("kind", "score", "direction", "quantile"),
     *("layers", "bytes", "matrix_bits", "predicted_kl", "measured_kl"),
 )
-SEEDS = 100  # random orders behind a standing: cheap, as each is one cumulative sum
+SEEDS = 100  # random orders behind a band: cheap, as each is one cumulative sum
+POINTS = 61  # sizes at which curves are read; a knapsack each for the exact optimum
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Field:
 
     @classmethod
     def of(
-        cls, layers: pd.DataFrame, *, seeds: int = SEEDS, points: int = 101, **options: Any
+        cls, layers: pd.DataFrame, *, seeds: int = SEEDS, points: int = POINTS, **options: Any
     ) -> Field | None:
         """Precompute the field; None where the table holds no predicted KL.
 
@@ -109,8 +110,8 @@ def frontier(
     *,
     directions: Sequence[str] = DIRECTIONS,
     formats: Sequence[str] = ("nf4", "16bit"),
-    seeds: int = 20,
-    points: int = 41,
+    seeds: int = SEEDS,
+    points: int = POINTS,
     evaluated: Iterable[Mapping[str, Any]] = (),
     **options: Any,
 ) -> pd.DataFrame:
