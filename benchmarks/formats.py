@@ -3,6 +3,7 @@
     python benchmarks/formats.py                        # the bundled model (its weights were 4-bit once)
     python benchmarks/formats.py --model DIRECTORY      # another, such as one of small_models.py
     python benchmarks/formats.py --json out.json --figure out.png
+    python benchmarks/formats.py --draw out.json --figure out.png   # again, from the numbers of before
 
 A family is a score and the formats that it may give. All are planned at 4.5, 5, 5.5, 6, 7 and 8 matrix bits,
 and scored on windows of one half of a text; predictions were scaled on the other half. `int4 + int8` is what
@@ -13,6 +14,7 @@ on where it stopped.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,14 @@ FAMILIES = (
     Family("Fisher: every symmetric int4, fused", "fisher", "high", ("int4_g32", *MIXED), "fused"),
 )
 SERVED = FAMILIES[5].name
-LABELS = {"nf4": (-9, -12), "int4_g64": (6, 6), "int4_g32": (-9, 3), "int8": (8, 4)}  # where, in points
+LABELS = {"nf4": (-9, -12), "int4_g64": (6, 6), "int4_g32": (9, 3), "int8": (8, 4)}  # where, in points
+# As the README's table calls them.
+NAMES = (
+    *("α high, NF4 + 16-bit", "α low, NF4 + 16-bit", "Fisher, NF4 + 16-bit"),
+    *("Fisher, NF4 + int8 + 16-bit (no writer)", "Fisher, int4 + int8 + 16-bit"),
+    *("the same, merged layers together", "with int4 in groups of 32 as well"),
+)
+UNIFORM = {"nf4": "all NF4", "int4_g64": "all int4, groups of 64", "int4_g32": "all int4, groups of 32"}
 HYBRIDS = tuple(family.name for family in FAMILIES[:3])
 
 
@@ -171,12 +180,17 @@ def show(result: dict[str, Any]) -> None:
 
 
 def finding(beside: list[dict[str, Any]]) -> str:
-    """The served mix beside the best hybrid, over all budgets at which both exist."""
-    ratios = [row["ratio_to_best_hybrid"] for row in beside if row["ratio_to_best_hybrid"] is not None]
+    """From which bits up the served mix has less KL than the best hybrid, and where the hybrid is better."""
+    ratios = {row["budget"]: row["ratio_to_best_hybrid"] for row in beside if row["ratio_to_best_hybrid"]}
     if not ratios:
         return "KL of every family by bits"
-    words = f"int4 + int8 has {min(ratios):.0%} to {max(ratios):.0%}"
-    return f"At equal bits {words} of the KL of the best NF4/16-bit hybrid"
+    mix, hybrid = "int4 + int8 + 16-bit (merged layers together)", "the best NF4/16-bit hybrid"
+    lost = [bits for bits, ratio in ratios.items() if ratio >= 1]
+    if not lost:
+        return f"At every budget {mix} has less KL than {hybrid}"
+    won = [bits for bits in ratios if bits > max(lost)]
+    worse = f"at {' and '.join(f'{bits:g}' for bits in lost)} bits NF4 is better"
+    return f"From {min(won):g} bits up {mix} has less KL than {hybrid}; {worse}" if won else worse
 
 
 def draw(result: dict[str, Any], path: str) -> None:
@@ -194,14 +208,16 @@ def draw(result: dict[str, Any], path: str) -> None:
             axes.errorbar(
                 line["matrix_bits"], line["kl"], yerr=[line["kl"] - low, high - line["kl"]],
                 color=CYCLE[place % len(CYCLE)], marker=MARKERS[place % len(MARKERS)], markersize=6,
-                linewidth=1.4, capsize=2, label=family.name,
+                linewidth=1.4, capsize=2, label=NAMES[place],
             )  # fmt: skip
         for fmt, offset in LABELS.items():
             point = rows[rows["family"] == f"uniform {fmt}"]
-            axes.plot(point["matrix_bits"], point["kl"], "x", color=BLACK, markersize=9, markeredgewidth=2)
+            axes.plot(
+                point["matrix_bits"], point["kl"], "x", color=BLACK, markersize=9, markeredgewidth=2, zorder=5
+            )
             for _, row in point.iterrows():
                 axes.annotate(
-                    f"all {fmt}",
+                    UNIFORM.get(fmt, f"all {fmt}"),
                     (row["matrix_bits"], row["kl"]),
                     offset,
                     textcoords="offset points",
@@ -234,8 +250,14 @@ def main() -> None:
     parser.add_argument("--json", metavar="PATH", help="write the numbers there")
     parser.add_argument("--figure", metavar="PATH", help="draw them there")
     parser.add_argument("--folder", default="bench-out/formats", type=Path, help="for finished pieces")
+    parser.add_argument(
+        "--draw", metavar="JSON", help="show these numbers of an earlier run, measure nothing"
+    )
     given = parser.parse_args()
-    result = benchmark(given.model, given.text, given.windows, given.length, given.folder)
+    if given.draw:
+        result = json.loads(Path(given.draw).read_text(encoding="utf-8"))
+    else:
+        result = benchmark(given.model, given.text, given.windows, given.length, given.folder)
     show(result)
     if given.json:
         write_json(given.json, result)
