@@ -16,7 +16,7 @@ from spi_utils import visualize
 from spi_utils.errors import AnalysisError, PlanError, RunError
 from spi_utils.explorer.picture import png_of
 from spi_utils.figures.plan_figures import LayerGrid, frontier_figure, plan_map
-from spi_utils.figures.plotting import FORMAT_COLOURS, balanced, save_figure, shorten, type_styles
+from spi_utils.figures.plotting import FORMAT_COLOURS, balanced, gigabytes, save_figure, shorten, type_styles
 from spi_utils.figures.score_figures import (
     between_share,
     histogram_edges,
@@ -235,6 +235,21 @@ def test_plan_map_colours_each_cell_by_its_format(layers):
         expected = np.array(to_rgb(FORMAT_COLOURS[plan.formats[name]])) * 255
         assert image[row, depth] == pytest.approx(expected, abs=1)
     assert title(figure).startswith("20 of 70 layers stay in 16-bit")
+    assert f"{plan.matrix_bits:.2f} matrix bits" in title(figure)
+
+
+def test_plan_map_says_which_types_are_kept_and_which_are_not(layers):
+    plan = make_plan(layers, rule="top_k", value=20, force_16bit=r"\.(q_proj|k_proj)$")
+    said = title(plan_map(layers, plan))
+    assert "nearly all of q_proj and k_proj, none of" in said and "more types" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(6.414e9, "6.41 GB"), (205_047_307, "205 MB"), (9.996e8, "1.00 GB"), (1.2e6, "1.2 MB")],
+)
+def test_sizes_have_three_figures(count, said):
+    assert gigabytes(count) == said
 
 
 def test_plans_of_three_formats_are_drawn(layers):
@@ -242,7 +257,9 @@ def test_plans_of_three_formats_are_drawn(layers):
     figures = visualize.all_figures(layers, spectra_of(layers), plan)
     labels = [text.get_text() for text in figures["plan_map"].legends[0].get_texts()]
     assert "8-bit (int8)" in labels
-    optimum = next(line for line in figures["frontier"].axes[0].lines if line.get_label() == "optimum")
+    optimum = next(
+        line for line in figures["frontier"].axes[0].lines if line.get_label() == "least predicted KL"
+    )
     assert plan.predicted_kl == pytest.approx(
         np.interp(plan.bytes["total"] / 1e9, optimum.get_xdata(), optimum.get_ydata()), rel=0.5
     )
@@ -260,7 +277,7 @@ def test_cells_that_several_layers_share_show_the_share_of_weights():
 def test_frontier_draws_the_optimum_below_every_score(layers):
     figure = frontier_figure(frontier(layers, seeds=20, points=11), make_plan(layers))
     lines = {line.get_label(): line for line in figure.axes[0].lines}
-    lowest = lines["optimum"]
+    lowest = lines["least predicted KL"]
     for line in figure.axes[0].lines:
         if len(line.get_xdata()) == 11:
             at = np.interp(line.get_xdata(), lowest.get_xdata(), lowest.get_ydata())
@@ -312,7 +329,7 @@ def test_every_figure_copes(case):
 
 def test_ten_thousand_layers_are_drawn():
     table = layer_table(10_000)
-    figure = plan_map(table, SimpleNamespace(formats={}, bytes={"total": 10**9}, bits_per_weight=16.0))
+    figure = plan_map(table, SimpleNamespace(formats={}, bytes={"total": 10**9}, matrix_bits=16.0))
     assert figure.axes[0].images[0].get_array().shape[1] <= 400
     assert len(score_by_depth(table).axes[0].lines) == 7
 

@@ -47,6 +47,7 @@ EMPTY = "#FFFFFF"
 OTHER_FORMAT = SKY
 MOST_COLUMNS = 400
 MOST_LABELS = 40
+NEARLY_ALL = 0.9  # of a type's layers
 
 
 class LayerGrid:
@@ -141,7 +142,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
         label = f"analysis failed ({int((planned['status'] == 'failed').sum())})"
         axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
     figure.legend(loc="outside lower center", ncols=4)
-    headline(figure, _map_finding(plan, held))
+    headline(figure, _map_finding(plan, grid, above))
     return figure
 
 
@@ -153,12 +154,28 @@ def _draw_hollow(axes: Axes, grid: LayerGrid) -> None:
         axes.add_patch(box)
 
 
-def _map_finding(plan: ProtectionPlan, held: NDArray[np.str_]) -> str:
-    kept = int((held == "16bit").sum())
-    return (
-        f"{kept} of {len(held)} layers stay in 16-bit: {gigabytes(plan.bytes['total'])} in all, "
-        f"{plan.bits_per_weight:.2f} bits a weight"
-    )
+def _map_finding(plan: ProtectionPlan, grid: LayerGrid, above: NDArray[np.bool_]) -> str:
+    """Which types are lifted above the smallest format nearly whole, and which not at all."""
+    share = np.bincount(grid.rows, above, minlength=len(grid.types)) / np.bincount(grid.rows)
+    whole = [name for name, part in zip(grid.types, share, strict=True) if part >= NEARLY_ALL]
+    never = [name for name, part in zip(grid.types, share, strict=True) if part == 0]
+    tiers = set(plan.formats.values()) - {"16bit"}
+    place = "stay in 16-bit" if len(tiers) < 2 else "are above the smallest format"
+    kept = f"{int(above.sum())} of {len(above)} layers {place}"
+    parts = []
+    if whole and len(whole) < len(grid.types):
+        parts.append(f"nearly all of {_listed(whole)}")
+    if never and len(never) < len(grid.types):
+        parts.append(f"none of {_listed(never)}")
+    words = f"{kept}: {', '.join(parts)}" if parts else kept
+    return f"{words} ({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    """Names in a sentence; of many the first ones and how many more."""
+    if len(names) > most:
+        return f"{', '.join(shorten(name, 20) for name in names[:most])} and {len(names) - most} more types"
+    return " and ".join(shorten(name, 20) for name in names)
 
 
 # --- what a gigabyte buys --------------------------------------------------------------------------------
@@ -192,7 +209,14 @@ def frontier_figure(curves: pd.DataFrame, plan: ProtectionPlan | None = None) ->
     _draw_scores(axes, curves, plan)
     _draw_random(axes, curves)
     optimum = curves[curves["kind"] == "optimum"]
-    axes.plot(optimum["bytes"] / 1e9, optimum["predicted_kl"], color=BLACK, lw=1.8, ls="--", label="optimum")
+    axes.plot(
+        optimum["bytes"] / 1e9,
+        optimum["predicted_kl"],
+        color=BLACK,
+        lw=1.8,
+        ls="--",
+        label="least predicted KL",
+    )
     real = curves[curves["kind"] == "evaluated"]
     if len(real):
         axes.plot(
@@ -255,6 +279,6 @@ def _frontier_finding(curves: pd.DataFrame, plan: ProtectionPlan | None) -> str:
         return f"What a gigabyte buys: predicted KL from {span.max():.3g} to {span.min():.3g} nats a token"
     size = plan.bytes["total"]
     return (
-        f"At {gigabytes(size)} the plan is predicted {plan.predicted_kl:.3g} nats a token; a random choice "
-        f"{at('random', size):.3g}, the optimum {at('optimum', size):.3g}"
+        f"At {gigabytes(size)} the plan's predicted KL is {plan.predicted_kl:.3g} nats a token; a random "
+        f"choice's is {at('random', size):.3g}, the least possible {at('optimum', size):.3g}"
     )

@@ -115,7 +115,7 @@ def headline(figure: Figure, finding: str, detail: str = "") -> None:
         balanced(sentence, columns), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.3
     )
     if detail:
-        text = textwrap.fill(detail, int(columns * 1.5))
+        text = balanced(detail, int(columns * 1.5))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color=GREY, linespacing=1.35)
 
 
@@ -190,8 +190,8 @@ def short_label(score: str) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """A byte count in units of 10⁹ (or 10⁶ below a hundredth of that): "6.41 GB"."""
-    return f"{count / 1e9:.2f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.1f} MB"
+    """Bytes in units of 10⁹ or 10⁶, as the report writes them: "6.41 GB", "205 MB"."""
+    return f"{count / 1e9:.2f} GB" if abs(count) >= 999.5e6 else f"{count / 1e6:.3g} MB"
 
 
 def signed(value: float) -> str:

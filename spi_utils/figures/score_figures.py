@@ -255,7 +255,9 @@ def _shapes_against_null(
         jitter = 0.28 * ((np.arange(len(group)) * 0.618) % 1 - 0.5)
         for name, members in group.assign(y=height + jitter).groupby("type", sort=False):
             style: TypeStyle = styles[str(name)]
-            axes.plot(members["value"], members["y"], style.marker, color=style.colour, ms=3.5, alpha=0.8)
+            axes.plot(
+                members["value"], members["y"], style.marker, color=style.colour, ms=3.5, alpha=0.8, zorder=6
+            )
         spread = 2 * float(np.nan_to_num(group["sd"].abs().median()))
         for colour, width in (("white", 5.0), (BLACK, 1.6)):
             axes.errorbar(
@@ -294,7 +296,7 @@ def _histogram_finding(
     if null is not None:
         rho = rank_correlation(values, null["mean"].to_numpy(float))
         parts.append(
-            f"Gaussian noise of the same shapes orders the layers alike (ρ = {signed(rho)})"
+            f"its rank correlation with Gaussian noise of the same shapes is ρ = {signed(rho)}"
             if np.isfinite(rho)
             else "all layers have one shape, so shape explains nothing here"
         )

@@ -9,7 +9,6 @@ import pandas as pd
 
 from spi_utils.errors import AnalysisError
 from spi_utils.figures.plotting import (
-    BLACK,
     GREY,
     headline,
     new_figure,
@@ -115,8 +114,9 @@ def _draw_correlations(
     for height, name in enumerate(shown):
         axes.plot([0, within[name]], [height, height], color=styles[name].colour, lw=2)
         axes.plot(within[name], height, styles[name].marker, color=styles[name].colour, ms=7)
-    axes.plot([0, overall], [len(shown)] * 2, color=BLACK, lw=2)
-    axes.plot(overall, len(shown), "o", color=BLACK, ms=8)
+    # Hollow and grey: no type looks so, though black is down_proj's.
+    axes.plot([0, overall], [len(shown)] * 2, color=GREY, lw=4, alpha=0.5)
+    axes.plot(overall, len(shown), "o", color=GREY, mfc="white", mew=2, ms=9)
     counts = planned["type"].value_counts()
     labels = [f"{shorten(name, 22)} ({counts[name]})" for name in shown]
     axes.set_yticks(range(len(shown) + 1), [*labels, f"all layers ({len(planned)})"])

@@ -10,7 +10,6 @@ import pandas as pd
 from spi_utils.errors import AnalysisError
 from spi_utils.figures.plotting import (
     BLUE,
-    CYCLE,
     GREY,
     SKY,
     VERMILLION,
@@ -18,6 +17,7 @@ from spi_utils.figures.plotting import (
     new_figure,
     shorten,
     styled,
+    type_styles,
 )
 from spi_utils.figures.score_figures import planned_layers, planned_values
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Spectra = Mapping[str, NDArray[np.float64]]
 
+LINES = ("-", "--", "-.", (0, (1, 1)))
 SMALLEST_EIGENVALUE = (
     1e-5  # what the fit drops (WeightWatcher's cut), so that the drawn density is the fitted one
 )
@@ -69,12 +70,12 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
 
     Args:
         spectra: name -> singular values, descending.
-        names: layers to draw; by default the most compact, a middling and the flattest one.
+        names: layers to draw; by default the most compact, a middling and the flattest with a sound fit.
 
     Raises:
         AnalysisError: a name has no spectrum.
     """
-    rows = _rows(layers, spectra, pick_layers(layers, "alpha_pl") if names is None else names)
+    rows = _rows(layers, spectra, pick_layers(_sound(layers), "alpha_pl") if names is None else names)
     columns = min(len(rows), 3)
     lines = -(-len(rows) // columns)
     figure = new_figure(height=1.0 + 3.3 * lines)
@@ -89,7 +90,10 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
     headline(
         figure,
         _density_finding(rows),
-        "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data.",
+        "Of the layers whose fit is sound. Dashed: xmin, where the fitted tail begins. KS: largest distance "
+        "of fit and data. Hill's α, of the top tenth, is what the other figures show."
+        if names is None
+        else "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data.",
     )
     return figure
 
@@ -140,9 +144,11 @@ def density_of(
 def _fit_text(row: pd.Series, count: int) -> str:
     sigma = row.get("alpha_pl_sigma", np.nan)
     error = f" ± {sigma:.2f}" if np.isfinite(sigma) else ""
+    hill = f"α Hill {row['alpha_hill']:.2f}\n" if np.isfinite(row.get("alpha_hill", np.nan)) else ""
     short = " (short)" if row["alpha_pl_tail"] < 50 else ""
     return (
-        f"α = {row['alpha_pl']:.2f}{error}\nKS {row['alpha_pl_ks']:.3f}, xmin {row['alpha_pl_xmin']:.3g}\n"
+        f"α Clauset {row['alpha_pl']:.2f}{error}\n{hill}"
+        f"KS {row['alpha_pl_ks']:.3f}, xmin {row['alpha_pl_xmin']:.3g}\n"
         f"tail {int(row['alpha_pl_tail'])} of {count}{short}"
     )
 
@@ -153,14 +159,23 @@ def _note(axes: Axes, text: str) -> None:
 
 
 def _density_finding(rows: Sequence[pd.Series]) -> str:
-    ranked = sorted((row for row in rows if np.isfinite(row["alpha_pl"])), key=lambda row: row["alpha_pl"])
+    """The ends of Clauset's α among the layers drawn, sound fits only where there are two."""
+    fitted = [row for row in rows if np.isfinite(row["alpha_pl"])]
+    sound = [row for row in fitted if row["status"] == "ok"]
+    ranked = sorted(sound if len(sound) > 1 else fitted, key=lambda row: row["alpha_pl"])
     if len(ranked) < 2:
         return f"The spectrum of {layer_title(rows[0])}"
     low, high = ranked[0], ranked[-1]
     return (
-        f"From compact to flat: α is {low['alpha_pl']:.2f} in {layer_title(low)} "
+        f"From compact to flat: Clauset's α is {low['alpha_pl']:.2f} in {layer_title(low)} "
         f"and {high['alpha_pl']:.2f} in {layer_title(high)}"
     )
+
+
+def _sound(layers: pd.DataFrame) -> pd.DataFrame:
+    """The layers whose fit is sound, if at least three are, else all: a tail of nine values has no α."""
+    sound = layers[layers["status"] == "ok"]
+    return sound if sound["quantizable"].sum() >= 3 else layers
 
 
 @styled
@@ -178,21 +193,24 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | No
     figure = new_figure()
     axes = figure.add_subplot()
     decays = {}
+    styles = type_styles(planned_layers(layers)["type"])
     for place, row in enumerate(rows):
         sigma = np.asarray(spectra[row["name"]], dtype=np.float64)
         sigma = sigma[np.isfinite(sigma) & (sigma > 0)]
-        colour, relative = CYCLE[place % len(CYCLE)], sigma / sigma[0]
+        colour, relative = styles[row["type"]].colour, sigma / sigma[0]
+        # Two layers of one type share its colour, as in every figure, and differ by their line.
+        line_style = LINES[[other["type"] for other in rows[:place]].count(row["type"]) % len(LINES)]
         exponent, line = _decay(relative)
         decays[layer_title(row)] = exponent
         label = f"{layer_title(row)}: a = {exponent:.2f}"
-        axes.plot(np.arange(1, len(sigma) + 1), relative, color=colour, lw=1.8, label=label)
-        axes.plot(*line, color=colour, lw=1.2, ls="--")
+        axes.plot(np.arange(1, len(sigma) + 1), relative, color=colour, lw=1.8, ls=line_style, label=label)
+        axes.plot(*line, color=colour, lw=1, ls=":")
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
     figure.legend(loc="outside right center")
     headline(
         figure,
         _decay_finding(decays),
-        "Dashed: slope −a, fitted over k = 2 … M/2. Large a: compact.",
+        "Dotted: slope −a, fitted over k = 2 … M/2. Large a: compact.",
     )
     return figure
 
