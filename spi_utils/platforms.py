@@ -7,6 +7,7 @@ installed. torch, numpy and ipywidgets are the platform's own and stay as they a
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -265,6 +266,8 @@ def prepare(
         PlatformError: a restart is needed, a package of the platform is too old, or no GPU where required.
     """
     where = platform_name()
+    # On a CPU it warns, in red, that an optional package with faster kernels is absent; nothing is wrong.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     done = install_missing(requirements(), Path(links) if links is not None else None)
     stale = needs_restart(loaded_versions([*SHOWN, "pandas", "scipy"]), installed_versions())
     if stale:

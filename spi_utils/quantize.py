@@ -38,7 +38,7 @@ from spi_utils.checkpoints.companions import write_rest
 from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 from spi_utils.checkpoints.verify import verify
-from spi_utils.errors import CheckpointError, PlanError
+from spi_utils.errors import CheckpointError, PlanError, RunError
 from spi_utils.formats import fits
 from spi_utils.models import (
     Layer,
@@ -51,7 +51,7 @@ from spi_utils.models import (
 )
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
-from spi_utils.runs import Run, atomic_path, read_json, stage, write_json
+from spi_utils.runs import NOTEBOOKS, Run, atomic_path, read_json, run_info, stage, write_json
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
@@ -62,6 +62,7 @@ __all__ = [
     "check_request",
     "isolate",
     "isolation_report",
+    "proof_of",
     "quantize",
     "saved_weights",
     "skip_modules",
@@ -133,6 +134,30 @@ def quantize(
         _promote(work / "model", run.model_dir)
         st.record(**read_json(report))
     return run.model_dir
+
+
+def proof_of(run: Run) -> str:
+    """What verification found in the run's checkpoint, in lines.
+
+    Raises:
+        RunError: there is no checkpoint yet.
+    """
+    record = run_info(run)["stages"].get("quantize")
+    if record is None:
+        raise RunError(f"{run.path} holds no checkpoint yet: run notebook {NOTEBOOKS['quantize']}.")
+    fresh = record["fresh_process"]
+    off = record["bytes"] / record["bytes_planned"] - 1
+    bits = {fmt: count for fmt, count in record["bits"].items() if fmt != "against"}
+    tensors = ", ".join(f"{count} tensors in {fmt}" for fmt, count in bits.items())
+    logits = fresh.get("max_logit_difference", "not tried")
+    return "\n".join(
+        [
+            f"size on disk: {record['bytes'] / 1e9:.4f} GB, {off:+.3%} against the plan",
+            f"bit-equal to {record['bits']['against']}: {tensors}",
+            f"fresh process: {fresh['modules']} modules as planned, largest logit difference {logits}",
+            *fresh["notes"],
+        ]
+    )
 
 
 def _auto_storage(source: ModelSource, place: torch.device) -> str:

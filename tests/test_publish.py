@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 import shutil
@@ -131,6 +132,13 @@ def test_the_card_holds_the_measured_numbers(run):
     )
 
 
+def test_the_preview_holds_its_pictures(run):
+    preview = publish(run, allow_license="mit").preview()
+    assert preview.lstrip().startswith("# ") and "license:" not in preview
+    data = re.search(r"!\[Which layers stay in 16-bit\.\]\(data:image/png;base64,([^)]+)\)", preview)
+    assert base64.b64decode(data[1]) == (run.figures / "plan_map.png").read_bytes()
+
+
 def test_the_parameter_count_is_the_architectures(run):
     embedding, norm, width, hidden = 320 * 128, 128, 128, 256
     block = width * width * 2 + 2 * width * 64 + 3 * width * hidden + 2 * norm  # q, o; k, v; MLP; two norms
@@ -194,7 +202,7 @@ def test_the_quantized_modules_are_read_from_the_file(run):
 def test_a_truncated_checkpoint_closes_the_gate(run):
     path = run.model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(PublishError, match=r"CLOSED plan: .*model\.safetensors: truncated"):
+    with pytest.raises(PublishError, match=r"BLOCKED plan: .*model\.safetensors: truncated"):
         publish(run, allow_license="mit", dry_run=False, repo_id="a/b")
 
 
@@ -316,7 +324,7 @@ def test_the_command_line_rehearses_and_refuses(run, capsys):
     assert main([str(run.path), "--dry-run", "--allow-license", "mit"]) == 0
     assert "private repository your-name/tiny-llama-SPI-nf4" in capsys.readouterr().out
     assert main([str(run.path)]) == 1
-    assert "CLOSED licence" in capsys.readouterr().err
+    assert "BLOCKED licence" in capsys.readouterr().err
     assert main([str(run.path / "nowhere")]) == 1
     assert "01_analyze" in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ class Gate:
     found: str
 
     def __str__(self) -> str:
-        return f"{'open  ' if self.passed else 'CLOSED'} {self.name}: {self.found}"
+        return f"{'ok     ' if self.passed else 'BLOCKED'} {self.name}: {self.found}"
 
 
 def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[Gate, ...]:

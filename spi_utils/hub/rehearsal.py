@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,16 @@ class Rehearsal:
     def card(self) -> Path:
         """The model card on this machine."""
         return self.folder / CARD
+
+    def preview(self) -> str:
+        """The card's Markdown without its YAML and with its pictures inside: what a notebook can show."""
+        text = self.card.read_text(encoding="utf-8").split("---", 2)[2]
+
+        def inside(link: re.Match[str]) -> str:
+            data = base64.b64encode(self.files[link[1]].read_bytes()).decode("ascii")
+            return f"](data:image/png;base64,{data})"
+
+        return re.sub(r"\]\((figures/[^)]+\.png)\)", inside, text)
 
     @classmethod
     def read(cls, run: Run) -> Rehearsal:

@@ -63,8 +63,8 @@ def is_original(evaluation: Evaluation) -> bool:
     return Path(evaluation.model["id"]).name.lower() == Path(ORIGINAL).name.lower()
 
 
-def _arithmetic(evaluation: Evaluation, agrees: bool, *, original: bool) -> str:
-    if original and not is_original(evaluation):
+def _arithmetic(evaluation: Evaluation, agrees: bool) -> str:
+    if not is_original(evaluation):
         return NEEDS_ORIGINAL
     return "supported" if agrees else "refuted"
 
@@ -80,7 +80,7 @@ def _kept(evaluation: Evaluation) -> Claim:
         "kept",
         f"{STATED_LAYERS} layers stay in FP16 and weigh {STATED_GB} GB",
         f"{plan['protected']} of {plan['planned']} matrices, {_gb(2 * plan['protected_weights'])} in 16-bit",
-        _arithmetic(evaluation, agrees, original=True),
+        _arithmetic(evaluation, agrees),
         original=True,
     )
 
@@ -93,7 +93,8 @@ def _rest(evaluation: Evaluation) -> Claim:
         f"the rest, {STATED_REST:.0%} of the model, is NF4",
         f"{share:.0%} of the matrices' weights are quantized ({plan['matrix_bits']:.1f} matrix bits, "
         f"{plan['bits_per_weight']:.1f} bits a weight)",
-        _arithmetic(evaluation, abs(share - STATED_REST) <= 0.05, original=False),
+        _arithmetic(evaluation, abs(share - STATED_REST) <= 0.05),
+        original=True,
     )
 
 
@@ -106,7 +107,7 @@ def _size(evaluation: Evaluation) -> Claim:
         f"~{STATED_FROM_GB:.0f} GB become ~{STATED_TO_GB} GB",
         f"{_gb(full)} in 16-bit ({_gb(2 * full)} would be FP32) become {_gb(ours)}; "
         f"pure NF4 is {_gb(variants['nf4']['bytes'])}",
-        _arithmetic(evaluation, agrees, original=True),
+        _arithmetic(evaluation, agrees),
         original=True,
     )
 
@@ -118,7 +119,8 @@ def _saving(evaluation: Evaluation) -> Claim:
         "saving",
         f"{stated:.0%} smaller",
         f"{saved:.0%} smaller than its 16-bit self",
-        _arithmetic(evaluation, abs(saved - stated) <= 0.05, original=False),
+        _arithmetic(evaluation, abs(saved - stated) <= 0.05),
+        original=True,
     )
 
 
@@ -209,7 +211,9 @@ def _verified(evaluation: Evaluation) -> Claim:
     found = evaluation.checkpoint
     names = ("weights", "layers", "plan", "checkpoint", "code", f"text:{evaluation.text['name']}")
     measured = ", ".join(f"{name} {hashes[name][:10]}" for name in names if name in hashes)
-    held = " and ".join(f"{count} {fmt} matrices" for fmt, count in found.items())
+    held = " and ".join(
+        f"{count} {'16-bit' if fmt == '16bit' else fmt} matrices" for fmt, count in found.items()
+    )
     whole = all(name in hashes for name in names) and sum(found.values()) == evaluation.plan["planned"]
     return Claim(
         "verified",
@@ -223,9 +227,9 @@ def _speed(evaluation: Evaluation, speed: Mapping[str, Any] | None) -> Claim:
     """The T4's bandwidth bounds decoding: bytes/s over the bytes that one token reads."""
     variants = evaluation.variants
     bounds = {key: T4_BANDWIDTH / variants[key]["bytes"] for key in ("plan", "reference", "nf4")}
-    measured = "a T4's bandwidth allows {plan:.0f} tokens/s (16-bit {reference:.0f}, NF4 {nf4:.0f})".format(
-        **bounds
-    )
+    measured = (
+        "a T4's bandwidth allows this model {plan:.0f} tokens/s (in 16-bit {reference:.0f}, in NF4 {nf4:.0f})"
+    ).format(**bounds)
     stated = f"{STATED_RATE} tokens/s on a T4"
     if not speed:
         return Claim("speed", stated, f"{measured}; speed was not measured", NOT_RUN, original=True)
@@ -233,7 +237,8 @@ def _speed(evaluation: Evaluation, speed: Mapping[str, Any] | None) -> Claim:
     median, least, most = ours["decode"]
     measured = (
         f"{median:.1f} tokens/s ({least:.1f}–{most:.1f}) on {ours['device']}, where bandwidth allows "
-        f"{ours['decode_bound']:.0f}; 16-bit {full['decode'][0]:.1f}. By arithmetic {measured}"
+        f"{ours['decode_bound']:.0f}; the 16-bit model, run in {full['dtype']}, {full['decode'][0]:.1f}. "
+        f"By arithmetic {measured}"
     )
     same = is_original(evaluation) and "T4" in ours["device"]
     verdict = (
