@@ -364,9 +364,7 @@ def test_where_memory_runs_out_a_smaller_batch_goes_on(source, tmp_path, monkeyp
     said = capsys.readouterr().out
     assert "out of memory, 2 at a time" in said and "1 at a time" in said
     monkeypatch.setattr(sensitivity, "slopes", full(0))
-    with pytest.raises(
-        AnalysisError, match="out of memory, 1 at a time, with gradient"
-    ):
+    with pytest.raises(AnalysisError, match="out of memory, 1 at a time, with gradient"):
         sensitivities(open_run(tmp_path / "b", source.identity()), source, make_frame(source), **OPTIONS)
 
 
