@@ -245,7 +245,8 @@ def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]
         numbers = f"{cost.gpu / 1e9:.1f} | {gpu} | {cost.ram / 1e9:.1f} | {memory} | {cost.disk / 1e9:.2f}"
         lines.append(f"| {cost.stage} | {cost.minutes:.1f} | {minutes} | {numbers} |")
     total, taken = sum(cost.minutes for cost in costs), sum(one["seconds"] for one in stages.values()) / 60
-    return "\n".join([*lines, f"| **all** | **{total:.1f}** | **{taken:.1f}** | | | | | |"])
+    actual = f"**{taken:.1f}**" if stages else "–"
+    return "\n".join([*lines, f"| **all** | **{total:.1f}** | {actual} | | | | | |"])
 
 
 def _peak(stages: Sequence[Mapping[str, Any]], name: str) -> str:
