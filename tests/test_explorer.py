@@ -345,7 +345,9 @@ def test_save_writes_the_plan_and_a_reopened_explorer_starts_there(tmp_path):
     assert ExplorerState.open(run, score="alpha_hill").score == "alpha_hill"
 
 
-@pytest.mark.parametrize(("lower", "width"), [("int4_g64", "4-bit"), ("int8", "8-bit")])
+@pytest.mark.parametrize(
+    ("lower", "width"), [("int4_g64", "4-bit"), ("int8", "8-bit"), ("int4_g32", "4-bit")]
+)
 def test_a_plan_of_the_other_backends_formats_is_explored_in_them(tmp_path, lower, width):
     run = make_run(tmp_path / "run", 35)
     table, mark = read_layers(run), layers_fingerprint(run)

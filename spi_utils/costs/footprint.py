@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spi_utils.costs.measure import find_blocks
 from spi_utils.errors import AnalysisError
-from spi_utils.scoring import LOGIT_BYTES
+from spi_utils.scoring import LOGIT_BYTES, final_hidden
 from spi_utils.variants import Switch
 
 BATCH_TOKENS = 768  # in one backward pass: far fewer, and making ΔW costs more than using it
@@ -103,7 +103,7 @@ def kept_bytes(switch: Switch, length: int) -> Kept:
     ids = torch.zeros((1, length), dtype=torch.long, device=embedding.weight.device)
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _never):
-            switch.model.base_model(input_ids=ids, use_cache=False)
+            final_hidden(switch.model, ids)
     finally:
         for handle in handles:
             handle.remove()

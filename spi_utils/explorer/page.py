@@ -163,7 +163,7 @@ def _facts(state: ExplorerState) -> list[tuple[str, str, list[str | None]]]:
         for column, title in numbers
         if column in table
     ]
-    pairs = zip(table["bytes_16bit"], table[f"bytes_{low}"], strict=True)
+    pairs = zip(payload_bytes(table, "16bit"), payload_bytes(table, low, state.double_quant), strict=True)
     sizes: list[str | None] = [
         f"{three_digits(top / 1e6)} MB, in {name} {three_digits(few / 1e6)} MB" for top, few in pairs
     ]
