@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from spi_utils.models import ModelSource
 
 SENSITIVITY_TOKENS = 32 * 256
-BACKWARD = 3  # a forward and a backward pass, in forward passes
+BACKWARD = 4  # a forward pass, again for checkpointing, and a backward pass, in forward passes
 CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
 LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
 FARMS = 0.2  # seconds a matrix: its 128 × 128 blocks on one host core (0.09 measured here)
 INTERPRETER = 3_000_000_000  # bytes of memory: Python, torch, CUDA's context
 SPEED_TOKENS = 2 * 6 * 64  # timed generations of two models
 NOTEBOOK_SECONDS = 12  # kernel start and imports of a stage
-# What a graph keeps, in 16-bit units of its layers' inputs and outputs: 1.2 with attention, 3.1 to 4.2 with
-# Qwen3.5's recurrence in torch (transformers 5.23, 5.15). footprint.kept_bytes counts it for the real model.
-KEPT = 4.2
+# What a graph keeps, in 16-bit units of its layers' inputs and outputs: 4.6 to 5.3 for Qwen3.5-4B with
+# float32 activations and its recurrence in torch (transformers 5.23, 5.15). footprint.kept_bytes counts it.
+KEPT = 5.3
+CHECKPOINTED = 0.1  # of that, where blocks recompute it
 LOGITS = 200_000_000  # bytes of two pieces of them
+ACTIVATIONS = 1_000_000_000  # bytes that one block needs for a batch of scoring, in float32
 SHARE = 0.85  # as in footprint.py, which imports torch
 GIB = 2**30
 
@@ -149,24 +151,26 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
     checkpoint = size - (1 - kept) * (2 * model.planned - model.packed("nf4"))
     largest = 4 * max([rows * cols for rows, cols in model.shapes])
     streamed = INTERPRETER + max(largest, 2 * model.vocabulary * model.hidden)
+    scoring = size + 3 * largest + ACTIVATIONS
     analyze = (_analyze(model, machine), _gradients(model, machine), max(streamed, _codes(model)), 0.05e9)
     seconds = {
         "fetch": (size / machine.download, 0.0, INTERPRETER, size),
         "analyze": analyze,
         "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
         "quantize": (_quantize(model, machine, checkpoint), checkpoint + largest, streamed, checkpoint),
-        "evaluate": (_evaluate(model, machine, tokens, variants), size + 3 * largest, _codes(model), 0.1e9),
+        "evaluate": (_evaluate(model, machine, tokens, variants), scoring, _codes(model), 0.1e9),
         "publish": (2 * checkpoint / machine.hash, 0.0, INTERPRETER, 0.0),
     }
     return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in seconds.items()]
 
 
 def _gradients(model: Model, machine: Machine) -> float:
-    """Bytes of a backward pass over as many windows at once as fit, else over one with checkpointing."""
+    """Bytes of a backward pass over as many windows at once as fit, else over three with checkpointing."""
     window = 256 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes)
     base = model.bytes_16bit + 12 * max(rows * cols for rows, cols in model.shapes) + LOGITS
     ways = [base + windows * window for windows in (3, 2, 1)]
-    return next((need for need in ways if need < SHARE * machine.gpu_bytes), base + window / 8)
+    fitting = (need for need in ways if need < SHARE * machine.gpu_bytes)
+    return next(fitting, base + 3 * CHECKPOINTED * window)
 
 
 def _codes(model: Model) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from spi_utils.checkpoints.wide import widen
 from spi_utils.errors import ModelError
 from spi_utils.source.sources import ModelSource, first_line, has_capable_gpu, resolve
 from spi_utils.source.weights import Weights, open_weights, tied_names
@@ -165,7 +166,7 @@ def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.
 
     Args:
         device: where it goes; on CUDA each tensor goes there straight from the file.
-        dtype: compute dtype.
+        dtype: compute dtype; in float16 all but the matrix products is float32 (`checkpoints.wide`).
 
     Raises:
         ModelError: not enough memory, or tensors missing.
@@ -189,6 +190,8 @@ def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{source.id}: no file holds {missing[0]!r}, which the model needs.")
+    if dtype == torch.float16:
+        widen(model)
     return model.requires_grad_(False).eval()
 
 

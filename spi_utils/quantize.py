@@ -27,6 +27,7 @@ from spi_utils.checkpoints.checkpoint import (
     Saving,
     file_names,
     file_tensors,
+    in_bfloat16,
     list_items,
     plain,
     read_saved,
@@ -37,7 +38,7 @@ from spi_utils.checkpoints.checkpoint import (
 from spi_utils.checkpoints.companions import write_rest
 from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
-from spi_utils.checkpoints.verify import verify
+from spi_utils.checkpoints.verify import NotFinite, verify
 from spi_utils.errors import CheckpointError, PlanError, RunError
 from spi_utils.formats import fits
 from spi_utils.models import (
@@ -51,7 +52,7 @@ from spi_utils.models import (
 )
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
-from spi_utils.runs import NOTEBOOKS, Run, atomic_path, read_json, run_info, stage, write_json
+from spi_utils.runs import NOTEBOOKS, Run, atomic_path, read_json, run_info, stage, write_json, write_text
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
@@ -93,8 +94,9 @@ def quantize(
         storage_dtype: of everything that isn't quantized; "auto" is the source's own 16-bit type, and float16
             on a GPU without bfloat16 (T4). What a cast loses is counted for each tensor and recorded.
         compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
-        overflow: if values are too large for float16, "keep_bf16" saves the whole checkpoint in bfloat16 (one
-            layer in another dtype doesn't run in stock loaders, see `checkpoint.settle`), "error" refuses.
+        overflow: if weights, or activations in stock transformers, are too large for float16, "keep_bf16"
+            saves the whole checkpoint in bfloat16 (one layer in another dtype doesn't run in stock loaders,
+            see `checkpoint.settle`), "error" refuses.
         backend: "bitsandbytes" (NF4), or "compressed-tensors" (int4 and int8; vLLM serves it, transformers
             unpacks it at the first forward and then needs the memory of 16 bits).
         force: write it again even if it is there.
@@ -175,9 +177,29 @@ def _make(
         _check_resources(folder, items, weights, saving.device)
         casts = scan_casts(weights, items, saving.storage)
         saving = settle(saving, casts)
-        _write_shards(folder, _split(items, shard_bytes), weights, saving)
-        write_rest(folder, source, weights, plan, saving)
-        report = verify(folder, source, weights, items, plan, saving)
+        wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
+        if wide.exists():
+            saving = in_bfloat16(saving)
+
+        def write() -> dict[str, Any]:
+            _write_shards(folder, _split(items, shard_bytes), weights, saving)
+            write_rest(folder, source, weights, plan, saving)
+            return verify(folder, source, weights, items, plan, saving)
+
+        try:
+            report = write()
+        except NotFinite:
+            if saving.overflow == "error" or saving.storage != torch.float16:
+                raise
+            print(
+                "quantize: in float16 this model's activations overflow in stock transformers; written again "
+                "in bfloat16",
+                flush=True,
+            )
+            shutil.rmtree(folder)
+            write_text(wide, "")
+            saving = in_bfloat16(saving)
+            report = write()
     return report | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
 
 

@@ -141,8 +141,13 @@ class Head:
 
 
 def final_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Final hidden states (B, T, d), as the head takes them."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    """Final hidden states (B, T, d), in the head's dtype."""
+    return as_head_takes(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+def as_head_takes(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states in the dtype of the output layer's weight, which `Head` multiplies them with."""
+    return hidden.to(model.get_output_embeddings().weight.dtype)
 
 
 def default_batch(device: torch.device, length: int) -> int:

@@ -443,6 +443,33 @@ def test_a_cast_to_float16_that_holds_everything(tmp_path, here):
     assert {n: c["underflow"] for n, c in recorded_casts(run).items()} == {n: c for n, c in lost.items() if c}
 
 
+@pytest.fixture
+def hot_source(tmp_path):
+    """A bfloat16 model whose weights float16 can hold, and whose activations it can't."""
+    directory = make_tiny("llama", tmp_path / "hot", dtype="bfloat16", initializer_range=0.1)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 6e4
+    assert all(t.abs().max() < 60_000 for t in tensors.values())
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(directory))
+
+
+@pytest.mark.slow
+def test_activations_that_float16_cannot_hold_bring_bfloat16(hot_source, tmp_path, here, capsys):
+    run = open_run(tmp_path / "run", hot_source.identity())
+    plan = plan_for(hot_source, keep=1.0)
+    folder = q.quantize(run, hot_source, plan, device="cpu", storage_dtype="float16")
+    assert "activations overflow in stock transformers; written again in bfloat16" in capsys.readouterr().out
+    assert run_info(run)["stages"]["quantize"]["saved_as"] == "bfloat16"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(5)[None]).logits
+    assert logits.isfinite().all()
+    refused = open_run(tmp_path / "refused", hot_source.identity())
+    with pytest.raises(CheckpointError, match=r"not numbers.*storage_dtype='bfloat16'"):
+        q.quantize(refused, hot_source, plan, device="cpu", storage_dtype="float16", overflow="error")
+    assert not refused.model_dir.exists()
+
+
 def test_a_cast_that_would_overflow_can_be_refused(bf16_source, tmp_path, here):
     source, name = bf16_source
     run = open_run(tmp_path / "run", source.identity())
@@ -708,6 +735,8 @@ def test_a_size_that_was_not_planned_is_found(tiny, tmp_path, here):
 def test_logits_that_differ_are_found():
     answer = {"transformers": "5", "torch": "2", "finite": True, "logit_spread": 2.0}
     verify._check_logits(answer | {"max_logit_difference": 0.019})
-    for difference, finite in ((0.021, True), (float("nan"), True), (0.0, False)):
+    for difference in (0.021, float("nan")):
         with pytest.raises(CheckpointError, match="logits differ"):
-            verify._check_logits(answer | {"max_logit_difference": difference, "finite": finite})
+            verify._check_logits(answer | {"max_logit_difference": difference})
+    with pytest.raises(verify.NotFinite, match="logits are not numbers"):
+        verify._check_logits(answer | {"max_logit_difference": 0.0, "finite": False})

@@ -161,6 +161,11 @@ def settle(saving: Saving, casts: Sequence[Cast]) -> Saving:
             f"{worst.overflow} values, the largest {worst.largest:.3g}. Use overflow='keep_bf16', or keep "
             "the checkpoint's own dtype with storage_dtype='auto'."
         )
+    return in_bfloat16(saving)
+
+
+def in_bfloat16(saving: Saving) -> Saving:
+    """The same, saved in bfloat16, and computed in it too unless another dtype was asked for."""
     compute = torch.bfloat16 if saving.compute == saving.storage else saving.compute
     return replace(saving, storage=torch.bfloat16, compute=compute)
 

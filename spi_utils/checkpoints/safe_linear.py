@@ -106,7 +106,7 @@ class _Safe(nn.Module):
     @staticmethod
     def _is_finite(y: torch.Tensor) -> bool:
         # An infinity or NaN anywhere shows in the extremes: one pass, and no array of flags.
-        if y.numel() == 0:
+        if y.numel() == 0 or y.is_meta:  # no values
             return True
         low, high = torch.aminmax(y.detach())
         return bool((low - low + high - high) == 0)

@@ -55,6 +55,10 @@ PACKED = "packed"  # what fresh_check.py says of a module that compressed-tensor
 PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
+class NotFinite(CheckpointError):
+    """A freshly loaded checkpoint computes infinities or NaN."""
+
+
 def verify(
     folder: Path,
     source: ModelSource,
@@ -307,7 +311,12 @@ def _check_logits(answer: Mapping[str, Any]) -> None:
     if "max_logit_difference" not in answer:
         return
     difference, spread = answer["max_logit_difference"], answer["logit_spread"]
-    if not answer["finite"] or not difference <= LOGIT_TOLERANCE * spread:
+    if not answer["finite"]:
+        raise NotFinite(
+            "The checkpoint's logits are not numbers in stock transformers: its activations leave the range "
+            "of the dtype that it is saved in. Save it in another: storage_dtype='bfloat16'."
+        )
+    if not difference <= LOGIT_TOLERANCE * spread:
         raise CheckpointError(
             f"The reloaded model's logits differ from the in-memory model's by up to {difference:.3g} (their "
             f"spread is {spread:.3g}), although all weights are equal. Please report this with the versions: "

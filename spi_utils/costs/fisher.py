@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from spi_utils.errors import AnalysisError
-from spi_utils.scoring import Head, final_hidden
+from spi_utils.scoring import Head, as_head_takes, final_hidden
 from spi_utils.variants import Switch
 
 BLOCK = 8  # neighbouring positions whose slopes are added before squaring (measured: 4 to 16 do as well)
@@ -154,7 +154,7 @@ class _Directional:
             if not self.switch.able(name, fmt):
                 continue
             delta = self.switch.values(name, fmt).to(weight.dtype).sub_(weight)  # (out, in)
-            moved = F.linear(x, delta)  # ΔW x, (B, T, out)
+            moved = _product(x, delta)  # ΔW x, (B, T, out)
             value = torch.linalg.vecdot(moved.float(), gradient.float())
             self.found[name, fmt] = self.found.get((name, fmt), 0) + value
 
@@ -178,6 +178,14 @@ class _Directional:
             / scale
             for fmt in self.formats
         }
+
+
+def _product(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """ΔW x, in the weight's dtype where a wider x fits into it."""
+    moved = F.linear(x.to(delta.dtype), delta)
+    if x.dtype == delta.dtype or bool(moved.isfinite().all()):
+        return moved
+    return F.linear(x, delta.to(x.dtype))
 
 
 @contextlib.contextmanager
@@ -247,7 +255,8 @@ def sample_windows(
         output = model.base_model(input_ids=columns[-1].to(device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         drawn = torch.rand(n, 1, generator=generator).to(device)
-        rows = zip(output.last_hidden_state[:, -1].split(head.chunk), drawn.split(head.chunk), strict=True)
+        last = as_head_takes(model, output.last_hidden_state[:, -1])
+        rows = zip(last.split(head.chunk), drawn.split(head.chunk), strict=True)
         tokens = [pick(torch.softmax(head.finish(head.raw(h, "variant")), -1), u) for h, u in rows]
         columns.append(torch.cat(tokens).cpu())
     return torch.cat(columns, dim=1)

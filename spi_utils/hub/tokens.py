@@ -88,5 +88,6 @@ def share_token() -> str:
     token = hub_token()
     if token is None:
         return f"Hub token: no {TOKEN_NAME} found; publishing will stay local, downloads are anonymous"
-    os.environ.setdefault(TOKEN_NAME, token.value)
+    if not os.environ.get(TOKEN_NAME, "").strip():  # a blank one is none
+        os.environ[TOKEN_NAME] = token.value
     return f"Hub token: found in {token.source}"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
+from spi_utils.runs import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -237,8 +238,13 @@ def measure_run(
         "trust_remote_code": source.trust_remote_code,
     }
     print("evaluate: speed and memory of the checkpoint, then of the 16-bit model", flush=True)
-    folders = {"plan": model_dir, "reference": source.directory}
-    return {key: measure_in_subprocess(folder, **options) for key, folder in folders.items()}
+    # A checkpoint whose activations float16 can't hold is saved in bfloat16, and runs in nothing narrower.
+    saved = read_json(model_dir / "config.json", what="config.json").get("dtype")
+    narrow = saved == "bfloat16" and options["dtype"] == "float16"
+    return {
+        "plan": measure_in_subprocess(model_dir, **options | ({"dtype": saved} if narrow else {})),
+        "reference": measure_in_subprocess(source.directory, **options),
+    }
 
 
 def measure_bandwidth(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
