@@ -26,6 +26,7 @@ from spi_utils.parallel import spread
 from spi_utils.progress import progress
 from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage
 from spi_utils.spectra import COLUMNS, INPUTS, LayerSpectrum, analyze_matrix
+from spi_utils.spectral.decompose import choose_precision
 from spi_utils.spectral.weight_scores import alphaq, swan
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def analyze(
         formats: whose bytes, errors and sensitivities are wanted beside 16-bit.
         sensitivity: "self", "random", a text file, "measured" or "none", see `spi_utils.sensitivity`.
         refine_at: matrix bits at whose cut the sensitivities are measured layer by layer.
-        windows: number of windows for the sensitivities; None takes their default.
-        length: tokens of a window; None takes their default.
+        windows, length: of the sensitivities, and tokens in each; None takes their defaults.
         text: what all layers together are measured on, see `spi_utils.texts`.
         force: do everything again.
 
@@ -110,9 +110,7 @@ def analyze(
     """
     place = resolve_device(device)
     formats = tuple(fmt for fmt in formats if number_formats.format_row(fmt).name != "16bit")
-    if precision == "auto":
-        precision = "float64" if place.type == "cpu" else "float32"
-    options = Options(str(place), precision, seed, min_tail, formats)
+    options = Options(str(place), choose_precision(precision, place), seed, min_tail, formats)
     how = {"workers": 1 if place.type == "cuda" else workers, "backend": backend, "scheduler": scheduler}
     listed = list_layers(source)
     pieces = _spectra(run, source, _chosen(listed, layers, include_embeddings), options, how, force)

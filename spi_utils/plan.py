@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from spi_utils.errors import PlanError
-from spi_utils.planning.choice import Patterns, pose
+from spi_utils.planning.choice import Patterns, Problem, pose
 from spi_utils.planning.pricing import bit_rates, nominal_bits, price
 from spi_utils.planning.protection import PlanDiff, ProtectionPlan, check_plan, check_writer, diff
-from spi_utils.planning.rules import RULES, Ask, check_value, remarks
+from spi_utils.planning.rules import RULES, Answer, Ask, check_value, remarks
 from spi_utils.planning.scores import SCORES, predicted_cost, score_values
 
 __all__ = [
@@ -81,20 +81,12 @@ def make_plan(
     problem = pose(layers, score, direction, formats, group=group, **wishes)
     ask = Ask(problem, layers, rule, number)
     answer = RULES[rule].choose(ask)
-    of_layer = np.array(problem.formats)[answer.formats[problem.member]]
-    assigned = dict(zip(problem.names, map(str, of_layer), strict=True))
-    weight = dict.fromkeys(problem.formats, 0) | price(layers, assigned, double_quant)
-    if RULES[rule].unit:
-        weight |= {"budget": ask.goal, "miss": ask.goal - ask.size(answer.formats) - ask.offset}
-    overall, matrix = bit_rates(layers, assigned, double_quant)
-    cost = predicted_kl(layers, assigned)
-    said = [answer.sentence, *remarks(ask, answer, weight)]
-    if group and cost is not None:
+    assigned = _assigned(problem, answer)
+    worth = _worth(ask, answer, assigned, double_quant)
+    said = [answer.sentence, *remarks(ask, answer, worth["bytes"])]
+    if group and worth["predicted_kl"] is not None:
         free = replace(ask, problem=pose(layers, score, direction, formats, **wishes))
-        said.append(
-            f"Layers that engines merge share a format: predicted KL {cost:.4g} at {matrix:.3f} matrix bits, "
-            f"{_without_groups(free, double_quant)}."
-        )
+        said.append(_price_of_groups(worth, free, double_quant))
     return ProtectionPlan(
         model=dict(model or {}),
         score=score,
@@ -104,24 +96,39 @@ def make_plan(
         formats=assigned,
         protected=tuple(name for name, fmt in assigned.items() if fmt == "16bit"),
         double_quant=double_quant,
-        bytes=weight,
-        bits_per_weight=overall,
-        matrix_bits=matrix,
-        predicted_kl=cost,
         layers_fingerprint=layers_fingerprint,
         origin=origin,
         reason=" ".join(said),
         options=_options(group, force_16bit, forbid_16bit, seed),
+        **worth,
     )
 
 
-def _without_groups(ask: Ask, double_quant: bool) -> str:
-    """KL and size of the same choice made layer by layer, to show what keeping groups together costs."""
-    p = ask.problem
-    choice = RULES[ask.rule].choose(ask).formats[p.member]
-    formats = dict(zip(p.names, (p.formats[place] for place in choice), strict=True))
-    bits, kl = bit_rates(ask.layers, formats, double_quant)[1], predicted_kl(ask.layers, formats)
-    return f"layer by layer {'unknown' if kl is None else f'{kl:.4g}'} at {bits:.3f}"
+def _assigned(problem: Problem, answer: Answer) -> dict[str, str]:
+    """{layer: format} of an answer, which speaks of items."""
+    chosen = answer.formats[problem.member]
+    return {name: problem.formats[place] for name, place in zip(problem.names, chosen, strict=True)}
+
+
+def _worth(ask: Ask, answer: Answer, assigned: Mapping[str, str], double_quant: bool) -> dict[str, Any]:
+    """The fields of a plan that say what it weighs and what it is predicted to cost."""
+    weight = dict.fromkeys(ask.problem.formats, 0) | price(ask.layers, assigned, double_quant)
+    if RULES[ask.rule].unit:
+        weight |= {"budget": ask.goal, "miss": ask.goal - ask.size(answer.formats) - ask.offset}
+    overall, matrix = bit_rates(ask.layers, assigned, double_quant)
+    cost = predicted_kl(ask.layers, assigned)
+    return {"bytes": weight, "bits_per_weight": overall, "matrix_bits": matrix, "predicted_kl": cost}
+
+
+def _price_of_groups(worth: Mapping[str, Any], free: Ask, double_quant: bool) -> str:
+    """What keeping merged layers together costs, beside the same choice made layer by layer (`free`)."""
+    formats = _assigned(free.problem, RULES[free.rule].choose(free))
+    bits, kl = bit_rates(free.layers, formats, double_quant)[1], predicted_kl(free.layers, formats)
+    return (
+        f"Layers that engines merge share a format: predicted KL {worth['predicted_kl']:.4g} at "
+        f"{worth['matrix_bits']:.3f} matrix bits, "
+        f"layer by layer {'unknown' if kl is None else f'{kl:.4g}'} at {bits:.3f}."
+    )
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:

@@ -110,22 +110,13 @@ def quantize(
     """
     check_request(source, plan, overflow, backend)
     place = resolve_device(device)
-    storage = _auto_storage(source, place) if storage_dtype == "auto" else storage_dtype
-    compute = storage if compute_dtype == "auto" else compute_dtype
-    _check_dtypes(storage, compute)
+    storage, compute = _dtypes(source, place, storage_dtype, compute_dtype)
     _check_target(run, source)
-    saving = Saving(
-        getattr(torch, storage), getattr(torch, compute), plan.double_quant, overflow, place, backend
-    )
-    inputs = {
-        "plan": plan.fingerprint,
-        "max_shard_size": max_shard_size,
-        "storage_dtype": storage,
-        "compute_dtype": compute,
-        "overflow": overflow,
-        "device": place.type,
-        backend: metadata.version(backend),
-    }
+    kinds = (getattr(torch, storage), getattr(torch, compute))
+    saving = Saving(*kinds, plan.double_quant, overflow, place, backend)
+    inputs = {"plan": plan.fingerprint, "max_shard_size": max_shard_size, "overflow": overflow}
+    inputs |= {"storage_dtype": storage, "compute_dtype": compute}
+    inputs |= {"device": place.type, backend: metadata.version(backend)}
     with stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
@@ -162,6 +153,14 @@ def proof_of(run: Run) -> str:
     )
 
 
+def _dtypes(source: ModelSource, place: torch.device, storage: str, compute: str) -> tuple[str, str]:
+    """The storage and compute dtypes' names, "auto" settled."""
+    storage = _auto_storage(source, place) if storage == "auto" else storage
+    compute = storage if compute == "auto" else compute
+    _check_dtypes(storage, compute)
+    return storage, compute
+
+
 def _auto_storage(source: ModelSource, place: torch.device) -> str:
     """float16 for a GPU that only emulates bfloat16, slowly; else the source's own."""
     emulated = place.type == "cuda" and resolve_dtype("auto", place) == torch.float16
@@ -171,35 +170,35 @@ def _auto_storage(source: ModelSource, place: torch.device) -> str:
 def _make(
     folder: Path, source: ModelSource, plan: ProtectionPlan, saving: Saving, shard_bytes: int
 ) -> dict[str, Any]:
+    """Write and verify a checkpoint in `folder`, in bfloat16 if its activations need that; what was found."""
+    wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
+    try:
+        return _made(folder, source, plan, in_bfloat16(saving) if wide.exists() else saving, shard_bytes)
+    except NotFinite:
+        if saving.overflow == "error" or saving.storage != torch.float16 or wide.exists():
+            raise
+    print(
+        "quantize: in float16 this model's activations overflow in stock transformers; written again in "
+        "bfloat16",
+        flush=True,
+    )
+    shutil.rmtree(folder)
+    write_text(wide, "")
+    return _made(folder, source, plan, in_bfloat16(saving), shard_bytes)
+
+
+def _made(
+    folder: Path, source: ModelSource, plan: ProtectionPlan, saving: Saving, shard_bytes: int
+) -> dict[str, Any]:
     """Write and verify a checkpoint in `folder`; what was found."""
     with open_weights(source) as weights:
         items = list_items(weights, plan.formats, saving)
         _check_resources(folder, items, weights, saving.device)
         casts = scan_casts(weights, items, saving.storage)
         saving = settle(saving, casts)
-        wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
-        if wide.exists():
-            saving = in_bfloat16(saving)
-
-        def write() -> dict[str, Any]:
-            _write_shards(folder, _split(items, shard_bytes), weights, saving)
-            write_rest(folder, source, weights, plan, saving)
-            return verify(folder, source, weights, items, plan, saving)
-
-        try:
-            report = write()
-        except NotFinite:
-            if saving.overflow == "error" or saving.storage != torch.float16:
-                raise
-            print(
-                "quantize: in float16 this model's activations overflow in stock transformers; written again "
-                "in bfloat16",
-                flush=True,
-            )
-            shutil.rmtree(folder)
-            write_text(wide, "")
-            saving = in_bfloat16(saving)
-            report = write()
+        _write_shards(folder, _split(items, shard_bytes), weights, saving)
+        write_rest(folder, source, weights, plan, saving)
+        report = verify(folder, source, weights, items, plan, saving)
     return report | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
 
 

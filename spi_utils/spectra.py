@@ -85,7 +85,7 @@ def analyze_matrix(
         AnalysisError: the weight isn't a floating-point matrix with at least one entry.
     """
     matrix = checked(weight)
-    precision = choose_precision(precision, matrix)
+    precision = choose_precision(precision, matrix.device)
     rows, cols = matrix.shape
     sigma, moments = decompose(matrix, precision=precision)
     if not np.isfinite(moments.variance) or not np.isfinite(sigma).all():

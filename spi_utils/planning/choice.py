@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -111,22 +112,10 @@ def pose(
     values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)
     rows, values = layers[planned].reset_index(drop=True), values[planned]
     names = tuple(rows["name"])
-    forced = matches(names, force_16bit, "force_16bit")
-    forbidden = matches(names, forbid_16bit, "forbid_16bit")
-    every = check_formats((*wanted, "16bit")) if forced.any() else wanted
-    allowed = _allowed(names, every, wanted, forced, forbidden)
-    allowed &= np.stack([able(rows, fmt) for fmt in every], 1)
-    _refuse_homeless(rows, allowed, every)
+    every, allowed = _choices(rows, wanted, force_16bit, forbid_16bit)
     _refuse_failed(rows[allowed.sum(axis=1) > 1], values[allowed.sum(axis=1) > 1], score)
     member = _members(names, group)
-    items = int(member.max()) + 1
-
-    def added(table: NDArray) -> NDArray:
-        """Per layer (L, F) -> per item (I, F)."""
-        result = np.zeros((items, *table.shape[1:]), dtype=table.dtype)
-        np.add.at(result, member, table)
-        return result
-
+    added = partial(_per_item, member)
     numel = rows["numel"].to_numpy(float)
     raw = added(values * numel) / added(numel)  # a group's score: the mean over its weights
     open_ = added(allowed.astype(int)) == np.bincount(member)[:, None]
@@ -151,6 +140,26 @@ def pose(
         count=np.bincount(member),
         numel=int(numel.sum()),
     )
+
+
+def _choices(
+    rows: pd.DataFrame, wanted: tuple[str, ...], force: Patterns, forbid: Patterns
+) -> tuple[tuple[str, ...], Mask]:
+    """All formats that any layer may take, and which of them each may, (L, F)."""
+    names = tuple(rows["name"])
+    forced, forbidden = matches(names, force, "force_16bit"), matches(names, forbid, "forbid_16bit")
+    every = check_formats((*wanted, "16bit")) if forced.any() else wanted
+    allowed = _allowed(names, every, wanted, forced, forbidden)
+    allowed &= np.stack([able(rows, fmt) for fmt in every], 1)
+    _refuse_homeless(rows, allowed, every)
+    return every, allowed
+
+
+def _per_item(member: Ints, table: NDArray) -> NDArray:
+    """Per layer (L, …) -> per item (I, …): sums over each item's layers."""
+    result = np.zeros((int(member.max()) + 1, *table.shape[1:]), dtype=table.dtype)
+    np.add.at(result, member, table)
+    return result
 
 
 def _costs(layers: pd.DataFrame, score: str, formats: Sequence[str], allowed: Mask) -> Floats | None:

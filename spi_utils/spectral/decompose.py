@@ -58,10 +58,10 @@ def checked(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
     return matrix
 
 
-def choose_precision(precision: str, matrix: torch.Tensor) -> str:
-    """What "auto" means for this matrix: float64 on the CPU, float32 on a device whose float64 is slow."""
+def choose_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on this device: float64 on the CPU, float32 on a device whose float64 is slow."""
     if precision == "auto":
-        return "float64" if matrix.device.type == "cpu" else "float32"
+        return "float64" if device.type == "cpu" else "float32"
     if precision not in ("float64", "float32"):
         raise AnalysisError(f"precision is {precision!r}; expected 'auto', 'float64' or 'float32'.")
     return precision
