@@ -22,6 +22,8 @@ import nbformat
 import yaml
 
 from spi_utils.errors import RunError, SPIError
+from spi_utils.planning.rules import check_value
+from spi_utils.planning.scores import check_direction, score_row
 from spi_utils.progress import interactive
 from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, write_json
 
@@ -52,6 +54,7 @@ PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond"
 
 # What stands in a notebook's namespace at its first cell: IPython's own, and the set-up cell's.
 NOT_GIVEN = {"In", "Out", "wheels", "what"}  # constants, in capitals, apart
+CHOICES = {"score", "direction", "rule", "value"}  # parameters of the plan
 Show = Callable[[str, float, str], None]
 
 
@@ -123,19 +126,30 @@ def check_parameters(given: Iterable[str], known: Iterable[str], what: str) -> N
             raise RunError(f"{what} has no parameter {name!r}.{hint}")
 
 
-def check_given(namespace: Mapping[str, Any], name: str) -> None:
-    """Refuse what plain papermill put into a notebook beside its parameters; a call in its first cell.
+def check_choices(given: Mapping[str, Any]) -> None:
+    """Refuse a score, a direction or a rule that no plan can be made by; PlanError says what is near."""
+    score_row(given["score"])
+    check_direction(given["direction"])
+    check_value(given["rule"], given["value"])
 
-    papermill runs a notebook with a misspelt parameter to the end, with the default. Where a person works in
-    the notebook their own variables are nobody's business, so nothing is checked there.
+
+def check_given(namespace: Mapping[str, Any], name: str) -> None:
+    """Refuse a plan that can't be made, and what plain papermill put into a notebook beside its parameters.
+
+    A call in a notebook's first cell: a misspelt score must not end a run after its analysis. papermill runs
+    a notebook with a misspelt parameter to the end, with the default. Where a person works in the notebook
+    their own variables are nobody's business, so names are not checked there.
 
     Args:
         namespace: the notebook's `globals()`.
         name: the notebook, e.g. "01_analyze".
 
     Raises:
+        PlanError: no such score, direction or rule (with the nearest), or a rule without its number.
         RunError: names the stranger and the nearest parameter.
     """
+    if namespace.keys() >= CHOICES:
+        check_choices(namespace)
     if interactive():
         return
     values = str | int | float | list | dict | None

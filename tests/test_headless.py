@@ -9,7 +9,7 @@ import pytest
 
 from spi_utils import headless
 from spi_utils.__main__ import main
-from spi_utils.errors import RunError
+from spi_utils.errors import PlanError, RunError
 from spi_utils.runs import open_run, run_info, write_text
 
 IDENTITY = {"id": "a/b", "kind": "local", "revision": None, "sha256": "0" * 64, "storage_dtype": "float16"}
@@ -105,6 +105,23 @@ def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
     with pytest.raises(RunError, match="It has run_dir, word, force"):
         headless.execute("01_analyze", tmp_path / "out.ipynb", {"zzz": 1})
     assert counts(run) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"score": "alpha_hil"}, "Did you mean 'alpha_hill'"),
+        ({"direction": "hihg"}, "Did you mean 'high'"),
+        ({"rule": "budget_gb"}, "needs a value"),
+    ],
+)
+def test_a_plan_that_can_not_be_made_is_refused_before_the_analysis(monkeypatch, alone, wrong, words):
+    monkeypatch.setattr(headless, "interactive", lambda: not alone)
+    chosen = {"score": "alpha_hill", "direction": "high", "rule": "claim", "value": None}
+    headless.check_given(chosen, "00_run_all")
+    with pytest.raises(PlanError, match=words):
+        headless.check_given(chosen | wrong, "00_run_all")
 
 
 def test_what_plain_papermill_lets_through_is_refused_by_the_notebook(monkeypatch):

@@ -21,9 +21,8 @@ from typing import Any
 import yaml
 
 from spi_utils.errors import BatchError
-from spi_utils.headless import ALL, check_parameters, parameters_of
-from spi_utils.planning.rules import check_value
-from spi_utils.planning.scores import check_direction, score_row, suggest
+from spi_utils.headless import ALL, check_choices, check_parameters, parameters_of
+from spi_utils.planning.scores import suggest
 from spi_utils.runs import fingerprint, slug
 
 # What a batch decides itself, or what makes no sense for many jobs at once.
@@ -141,10 +140,7 @@ def _check(settings: Settings, where: str) -> None:
     check_parameters(settings, defaults, f"{where}: 00_run_all.ipynb")
     if not isinstance(settings.get("model"), str):
         raise BatchError(f"{where}: models: expected a name, or {{model: name, …}}; found {settings!r}.")
-    every = {**defaults, **settings}
-    score_row(every["score"])
-    check_direction(every["direction"])
-    check_value(every["rule"], every["value"])
+    check_choices({**defaults, **settings})
 
 
 def _analysis(settings: Settings, seed: int) -> Settings:
