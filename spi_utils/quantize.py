@@ -148,8 +148,23 @@ def proof_of(run: Run) -> str:
             f"size on disk: {record['bytes'] / 1e9:.4f} GB, {off:+.3%} against the plan",
             f"bit-equal to {record['bits']['against']}: {tensors}",
             f"fresh process: {fresh['modules']} modules as planned, largest logit difference {logits}",
+            proof_by_use(record),
             *fresh["notes"],
         ]
+    )
+
+
+def proof_by_use(record: Mapping[str, Any]) -> str:
+    """One line on how the checkpoint was used in a fresh process; `record` is run.json's stage "quantize"."""
+    proof = record.get("proof")
+    if proof is None:
+        return (
+            "NOT proven by use: it could not be run on this machine (see the notes), so it can't be published"
+        )
+    answer = proof["generation"]
+    return (
+        f"proven by use: transformers {proof['transformers']}, {proof['dtype']} on {proof['device']}, "
+        f"finite logits at all {proof['tokens']} tokens of {proof['text']}, answers {answer['text'][:60]!r}"
     )
 
 
@@ -199,7 +214,14 @@ def _made(
         _write_shards(folder, _split(items, shard_bytes), weights, saving)
         write_rest(folder, source, weights, plan, saving)
         report = verify(folder, source, weights, items, plan, saving)
-    return report | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
+    proof = report["fresh_process"].pop("proof")
+    if proof is not None:
+        proof["rewritten_in_bfloat16"] = folder.with_name("in-bfloat16").exists()
+    return (
+        report
+        | {"proof": proof}
+        | {"saved_as": plain(saving.storage), "casts": [asdict(cast) for cast in casts]}
+    )
 
 
 # --- before anything is written --------------------------------------------------------------------------

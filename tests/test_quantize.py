@@ -734,9 +734,10 @@ def test_a_size_that_was_not_planned_is_found(tiny, tmp_path, here):
 
 def test_logits_that_differ_are_found():
     answer = {"transformers": "5", "torch": "2", "finite": True, "logit_spread": 2.0}
-    verify._check_logits(answer | {"max_logit_difference": 0.019})
+    half = SimpleNamespace(storage=torch.float16)
+    verify._check_logits(answer | {"max_logit_difference": 0.019}, half)
     for difference in (0.021, float("nan")):
         with pytest.raises(CheckpointError, match="logits differ"):
-            verify._check_logits(answer | {"max_logit_difference": difference})
+            verify._check_logits(answer | {"max_logit_difference": difference}, half)
     with pytest.raises(verify.NotFinite, match="logits are not numbers"):
-        verify._check_logits(answer | {"max_logit_difference": 0.0, "finite": False})
+        verify._check_logits(answer | {"max_logit_difference": 0.0, "finite": False}, half)

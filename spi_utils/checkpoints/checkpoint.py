@@ -112,12 +112,22 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scan_casts(weights: Weights, items: Sequence[Item], storage: torch.dtype) -> list[Cast]:
-    """What casting the source to `storage` would lose, tensor by tensor; lossless tensors are left out."""
+    """What casting the source to `storage` would lose, tensor by tensor; lossless tensors are left out.
+
+    Raises:
+        CheckpointError: a tensor of the source holds NaN or infinity.
+    """
     casts = []
     for item in items:
+        value = weights.read_source(item.name)
+        if bad := sum(int((~part.isfinite()).sum()) for part in value.reshape(-1).split(PIECE)):
+            raise CheckpointError(
+                f"{item.name} holds {bad} values that are NaN or infinite, in the source model itself: no "
+                "dtype mends that. Fetch the model again, or ask those who made it."
+            )
         if item.name in weights.keep or not needs_cast(weights, item.name, storage):
             continue
-        cast = _count_lost(item.name, weights.read_source(item.name), storage)
+        cast = _count_lost(item.name, value, storage)
         if cast.overflow or cast.underflow:
             casts.append(cast)
     return casts

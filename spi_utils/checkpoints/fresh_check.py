@@ -1,10 +1,13 @@
 """Load a checkpoint the way a stranger would, and report what came out.
 
 `verify.py` runs this file in a process of its own, with transformers and bitsandbytes or compressed-tensors,
-but without spi_utils: `python -P fresh_check.py request.json answer.json`.
+but without spi_utils: `python -P fresh_check.py request.json answer.json`. The model is used as its card
+says: real text behind a start token, and `generate` on a prompt, in the dtype that the file ships with.
 """
 
+import functools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 TOKENS = 24  # positions of the logits that are compared
+ANSWER = 24  # tokens generated at most
+PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -32,6 +37,9 @@ def main(request_path: str, answer_path: str) -> None:
         answer |= {"modules": describe(model)}  # before the forward: some CPUs repack weights in it
         if expected is not None:
             answer |= compare(logits(model, config), expected)
+            answer["text"] = read_text(model, request["windows"])
+            if answer["text"]["finite"]:
+                answer["generation"] = use(model, request)
     else:
         answer |= {"modules": describe(on_meta(request, config))}
     answer["spi_utils"] = "spi_utils" in sys.modules
@@ -134,6 +142,91 @@ def logits(model: transformers.PreTrainedModel, config: transformers.PretrainedC
     vocabulary = config.get_text_config().vocab_size
     ids = torch.linspace(0, vocabulary - 1, TOKENS).long()[None]
     return model.eval()(ids.to(model.device), use_cache=False).logits[0].float().cpu()
+
+
+@torch.inference_mode()
+def read_text(model: transformers.PreTrainedModel, windows: list[list[int]]) -> dict[str, Any]:
+    """Run windows of token ids, one at a time: are the logits of every position finite, and if not, the name
+    of the first module, in order of execution, whose output isn't."""
+    broken: list[str] = []
+
+    def note(name: str, module: Any, inputs: Any, output: Any) -> None:
+        if odd(output):
+            broken.append(name)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(functools.partial(note, name)) for name, module in leaves]
+    finite = True
+    for ids in windows:
+        found = model(torch.tensor([ids], device=model.device), use_cache=False).logits
+        finite = finite and bool(found.isfinite().all())
+        if not finite:
+            break
+    for handle in handles:
+        handle.remove()
+    return {"finite": finite, "first_nonfinite": None if finite else next(iter(broken), "the logits")}
+
+
+def odd(output: Any) -> bool:
+    """Whether a module's output holds an infinity or a NaN."""
+    value = output[0] if isinstance(output, tuple) else output
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
+
+
+def use(model: transformers.PreTrainedModel, request: dict[str, Any]) -> dict[str, Any]:
+    """Generate greedily from a prompt and say what is wrong with the answer, if anything.
+
+    That one token is repeated is not the checkpoint's fault where the 16-bit model does the same, or is
+    untrained: no better on real text than guessing evenly.
+    """
+    answer = generate(model, request)
+    if answer["problem"] == "repeats one token":
+        original = load(request, request["source"], dtype=model.dtype)
+        if generate(original, request)["problem"] == answer["problem"]:
+            answer |= {"problem": None, "note": "repeats one token, as the 16-bit model does"}
+        elif guesses(original, request["windows"]):
+            answer |= {"problem": None, "note": "repeats one token; the 16-bit model is untrained"}
+    return answer
+
+
+@torch.inference_mode()
+def guesses(model: transformers.PreTrainedModel, windows: list[list[int]]) -> bool:
+    """Whether a model's loss on the windows is within a tenth of ln(vocabulary)."""
+    ids = torch.tensor(windows[:1], device=model.device)
+    scores = model(ids, use_cache=False).logits[0, :-1].float()
+    loss = torch.nn.functional.cross_entropy(scores, ids[0, 1:]).item()
+    return loss > 0.9 * math.log(scores.shape[-1])
+
+
+@torch.inference_mode()
+def generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The prompt, with the checkpoint's own chat template where there is one, and what the model answers."""
+    tokenizer = AutoTokenizer.from_pretrained(request["model"], trust_remote_code=request["trust"])
+    prompt, chat = PROMPT, bool(tokenizer.chat_template)
+    if chat:
+        messages = [{"role": "user", "content": PROMPT}]
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask") if key in inputs}
+    made = model.generate(**given, max_new_tokens=ANSWER, do_sample=False)[0, given["input_ids"].shape[1] :]
+    ids = made.tolist()
+    said = [token for token in ids if token not in set(tokenizer.all_special_ids)]
+    vocabulary = model.config.get_text_config().vocab_size
+    problem = None
+    if any(not 0 <= token < vocabulary for token in ids):
+        problem = "holds tokens outside the vocabulary"
+    elif not said:
+        problem = "is empty"
+    elif len(said) > 2 and len(set(said)) == 1:
+        problem = "repeats one token"
+    text = tokenizer.decode([token for token in ids if token < vocabulary], skip_special_tokens=True)
+    return {
+        "prompt": PROMPT,
+        "chat_template": chat,
+        "text": text,
+        "tokens": len(ids),
+        "problem": problem,
+    }
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float | bool]:

@@ -74,7 +74,7 @@ def put_saved(model: Any, weights: Any, formats: Mapping[str, str], model_dir: P
         module, fmt = wanted.pop(name, (None, "16bit"))
         if held != fmt:
             raise CheckpointError(f"{model_dir}: {name} is saved as {held}, the plan says {fmt}. {_AGAIN}")
-        if held == "16bit" and name in own and not _equal(values, weights.read(name)):
+        if held == "16bit" and name in own and not _equal(values, weights.read_source(name)):
             raise CheckpointError(f"{model_dir}: {name} differs from the source's weights. {_AGAIN}")
         if module is not None:
             found[held] += 1

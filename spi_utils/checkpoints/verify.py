@@ -5,6 +5,8 @@
 2. The files weigh what the plan predicted: `check_size`.
 3. A process that never imports spi_utils loads it with stock libraries, finds quantized modules exactly where
    planned, and computes the logits of the original weights quantized in memory: `check_fresh`.
+4. The same process uses the checkpoint as a person would, in the dtype that it ships with: real text behind
+   the start token gives finite logits everywhere, and a prompt gets an answer: `prove_by_use`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from spi_utils.checkpoints.checkpoint import (
     file_names,
     file_tensors,
     in_linear_order,
+    plain,
     read_saved,
     saved_weights,
 )
@@ -37,13 +40,15 @@ from spi_utils.checkpoints.ct_parts import serving_notes
 from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import format_row
-from spi_utils.models import ModelSource, Weights
+from spi_utils.models import ModelSource, Weights, load_tokenizer
 from spi_utils.progress import progress
 from spi_utils.source.weights import shard_paths
+from spi_utils.texts import load_text, make_windows, start_token
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
 
+PROOF_TEXT, PROOF_WINDOWS, PROOF_LENGTH = "pydoc", 4, 256  # what the fresh process reads, everywhere the same
 SIZE_TOLERANCE = 0.005  # share of the predicted size
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 LOGIT_TOLERANCE = 0.01  # share of the logits' standard deviation; equal bits leave only the kernels' rounding
@@ -171,8 +176,10 @@ def check_fresh(
     ]
     fits = _fits(folder, weights, saving)
     forward = fits and not (awkward and saving.device.type == "cpu")
+    start, windows = proof_windows(source, weights.model.config)
     answer = _ask(
         {
+            "windows": windows,
             "model": str(folder.resolve()),
             "source": str(source.directory.resolve()),
             "trust": source.trust_remote_code,
@@ -184,8 +191,10 @@ def check_fresh(
         }
     )
     _check_classes(answer, items, saving)
-    _check_logits(answer)
-    report = {key: value for key, value in answer.items() if key != "modules"}
+    _check_logits(answer, saving)
+    proof = prove_by_use(answer, windows, start, saving) if forward else None
+    report = {key: value for key, value in answer.items() if key not in ("modules", "text", "generation")}
+    report["proof"] = proof
     report |= {"loaded": fits, "modules": len(answer["modules"]), "notes": []}
     if not fits:
         report["notes"].append(
@@ -207,6 +216,60 @@ def check_fresh(
         formats = {item.module: item.fmt for item in items if len(weights.shape(item.name)) == 2}
         report["notes"] += serving_notes(_linear_only(formats, weights), shapes)
     return report
+
+
+def proof_windows(source: ModelSource, config: Any) -> tuple[int | None, list[list[int]]]:
+    """The start token, and the fixed windows of real text behind it, the same for every checkpoint."""
+    tokenizer = load_tokenizer(source)
+    start = start_token(tokenizer, config)
+    inner = config.get_text_config()
+    length: int = min(PROOF_LENGTH, getattr(inner, "max_position_embeddings", None) or PROOF_LENGTH)
+    text = load_text(PROOF_TEXT)
+    return start, make_windows(text, tokenizer, PROOF_WINDOWS, length, start, config=config).tolist()
+
+
+def prove_by_use(
+    answer: Mapping[str, Any], windows: Sequence[Sequence[int]], start: int | None, saving: Saving
+) -> dict[str, Any]:
+    """What the fresh process' use of the checkpoint shows, for run.json.
+
+    Raises:
+        NotFinite: logits that are not numbers, with the first module whose output isn't.
+        CheckpointError: an empty or degenerate answer to the prompt.
+    """
+    read, said = answer["text"], answer.get("generation", {})
+    if not read["finite"]:
+        raise NotFinite(_overflow(saving, read["first_nonfinite"]))
+    if said["problem"]:
+        raise CheckpointError(
+            f"Stock transformers loads this checkpoint, but its answer to a prompt {said['problem']}: "
+            f"{said['text'][:80]!r} ({said['tokens']} tokens). Check the model's generation_config.json and "
+            "tokenizer; if the 16-bit model answers well, protect more layers (notebook 02_visualize)."
+        )
+    return {
+        "dtype": plain(saving.storage),
+        "device": str(saving.device),
+        "transformers": answer["transformers"],
+        "text": PROOF_TEXT,
+        "windows": len(windows),
+        "length": len(windows[0]),
+        "tokens": sum(len(ids) for ids in windows),
+        "start_token": start,
+        "finite": True,
+        "generation": {key: value for key, value in said.items() if key != "problem"},
+    }
+
+
+def _overflow(saving: Saving, where: str | None = None) -> str:
+    first = f" The first module whose output is not finite is {where}." if where else ""
+    if saving.storage == torch.float16:
+        cure = "Save it in another: storage_dtype='bfloat16'."
+    else:
+        cure = "Check that the original model runs in bfloat16: a norm or an embedding of it may hold NaN."
+    return (
+        f"The checkpoint's logits are not numbers in stock transformers: its activations leave the range of "
+        f"{plain(saving.storage)}, the dtype that it is saved in.{first} {cure}"
+    )
 
 
 def _linear_only(formats: Mapping[str, str], weights: Weights) -> dict[str, str]:
@@ -307,15 +370,12 @@ def _is_linear(module: Mapping[str, Any]) -> bool:
     return module["class"].startswith("bitsandbytes.") or module["class"] in PLAIN
 
 
-def _check_logits(answer: Mapping[str, Any]) -> None:
+def _check_logits(answer: Mapping[str, Any], saving: Saving) -> None:
     if "max_logit_difference" not in answer:
         return
     difference, spread = answer["max_logit_difference"], answer["logit_spread"]
     if not answer["finite"]:
-        raise NotFinite(
-            "The checkpoint's logits are not numbers in stock transformers: its activations leave the range "
-            "of the dtype that it is saved in. Save it in another: storage_dtype='bfloat16'."
-        )
+        raise NotFinite(_overflow(saving, answer.get("text", {}).get("first_nonfinite")))
     if not difference <= LOGIT_TOLERANCE * spread:
         raise CheckpointError(
             f"The reloaded model's logits differ from the in-memory model's by up to {difference:.3g} (their "

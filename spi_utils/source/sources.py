@@ -160,7 +160,7 @@ def _source(
     if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
         raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
     files = shard_paths(directory)
-    dtype = _storage_dtype(directory)
+    dtype = _storage_dtype(directory, config)
     source = ModelSource(id, kind, revision, directory, _hash(files), dtype, location, trust)
     _require_causal(source)
     return source
@@ -186,8 +186,9 @@ def _hash(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _storage_dtype(directory: Path) -> str:
-    """float16, or bfloat16 where most of the bytes are; packed or 8-bit weights are refused."""
+def _storage_dtype(directory: Path, config: dict[str, Any]) -> str:
+    """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
+    was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
     sizes = tensor_dtypes(directory)
     largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
     if largest not in {"F16", "BF16", "F32", "F64"}:
@@ -195,7 +196,11 @@ def _storage_dtype(directory: Path) -> str:
             f"{directory}: the weights are {largest}, which is already quantized or no number. "
             "An analysis needs the original 16-bit or 32-bit weights."
         )
-    return "bfloat16" if largest == "BF16" else "float16"
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    named = [part.get(key) for part in (config, inner) for key in ("dtype", "torch_dtype")]
+    named += [{"F16": "float16", "BF16": "bfloat16"}.get(largest)]
+    return next((name for name in named if name in ("float16", "bfloat16")), "bfloat16")
 
 
 def _require_causal(source: ModelSource) -> None:
