@@ -78,7 +78,7 @@ def _whole_blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     peak = x.abs().amax(dim=1)
     check_finite(peak)
     x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1)
-    return peak, _nearest_level(x.view(-1))
+    return peak, nearest_level(x.view(-1))
 
 
 def _last_block(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ def _last_block(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = weights.float()
     peak = x.abs().amax().clamp(min=TINY)
     check_finite(peak)
-    return peak[None], _nearest_level((x / peak).clamp_(-1, 1))
+    return peak[None], nearest_level((x / peak).clamp_(-1, 1))
 
 
 def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
@@ -129,7 +129,7 @@ def _pairs(index: torch.Tensor) -> torch.Tensor:
     return (index[::2] << 4) | index[1::2]
 
 
-def _nearest_level(x: torch.Tensor) -> torch.Tensor:
+def nearest_level(x: torch.Tensor) -> torch.Tensor:
     """Index (uint8) of the NF4 level nearest to each x in [-1, 1]: the number of midpoints below x.
 
     [-1, 1] is cut into equal cells so narrow that none holds two midpoints. A cell's first index, and the

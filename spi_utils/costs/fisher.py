@@ -115,9 +115,9 @@ def _slopes_at(
 ) -> dict[str, np.ndarray]:
     """`slopes` with gradients multiplied by `scale` on their way."""
     with _Directional(switch, formats) as hooks:
-        with torch.enable_grad(), _inputs_need_gradient(model):
+        with torch.enable_grad(), inputs_need_gradient(model):
             hidden = final_hidden(model, windows)  # (B, T, d)
-            pull = _label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
+            pull = label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
             hidden.backward((pull * scale).view_as(hidden))
         return hooks.collect(windows.shape, scale)
 
@@ -189,7 +189,7 @@ def _product(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _inputs_need_gradient(model: Any) -> Iterator[None]:
+def inputs_need_gradient(model: Any) -> Iterator[None]:
     """Start the graph at the embedding's output: no parameter needs a gradient."""
     handle = model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
     try:
@@ -199,7 +199,7 @@ def _inputs_need_gradient(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _label_gradient(head: Head, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def label_gradient(head: Head, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradient of ln p(y), y ~ p sampled at every position, at the final hidden states; both (N, d)."""
     uniform = torch.rand(len(hidden), 1, generator=generator).to(hidden.device)
     result = torch.empty_like(hidden)

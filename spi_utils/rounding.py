@@ -1,0 +1,177 @@
+"""Guided rounding: 4-bit codes and scales that move a model's predictions least, in the same stock file.
+
+bitsandbytes and compressed-tensors round every weight to the nearest level of its block's scale. But any
+scale and any code is a legal file. To second order an error ΔW of one layer costs
+
+    E KL = ½ E[(Σ_t g_t · ΔW x_t)²]  ∝  tr(ΔW H ΔWᵀ)   with   H = Σ_t ‖g_t‖² x_t x_tᵀ
+
+where x_t is the layer's input and g_t the gradient of the sequence's log-likelihood at its output (products
+of positions dropped, the output's components treated alike: GuidedQuant, arXiv 2505.07004, one group). GPTQ
+(arXiv 2210.17323) minimises that column by column: what a column's rounding breaks, the columns to its right
+mend. Both come from one pass over text that the model writes itself, so no data is used.
+
+The notebooks don't use this yet; benchmarks/rounding.py measures what it is worth.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from spi_utils.checkpoints.integers import HIGHEST, LOWEST
+from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nearest_level, nf4_levels
+from spi_utils.costs.fisher import inputs_need_gradient, label_gradient
+from spi_utils.errors import AnalysisError
+from spi_utils.formats import Packed, format_row
+from spi_utils.scoring import Head, final_hidden
+
+DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
+SHARES = tuple(round(1 - 0.02 * step, 2) for step in range(13))  # of the block's absmax: 1 … .76
+
+
+def guided(
+    weight: torch.Tensor, moment: torch.Tensor, fmt: str, *, damping: float = DAMPING
+) -> tuple[Packed, float | None]:
+    """Round a weight so that tr(ΔW H ΔWᵀ) is small.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32; the format's block (nf4: 64) divides in.
+        moment: H, (in, in), symmetric, any scale.
+        fmt: "nf4" or a symmetric int4 format.
+        damping: share of H's mean diagonal that is added to it.
+
+    Returns:
+        The packed matrix, and the damping that was needed; None where H can't be used (not finite, zero, or
+        singular at a hundredfold damping): the caller rounds to nearest there, and says so.
+
+    Raises:
+        AnalysisError: a format or a width that can't be rounded so, or a weight that isn't finite.
+    """
+    group, to_levels = _grid(fmt, weight.dtype)
+    rows, cols = weight.shape
+    if cols % group:
+        raise AnalysisError(f"{fmt} has blocks of {group} weights, which don't divide {cols} columns.")
+    w = weight.float().clone()
+    check_finite(w.abs().amax(dim=1))
+    upper, used = _inverse_factor(moment, damping)
+    index = torch.empty(rows, cols, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(rows, cols // group, device=w.device)
+    for first in range(0, cols, group):
+        block = slice(first, first + group)
+        corner = upper[block, block]
+        scale = _best_scale(w[:, block], corner.diagonal(), to_levels)
+        errors = torch.empty(rows, group, device=w.device)
+        for j in range(group):
+            column = w[:, first + j]
+            index[:, first + j], rounded = to_levels(column[:, None], scale)
+            errors[:, j] = (column - rounded[:, 0]) / corner[j, j]
+            w[:, first + j + 1 : first + group] -= errors[:, j, None] * corner[j, j + 1 :]
+        w[:, first + group :] -= errors @ upper[block, first + group :]
+        scales[:, first // group] = scale
+    return _packed(fmt, weight, index, scales), used
+
+
+def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float | None]:
+    """The upper Cholesky factor of the damped moment's inverse, float32, and the damping."""
+    h = moment.double()
+    mean = h.diagonal().mean()
+    if bool(h.isfinite().all()) and mean > 0:
+        for used in (damping, 10 * damping, 100 * damping):
+            damped = h / mean + used * torch.eye(len(h), dtype=h.dtype, device=h.device)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                inverse = torch.cholesky_inverse(factor)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                if not failed:
+                    return upper.float(), used
+    return torch.eye(len(h), device=h.device), None  # no feedback: nearest levels, searched scales
+
+
+def _best_scale(block: torch.Tensor, diagonal: torch.Tensor, to_levels: Any) -> torch.Tensor:
+    """For each row of a (rows, group) block the absmax of `SHARES` with the least weighted error, 1/U_jj²."""
+    peak = block.abs().amax(dim=1)
+    weights = diagonal.square().reciprocal()
+    best, least = peak, torch.full_like(peak, torch.inf)
+    for share in SHARES:
+        error = ((to_levels(block, peak * share)[1] - block).square() * weights).sum(dim=1)
+        best, least = torch.where(error < least, peak * share, best), torch.minimum(error, least)
+    return best
+
+
+def _grid(fmt: str, dtype: torch.dtype) -> tuple[int, Any]:
+    """A format's block, and its rounding: (rows, n) weights, (rows,) absmax -> codes, values as loaded."""
+    if fmt == "nf4":
+        return BLOCK, partial(_to_nf4, dtype=dtype)
+    row = format_row(fmt)
+    if row.bits != 4 or not row.symmetric or row.group is None:
+        raise AnalysisError(f"{fmt} has no guided rounding; nf4 and the symmetric int4 formats have.")
+    return row.group, partial(_to_int4, dtype=dtype)
+
+
+def _to_nf4(w: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = absmax[:, None]
+    code = nearest_level((w / scale.clamp(min=TINY)).clamp_(-1, 1).reshape(-1)).view(w.shape)
+    values = (nf4_levels(w.device)[code.long()] * scale).to(dtype).float()
+    return (code[:, 0] if w.shape[1] == 1 else code), values
+
+
+def _to_int4(w: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = int4_scale(absmax, dtype).float()[:, None]
+    code = (w / scale).round_().clamp_(LOWEST, HIGHEST)
+    held = (code - LOWEST).to(torch.uint8)
+    return (held[:, 0] if w.shape[1] == 1 else held), (code * scale).to(dtype).float()
+
+
+def int4_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The stored scale whose codes span ± absmax; 1 for a block of zeros."""
+    held = (absmax * 2 / (HIGHEST - LOWEST)).to(dtype)
+    return held.masked_fill_(held == 0, 1)
+
+
+def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, absmax: torch.Tensor) -> Packed:
+    """The codes in the bytes of the format: nf4's first weight in a byte's high half, int4's in the low."""
+    shape = (weight.shape[0], weight.shape[1])
+    pairs = index.view(shape[0], -1, 2)
+    if fmt == "nf4":
+        codes = (pairs[..., 0] << 4) | pairs[..., 1]
+        return Packed(fmt, shape, weight.dtype, codes.reshape(-1, 1), absmax.reshape(-1))
+    codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return Packed(fmt, shape, weight.dtype, codes, int4_scale(absmax, weight.dtype))
+
+
+def second_moments(
+    model: Any, layers: list[str], windows: torch.Tensor, generator: torch.Generator, *, guide: bool = True
+) -> dict[str, torch.Tensor]:
+    """H of every layer from one forward and one backward pass: name -> (in, in) float32.
+
+    Args:
+        model: a causal LM in float32 or bfloat16, its 16-bit weights in place, no gradients on parameters.
+        layers: module names; nn.Linear, or Conv1D.
+        windows: LongTensor (B, T).
+        generator: CPU generator of the labels, which the model's own predictions give.
+        guide: weigh a position by ‖g_t‖²; False is GPTQ's plain Σ x xᵀ.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def forward(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.register_hook(partial(backward, name, inputs[0].detach()))
+
+    @torch.no_grad()
+    def backward(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        size = gradient.flatten(0, -2).float().norm(dim=1, keepdim=True) if guide else 1.0
+        scaled = x * size
+        found[name] = found.get(name, 0) + scaled.T @ scaled
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(forward, name)) for name in layers]
+    try:
+        with torch.enable_grad(), inputs_need_gradient(model):
+            hidden = final_hidden(model, windows)
+            pull = label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
+            hidden.backward(pull.view_as(hidden))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

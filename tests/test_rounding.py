@@ -1,0 +1,163 @@
+"""Guided rounding against brute force, the libraries' own readers, autograd, and on bad moments."""
+
+import itertools
+
+import pytest
+import torch
+
+from spi_utils.errors import AnalysisError
+from spi_utils.formats import dequantize, quantize
+from spi_utils.models import load_model, resolve
+from spi_utils.rounding import guided, second_moments
+from spi_utils.scoring import final_hidden
+from tests.tiny import make_tiny
+
+FORMATS = ("nf4", "int4_g64", "int4_g32")
+
+
+def _case(rows=48, cols=192, dtype=torch.bfloat16, tokens=96):
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(rows, cols, generator=generator) * 0.05).to(dtype)
+    x = torch.randn(tokens, cols, generator=generator) @ torch.randn(cols, cols, generator=generator)
+    return weight, x.T @ x
+
+
+def _cost(rounded, weight, h):
+    delta = rounded.double() - weight.double()
+    return torch.einsum("oi,ij,oj->", delta, h.double(), delta).item()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_guided_objective_falls_far_below_nearest(fmt):
+    weight, h = _case()
+    packed, damping = guided(weight, h, fmt)
+    assert damping == 0.05
+    assert _cost(dequantize(packed), weight, h) < 0.5 * _cost(dequantize(quantize(weight, fmt)), weight, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bitsandbytes_reads_the_codes_as_level_times_absmax(dtype):
+    from bitsandbytes.functional import dequantize_4bit
+
+    from spi_utils.formats import bitsandbytes_state
+
+    weight, h = _case(dtype=dtype)
+    packed, _ = guided(weight, h, "nf4")
+    read = dequantize_4bit(packed.codes, bitsandbytes_state(packed))
+    high_low = torch.stack([packed.codes.flatten() >> 4, packed.codes.flatten() & 15], 1).flatten().long()
+    levels = bitsandbytes_state(packed).code[high_low].view(-1, 64)
+    assert torch.equal(read, (levels * packed.scales[:, None]).view(weight.shape).to(dtype))
+
+
+@pytest.mark.parametrize("fmt", ["int4_g64", "int4_g32"])
+def test_compressed_tensors_unpacks_the_same_codes(fmt):
+    pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight, h = _case()
+    packed, _ = guided(weight, h, fmt)
+    words = packed.codes.contiguous().view(torch.int32)
+    codes = pack.unpack_from_int32(words, 4, torch.Size(weight.shape))
+    group = weight.shape[1] // packed.scales.shape[1]
+    values = codes.float().view(weight.shape[0], -1, group) * packed.scales.float()[..., None]
+    assert torch.equal(dequantize(packed), values.flatten(1))
+
+
+def test_without_correlations_every_code_is_the_nearest_one_to_its_scale():
+    weight, _ = _case()
+    packed, _ = guided(weight, torch.eye(weight.shape[1]), "nf4")
+    scale = packed.scales.view(weight.shape[0], -1, 1)
+    from spi_utils.formats import bitsandbytes_state
+
+    levels = bitsandbytes_state(packed).code
+    blocks = weight.float().view(weight.shape[0], -1, 64)
+    best = (blocks[..., None] - (levels * scale)[..., None, :]).abs().amin(-1)
+    found = (blocks - dequantize(packed).view_as(blocks)).abs()
+    assert torch.allclose(found, best, atol=1e-6)
+
+
+def test_one_group_is_within_reach_of_an_exhaustive_search():
+    """A row of 64 where only 3 inputs matter: feedback finds nearly the best of all codes for those three."""
+    weight, _ = _case(rows=6, cols=64, dtype=torch.float32)
+    x = torch.zeros(4, 64)
+    x[:, :3] = torch.tensor([[1.0, 0.9, -0.8], [0.2, 1.0, 0.3], [0.9, 0.9, 0.2], [1.0, 0.2, 0.7]])
+    h = x.T @ x
+    packed, _ = guided(weight, h + 1e-6 * torch.eye(64), "nf4", damping=1e-4)
+    from spi_utils.formats import bitsandbytes_state
+
+    levels, rounded = bitsandbytes_state(packed).code, dequantize(packed)
+    total = {"best": 0.0, "guided": 0.0, "nearest": 0.0}
+    for row in range(6):
+        peak = packed.scales[row]
+        tries = torch.tensor(list(itertools.product(levels.tolist(), repeat=3))) * peak  # (4096, 3)
+        costs = ((tries - weight[row, :3]) @ x[:, :3].T).square().sum(1)
+        total["best"] += costs.min().item()
+        total["guided"] += ((rounded[row, :3] - weight[row, :3]) @ x[:, :3].T).square().sum().item()
+        nearest = dequantize(quantize(weight[row : row + 1], "nf4"))[0, :3]
+        total["nearest"] += ((nearest - weight[row, :3]) @ x[:, :3].T).square().sum().item()
+    assert total["best"] <= total["guided"] < 0.5 * total["nearest"]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_moments_that_cannot_guide_give_plain_codes_and_say_so(fmt):
+    weight, h = _case()
+    broken = h.clone()
+    broken[0, 0] = float("nan")
+    for moment in (broken, torch.zeros_like(h)):
+        packed, damping = guided(weight, moment, fmt)
+        assert damping is None
+        assert dequantize(packed).isfinite().all()
+
+
+def test_a_singular_moment_is_carried_by_the_damping_and_dead_inputs_by_nearest_levels():
+    weight, _ = _case()
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x[:, 7] = 0
+    packed, damping = guided(weight, x.T @ x, "nf4")
+    assert damping is not None
+    levels = dequantize(packed)[:, 7]
+    assert (levels - weight[:, 7].float()).abs().max() <= weight.float().abs().max() * 0.2
+
+
+def test_zero_blocks_stay_zero_and_widths_that_do_not_divide_are_refused():
+    weight, h = _case()
+    weight[:, 64:128] = 0
+    for fmt in FORMATS:
+        assert torch.equal(dequantize(guided(weight, torch.eye(192), fmt)[0])[:, 64:128], torch.zeros(48, 64))
+    with pytest.raises(AnalysisError, match="96"):
+        guided(weight[:, :96], h[:96, :96], "nf4")
+    with pytest.raises(AnalysisError, match="int8"):
+        guided(weight, h, "int8")
+    weight[0, 0] = float("inf")
+    with pytest.raises(AnalysisError, match="NaN or infinity"):
+        guided(weight, h, "nf4")
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, tmp_path):
+    """Against autograd's own gradients of the sampled log-likelihood, position by position."""
+    model = load_model(resolve(str(make_tiny(arch, tmp_path))), device="cpu", dtype=torch.float32)
+    name = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[arch]
+    ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
+    uniform = torch.rand(18, 1, generator=torch.Generator().manual_seed(5))
+    found = second_moments(model, [name], ids, torch.Generator().manual_seed(5))[name]
+    plain = second_moments(model, [name], ids, torch.Generator().manual_seed(5), guide=False)[name]
+
+    kept = {}
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept["x"], kept["y"] = inputs[0].detach(), output
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    logits = model.get_output_embeddings()(final_hidden(model, ids)).flatten(0, 1).float()
+    total = torch.softmax(logits.detach(), -1).cumsum(-1)
+    labels = torch.searchsorted(total, uniform * total[:, -1:], right=True).clamp_(max=total.shape[1] - 1)
+    torch.log_softmax(logits, -1).gather(1, labels).sum().backward()
+    handle.remove()
+    expected = torch.zeros_like(found)
+    for x, g in zip(kept["x"].flatten(0, 1), kept["y"].grad.flatten(0, 1), strict=True):
+        expected += g.square().sum() * torch.outer(x, x)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * expected.abs().max().item())
+    x = kept["x"].flatten(0, 1)
+    assert torch.allclose(plain, x.T @ x, rtol=1e-4, atol=1e-5)
