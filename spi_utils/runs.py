@@ -44,11 +44,12 @@ NOTEBOOKS = {
     "publish": "05_publish",
 }
 LAYER_KEYS = ("name", "type", "depth", "role", "rows", "cols", "numel", "quantizable", "status")
+WORDS = ("name", "type", "role", "status")  # the layer table's columns of text; all others are numbers
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
 OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-# What a temporary file of `atomic_path` is called: its target's name between dots, eight characters, the suffix.
+# A temporary file of `atomic_path`: its target's name between dots, eight characters, the suffix.
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)?")
 STALE = 3600  # seconds after which a temporary file outside a stage's own folders has no writer any more
 _owned: dict[Path, int] = {}  # run directories that this process owns: how many stages of it are inside
@@ -166,8 +167,8 @@ def read_json(
         raise RunError(f"{path}: there is no {what} here.{first}") from None
     except OSError as error:
         raise RunError(
-            f"{path}: this {what} can't be read: {error.strerror or error}. Choose another `run_dir`, or move "
-            "what is in the way."
+            f"{path}: this {what} can't be read: {error.strerror or error}. Choose another `run_dir`, or "
+            "move what is in the way."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: this {what} is truncated or not JSON ({error}).{again}") from error
@@ -186,7 +187,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON, in hex; TypeError for what JSON can't hold, whose text may vary."""
+    """SHA-256 of a value's canonical JSON, in hex. TypeError: JSON can't hold it, so its text may vary."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -278,7 +279,8 @@ def run_info(run: Run) -> dict[str, Any]:
     fault = _fault(info)
     if fault:
         raise RunError(
-            f"{run.info_json}: this run record is damaged: {fault}. Run notebook {NOTEBOOKS['analyze']} again."
+            f"{run.info_json}: this run record is damaged: {fault}. "
+            f"Run notebook {NOTEBOOKS['analyze']} again."
         )
     return info
 
@@ -320,13 +322,24 @@ def layers_fingerprint(run: Run) -> str:
     return sha256_file(run.layers_csv)
 
 
+def _check_unchanged(run: Run, path: Path, stage_name: str) -> None:
+    """Refuse a file that is not what its stage wrote, where a stage has entered it."""
+    outputs = run_info(run)["stages"].get(stage_name, {}).get("outputs", {})
+    if path.name in outputs and outputs[path.name]["sha256"] != sha256_file(path):
+        raise RunError(
+            f"{path} is not what the stage {stage_name} wrote: it was changed or truncated. "
+            "Run notebook 01_analyze again, which makes it again."
+        )
+
+
 def read_layers(run: Run) -> pd.DataFrame:
     """The layer table, a row a layer in model order.
 
     Raises:
-        RunError: missing or truncated.
+        RunError: missing, truncated, or not what the stage `analyze` wrote.
     """
     _require(run.layers_csv, "layer table", "analyze")
+    _check_unchanged(run, run.layers_csv, "analyze")
     try:
         layers = pd.read_csv(run.layers_csv, float_precision="round_trip")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -339,7 +352,15 @@ def read_layers(run: Run) -> pd.DataFrame:
             f"{run.layers_csv}: no column {', '.join(missing)}. "
             "Run notebook 01_analyze again with force=True."
         )
-    return layers.astype({"quantizable": bool})
+    words = [x for x in layers if x not in WORDS and not pd.api.types.is_numeric_dtype(layers[x])]
+    if not pd.api.types.is_bool_dtype(layers["quantizable"]):
+        words.append("quantizable")
+    if words:
+        raise RunError(
+            f"{run.layers_csv}: column {words[0]} holds something else than it should. "
+            "Run notebook 01_analyze again with force=True."
+        )
+    return layers
 
 
 def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
@@ -348,6 +369,7 @@ def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
     from safetensors.numpy import load_file
 
     _require(run.spectra, "spectra", "analyze")
+    _check_unchanged(run, run.spectra, "spectra")
     try:
         return load_file(run.spectra)
     except SafetensorError as error:

@@ -3,13 +3,18 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from spi_utils import runs
+from spi_utils import runs, sensitivity
+from spi_utils.analyze import analyze
 from spi_utils.errors import RunError
+from spi_utils.models import resolve
 
 IDENTITY = {"id": "a/b", "kind": "local", "revision": None, "sha256": "0" * 64, "storage_dtype": "float16"}
 
@@ -209,3 +214,162 @@ def test_the_umask_is_the_users(tmp_path):
 def test_inputs_whose_text_varies_are_refused():
     with pytest.raises(TypeError, match="not JSON serializable"):
         runs.fingerprint({"x": object()})
+
+
+# --- what an analysis leaves -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory, model):
+    return analysis(tmp_path_factory.mktemp("analysed") / "run", model)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from tests.tiny import make_tiny
+
+    return make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", num_hidden_layers=1)
+
+
+def analysis(path, model, **changes):
+    source = resolve(str(model))
+    run = runs.open_run(path, source.identity())
+    settings = {"device": "cpu", "sensitivity": "random", "windows": 2, "length": 16, "workers": 1}
+    analyze(run, source, text="pydoc", formats=("nf4",), **{**settings, **changes})
+    return run
+
+
+def edit_table(change):
+    def damage(run):
+        lines = run.layers_csv.read_text().splitlines(keepends=True)
+        run.layers_csv.write_text("".join(change(lines)))
+
+    return damage
+
+
+def another_word(lines):
+    return [*lines[:2], lines[2].replace(",128,", ",wide,", 1), *lines[3:]]
+
+
+def another_number(lines):
+    return [*lines[:2], lines[2].replace(",128,", ",129,", 1), *lines[3:]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit_table(another_word),
+        edit_table(another_number),
+        edit_table(lambda lines: lines[:-2] + lines[-1:]),
+        edit_table(lambda lines: [*lines[:-1], lines[-1][:20]]),
+        edit_table(lambda lines: []),
+        lambda run: run.spectra.write_bytes(run.spectra.read_bytes()[:-8]),
+        lambda run: run.spectra.write_bytes(run.spectra.read_bytes()[:-8] + b"12345678"),
+    ],
+)
+def test_a_changed_analysis_is_refused_and_made_again_without_force(analysed, model, tmp_path, damage):
+    expected = analysed.layers_csv.read_bytes(), analysed.spectra.read_bytes()
+    shutil.copytree(analysed.path, tmp_path / "run")
+    run = runs.Run(tmp_path / "run")
+    damage(run)
+    with pytest.raises(RunError, match="Run notebook 01_analyze again"):
+        runs.read_layers(run)
+        runs.read_spectra(run)
+    analysis(run.path, model)
+    assert (run.layers_csv.read_bytes(), run.spectra.read_bytes()) == expected
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def reshape(path):
+    if path.suffix == ".npy":
+        np.save(path, np.zeros((2, 8), np.int64))
+    elif path.suffix == ".npz":
+        np.savez(path, nf4=np.zeros((1, 1, 1), np.float32))
+    elif path.suffix == ".json":
+        path.write_text('{"kl": {"int8": 1.0}}')
+    else:
+        save_file({"a": np.zeros(3)}, path, metadata={"rows": '{"a": ["ok", {}, {}]}'})
+
+
+@pytest.mark.parametrize("damage", [cut, empty, reshape])
+def test_damaged_pieces_of_unfinished_work_are_made_again(
+    analysed, model, tmp_path, monkeypatch, capsys, damage
+):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_enter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            analysis(path, model)
+    pieces = sorted((path / "partial" / "spectra").glob("0*.safetensors"))
+    damage(pieces[1])
+    with monkeypatch.context() as patch:
+        enter = runs._enter
+        kill = pytest.raises(KeyboardInterrupt)
+        patch.setattr(
+            runs,
+            "_enter",
+            lambda run, current, *rest: (
+                enter(run, current, *rest)
+                if current.name == "spectra"
+                else (_ for _ in ()).throw(KeyboardInterrupt)
+            ),
+        )
+        with kill:
+            analysis(path, model)
+    for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
+        if piece.suffix in (".npy", ".npz", ".json"):
+            damage(piece)
+    run = analysis(path, model)
+    assert "damaged" in capsys.readouterr().out
+    assert run.layers_csv.read_bytes() == analysed.layers_csv.read_bytes()
+    assert run.spectra.read_bytes() == analysed.spectra.read_bytes()
+
+
+def test_columns_of_an_older_formula_are_made_again(analysed, model, tmp_path, monkeypatch):
+    shutil.copytree(analysed.path, tmp_path / "run")
+    before = runs.run_info(analysed)["stages"]
+    monkeypatch.setattr(sensitivity, "ENGINE", sensitivity.ENGINE + 1)
+    after = runs.run_info(analysis(tmp_path / "run", model))["stages"]
+    assert after["analyze"]["fingerprint"] != before["analyze"]["fingerprint"]
+    assert after["spectra"] == before["spectra"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_during_an_analysis_loses_nothing(analysed, model, tmp_path, monkeypatch, call):
+    real, left = getattr(os, call), iter(range(6))
+
+    def until_full(*given, **named):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, until_full)
+        with pytest.raises(RunError, match="Free some space"):
+            analysis(tmp_path / "run", model)
+    run = analysis(tmp_path / "run", model)
+    assert runs.run_info(run)["stages"]["spectra"]["resumed_layers"] > 0
+    assert run.layers_csv.read_bytes() == analysed.layers_csv.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["figures/plan_map.png", "explorer.html"])
+def test_a_lost_figure_or_page_is_missed_by_the_stage(tmp_path, lost):
+    from spi_utils.decide import decide
+    from spi_utils.visualize import draw_all, write_explorer
+    from tests.synthetic import make_run
+
+    run = make_run(tmp_path / "run", count=14)
+    plan = decide(run, score="alpha_hill", rule="top_k", value=3)
+    draw_all(run, plan)
+    write_explorer(run)
+    made = runs.run_info(run)["stages"]["visualize"]
+    assert runs.is_intact(run, made)
+    (run.path / lost).unlink()
+    assert not runs.is_intact(run, made)
