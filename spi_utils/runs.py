@@ -254,6 +254,12 @@ def _held_record(run: Run) -> dict[str, Any] | None:
     try:
         return run_info(run)
     except RunError as error:
+        schema = None
+        with contextlib.suppress(RunError):  # not JSON at all: damaged, and begun again below
+            schema = read_json(run.info_json).get("schema")
+        if isinstance(schema, int) and schema > SCHEMA:
+            newer = f"{run.info_json} has schema {schema}, this version reads {SCHEMA}"
+            raise RunError(f"{newer}. Install a newer spi_utils, or choose another `run_dir`.") from error
         print(f"{error} A new record is begun: every stage is done again.", flush=True)
         return None
 
@@ -324,6 +330,8 @@ def layers_fingerprint(run: Run) -> str:
 
 def _check_unchanged(run: Run, path: Path, stage_name: str) -> None:
     """Refuse a file that is not what its stage wrote, where a stage has entered it."""
+    if not run.info_json.exists():
+        return
     outputs = run_info(run)["stages"].get(stage_name, {}).get("outputs", {})
     if path.name in outputs and outputs[path.name]["sha256"] != sha256_file(path):
         raise RunError(

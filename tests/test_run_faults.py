@@ -150,6 +150,13 @@ def test_a_damaged_record_is_named_and_the_advice_heals_it(run, change):
     assert make(again) is False and make(again) is True
 
 
+def test_a_record_of_a_newer_version_is_left_alone(run):
+    runs.write_json(run.info_json, {"schema": runs.SCHEMA + 1})
+    with pytest.raises(RunError, match="newer spi_utils"):
+        runs.open_run(run.path, IDENTITY)
+    assert json.loads(run.info_json.read_text()) == {"schema": runs.SCHEMA + 1}
+
+
 @pytest.mark.parametrize(
     "entry", [{}, {"fingerprint": "1"}, {"outputs": {}}, {"fingerprint": "1", "outputs": {}}]
 )
