@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
 from spi_utils import formats as number_formats
 from spi_utils.errors import AnalysisError
@@ -131,6 +132,10 @@ def _table(
     """The `analyze` stage: the layer table, sensitivities joined on, as `layers.csv`."""
     files = [sha256_file(name) for name in (costs["sensitivity"], costs["text"]) if Path(name).is_file()]
     inputs = {**costs, "formats": formats, "spectra": sha256_file(run.spectra), "files": files}
+    if costs["sensitivity"] != "none":
+        from spi_utils import sensitivity
+
+        inputs["engine"] = sensitivity.ENGINE
     with stage(run, "analyze", inputs, [run.layers_csv.name], force=force) as current:
         if current.finished:
             return read_layers(run)
@@ -179,7 +184,7 @@ def _spectra(
         if current.finished:
             return _read_pieces(run.spectra)
         paths = {x.name: run.partial / "spectra" / f"{i:05d}.safetensors" for i, x in enumerate(todo)}
-        left = [layer for layer in todo if not paths[layer.name].exists()]
+        left = [layer for layer in todo if not _is_sound(paths[layer.name], layer)]
         with open_weights(source) as weights:
             jobs = ((layer, *_packed(weights, layer), options) for layer in left)
             results = spread(analyze_weight, jobs, **how)
@@ -235,6 +240,21 @@ def _write_pieces(path: Path, pieces: list[Piece]) -> None:
     tensors = {name: sigma for name, sigma in values.items() if len(sigma) and np.isfinite(sigma).all()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"rows": json.dumps(rows)}))
+
+
+def _is_sound(path: Path, layer: Layer) -> bool:
+    """Whether a finished piece is there, readable and this layer's: a damaged one is merely made again."""
+    if not path.is_file():
+        return False
+    try:
+        pieces = _read_pieces(path)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        print(f"spectra: {path} is damaged ({error}); {layer.name} is analysed again.", flush=True)
+        return False
+    count = layer.numel // (layer.rows * layer.cols)
+    names = [layer.name] if layer.name in pieces else [f"{layer.name}[{index}]" for index in range(count)]
+    sizes = {len(piece.spectrum.singular_values) for piece in pieces.values()}
+    return list(pieces) == names and sizes <= {0, min(layer.rows, layer.cols)}
 
 
 def _read_pieces(path: Path) -> dict[str, Piece]:

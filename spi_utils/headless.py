@@ -25,7 +25,7 @@ from spi_utils.errors import RunError, SPIError
 from spi_utils.planning.rules import check_value
 from spi_utils.planning.scores import check_direction, score_row
 from spi_utils.progress import interactive
-from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, write_json
+from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, update_info
 
 STAGES = ("01_analyze", "02_visualize", "03_quantize", "04_evaluate", "05_publish")
 ALL = "00_run_all"
@@ -319,10 +319,8 @@ def _run_stage(run: Run, name: str, parameters: dict[str, Any], show: Show) -> E
     seconds = execute(
         name, output, parameters, show=lambda line: show(name, time.monotonic() - started, line)
     )
-    info = run_info(run)
     record = {"fingerprint": mark, "made": _hash_of(run, name), "seconds": round(seconds, 1)}
-    info.setdefault("notebooks", {})[name] = record
-    write_json(run.info_json, info)
+    update_info(run, lambda info: info.setdefault("notebooks", {}).update({name: record}))
     show(name, seconds, "done")
     return Execution(name, output, seconds, False)
 

@@ -8,16 +8,19 @@ its parameters, its outputs' hashes, versions, device, times and memory peaks; n
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import secrets
 import shutil
+import socket
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -41,8 +44,16 @@ NOTEBOOKS = {
     "publish": "05_publish",
 }
 LAYER_KEYS = ("name", "type", "depth", "role", "rows", "cols", "numel", "quantizable", "status")
+WORDS = ("name", "type", "role", "status")  # the layer table's columns of text; all others are numbers
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
-HASH_ALWAYS_BELOW = 64_000_000  # bytes; larger outputs are recognised by their size when a stage is skipped
+OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A temporary file of `atomic_path`: its target's name between dots, eight characters, the suffix.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)?")
+STALE = 3600  # seconds after which a temporary file outside a stage's own folders has no writer any more
+_owned: dict[Path, int] = {}  # run directories that this process owns: how many stages of it are inside
+_record_threads = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -87,26 +98,45 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed.
 
     Raises:
-        RunError: the disk is full or not writable; what stood at `path` before is untouched.
+        RunError: the disk is full, or the path is not writable; what stood there before is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask holds
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(
-            f"could not write {path}: {error.strerror or error}. Free some space or choose another "
-            "`run_dir`; nothing that was there has been changed."
-        ) from error
+        raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed above is the error to tell
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    """What a failed write is called: its own cause, and what mends that cause."""
+    if error.errno in FULL:
+        advice = "Free some space or choose another `run_dir`, and run it again"
+    elif error.errno in FORBIDDEN:
+        advice = "Allow this user to write there, or choose another `run_dir`"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        advice = "A file and a folder of one name are in each other's way: move that one away"
+    else:
+        advice = "Mend that, and run it again"
+    where = f" ({error.filename})" if error.filename else ""
+    return RunError(
+        f"could not write {path}: {error.strerror or error}{where}. {advice}; "
+        "nothing that was there has been changed."
+    )
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is an unfinished one of `atomic_path`."""
+    match = TEMPORARY.fullmatch(path.name)
+    return match is not None and match["name"].endswith(match["suffix"] or "")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -135,6 +165,11 @@ def read_json(
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: there is no {what} here.{first}") from None
+    except OSError as error:
+        raise RunError(
+            f"{path}: this {what} can't be read: {error.strerror or error}. Choose another `run_dir`, or "
+            "move what is in the way."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: this {what} is truncated or not JSON ({error}).{again}") from error
     if not isinstance(value, dict):
@@ -152,8 +187,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON, in hex."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    """SHA-256 of a value's canonical JSON, in hex. TypeError: JSON can't hold it, so its text may vary."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -195,23 +230,38 @@ def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
         RunError: the directory holds a run of another model, or foreign files.
     """
     run = Run(Path(run_dir))
-    if run.info_json.exists():
-        held = run_info(run)["model"]
-        if held["sha256"] != identity["sha256"]:
-            raise RunError(
-                f"{run.path} holds a run of {held['id']} (weights {held['sha256'][:12]}), not of "
-                f"{identity['id']} (weights {identity['sha256'][:12]}). Choose another `run_dir`."
-            )
-        return run
-    if run.path.exists() and any(run.path.iterdir()):
-        strangers = {p.name for p in run.path.iterdir()} - {"notebooks"}
-        if strangers:
+    with _record_locked(run):
+        if run.info_json.exists() and (held := _held_record(run)) is not None:
+            model = held["model"]
+            if model["sha256"] != identity["sha256"]:
+                raise RunError(
+                    f"{run.path} holds a run of {model['id']} (weights {model['sha256'][:12]}), not of "
+                    f"{identity['id']} (weights {identity['sha256'][:12]}). Choose another `run_dir`."
+                )
+            return run
+        strangers = {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}
+        if strangers and not run.info_json.exists():
             raise RunError(
                 f"{run.path} is not a run directory, yet it holds {', '.join(sorted(strangers)[:3])}. "
                 "Choose an empty or a new `run_dir`."
             )
-    write_json(run.info_json, {"schema": SCHEMA, "model": dict(identity), "stages": {}})
+        write_json(run.info_json, {"schema": SCHEMA, "model": dict(identity), "stages": {}})
     return run
+
+
+def _held_record(run: Run) -> dict[str, Any] | None:
+    """The run's record; None, and said, if it is damaged: its stages are then done again."""
+    try:
+        return run_info(run)
+    except RunError as error:
+        schema = None
+        with contextlib.suppress(RunError):  # not JSON at all: damaged, and begun again below
+            schema = read_json(run.info_json).get("schema")
+        if isinstance(schema, int) and schema > SCHEMA:
+            newer = f"{run.info_json} has schema {schema}, this version reads {SCHEMA}"
+            raise RunError(f"{newer}. Install a newer spi_utils, or choose another `run_dir`.") from error
+        print(f"{error} A new record is begun: every stage is done again.", flush=True)
+        return None
 
 
 def existing_run(run_dir: str | Path) -> Run:
@@ -226,8 +276,50 @@ def existing_run(run_dir: str | Path) -> Run:
 
 
 def run_info(run: Run) -> dict[str, Any]:
-    """The content of `run.json`."""
-    return read_json(run.info_json, SCHEMA, "run record", NOTEBOOKS["analyze"])
+    """The content of `run.json`.
+
+    Raises:
+        RunError: missing or damaged; notebook 01_analyze begins a damaged one again.
+    """
+    info = read_json(run.info_json, SCHEMA, "run record", NOTEBOOKS["analyze"])
+    fault = _fault(info)
+    if fault:
+        raise RunError(
+            f"{run.info_json}: this run record is damaged: {fault}. "
+            f"Run notebook {NOTEBOOKS['analyze']} again."
+        )
+    return info
+
+
+def _fault(info: Mapping[str, Any]) -> str:
+    """What is wrong with a run record; "" if nothing."""
+    model, stages = info.get("model"), info.get("stages")
+    if not isinstance(model, dict) or not all(isinstance(model.get(key), str) for key in ("id", "sha256")):
+        return "`model` has no `id` and `sha256`"
+    if not isinstance(stages, dict):
+        return f"`stages` is {type(stages).__name__}, expected an object"
+    for name, held in stages.items():
+        if not isinstance(held, dict):
+            return f"stage {name} is {type(held).__name__}, expected an object"
+        outputs = held.get("outputs", {})
+        if not isinstance(outputs, dict) or not all(
+            isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in outputs.values()
+        ):
+            return f"stage {name} has outputs without `bytes` and `sha256`"
+    return ""
+
+
+def update_info(run: Run, change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Read `run.json`, change it in place and write it, while no other process does; returns the new content.
+
+    Raises:
+        RunError: the record is missing or damaged, or can't be written.
+    """
+    with _record_locked(run):
+        info = run_info(run)
+        change(info)
+        write_json(run.info_json, info)
+    return info
 
 
 def layers_fingerprint(run: Run) -> str:
@@ -236,13 +328,26 @@ def layers_fingerprint(run: Run) -> str:
     return sha256_file(run.layers_csv)
 
 
+def _check_unchanged(run: Run, path: Path, stage_name: str) -> None:
+    """Refuse a file that is not what its stage wrote, where a stage has entered it."""
+    if not run.info_json.exists():
+        return
+    outputs = run_info(run)["stages"].get(stage_name, {}).get("outputs", {})
+    if path.name in outputs and outputs[path.name]["sha256"] != sha256_file(path):
+        raise RunError(
+            f"{path} is not what the stage {stage_name} wrote: it was changed or truncated. "
+            "Run notebook 01_analyze again, which makes it again."
+        )
+
+
 def read_layers(run: Run) -> pd.DataFrame:
     """The layer table, a row a layer in model order.
 
     Raises:
-        RunError: missing or truncated.
+        RunError: missing, truncated, or not what the stage `analyze` wrote.
     """
     _require(run.layers_csv, "layer table", "analyze")
+    _check_unchanged(run, run.layers_csv, "analyze")
     try:
         layers = pd.read_csv(run.layers_csv, float_precision="round_trip")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -255,7 +360,15 @@ def read_layers(run: Run) -> pd.DataFrame:
             f"{run.layers_csv}: no column {', '.join(missing)}. "
             "Run notebook 01_analyze again with force=True."
         )
-    return layers.astype({"quantizable": bool})
+    words = [x for x in layers if x not in WORDS and not pd.api.types.is_numeric_dtype(layers[x])]
+    if not pd.api.types.is_bool_dtype(layers["quantizable"]):
+        words.append("quantizable")
+    if words:
+        raise RunError(
+            f"{run.layers_csv}: column {words[0]} holds something else than it should. "
+            "Run notebook 01_analyze again with force=True."
+        )
+    return layers
 
 
 def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
@@ -264,6 +377,7 @@ def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
     from safetensors.numpy import load_file
 
     _require(run.spectra, "spectra", "analyze")
+    _check_unchanged(run, run.spectra, "spectra")
     try:
         return load_file(run.spectra)
     except SafetensorError as error:
@@ -299,39 +413,156 @@ def stage(
     Raises:
         RunError: an output is missing after the body ran.
     """
-    info = run_info(run)
-    mark = fingerprint({"stage": name, "model": info["model"]["sha256"], "inputs": inputs})
-    held = info["stages"].get(name)
-    same = held is not None and held["fingerprint"] == mark and is_intact(run, held)
-    current = Stage(name, mark, finished=same and not force)
-    if current.finished:
-        yield current
+    mark = fingerprint({"stage": name, "model": run_info(run)["model"]["sha256"], "inputs": inputs})
+    if not force and _is_finished(run, name, mark):
+        yield Stage(name, mark, finished=True)
         return
-    _claim_partial(run, name, mark, force)
-    started = time.monotonic()
-    yield current
+    with owner_lock(run, name):
+        # Another process may have finished it between the question above and the lock.
+        current = Stage(name, mark, finished=not force and _is_finished(run, name, mark))
+        if current.finished:
+            yield current
+            return
+        try:
+            _claim_partial(run, name, mark, force)
+            _clean(run, name, outputs)
+            started = time.monotonic()
+            yield current
+            _enter(run, current, inputs, outputs, time.monotonic() - started)
+        except OSError as error:
+            if error.errno not in (*FULL, errno.EROFS):
+                raise
+            raise write_error(run.path, error) from error
+
+
+def _is_finished(run: Run, name: str, mark: str) -> bool:
+    held = run_info(run)["stages"].get(name)
+    return held is not None and held.get("fingerprint") == mark and is_intact(run, held)
+
+
+def _enter(
+    run: Run, current: Stage, inputs: Mapping[str, Any], outputs: Sequence[str], seconds: float
+) -> None:
+    """Enter a stage whose body has ended in `run.json`, and drop its unfinished work."""
+    name = current.name
     missing = [output for output in outputs if not (run.path / output).exists()]
     if missing:
         raise RunError(f"stage {name} ended without writing {', '.join(missing)} in {run.path}.")
     entry = {
-        "fingerprint": mark,
+        "fingerprint": current.fingerprint,
         "inputs": dict(inputs),
-        "outputs": {
-            str(p.relative_to(run.path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in _files(run, outputs)
-        },
-        "seconds": round(time.monotonic() - started, 3),
+        "outputs": _described(run, outputs),
+        "seconds": round(seconds, 3),
         "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
         **_gpu_peak(),
         "environment": environment(),
         **current.notes,
     }
-    info = run_info(run)
-    info["stages"][name] = json.loads(json.dumps(entry, default=str))
-    write_json(run.info_json, info)
+    entry = json.loads(json.dumps(entry, default=str))
+    update_info(run, lambda info: info["stages"].update({name: entry}))
     shutil.rmtree(run.partial / name, ignore_errors=True)
     if run.partial.exists() and not any(run.partial.iterdir()):
         run.partial.rmdir()
+
+
+def _described(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {
+        str(p.relative_to(run.path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in _files(run, outputs)
+    }
+
+
+def add_outputs(run: Run, name: str, outputs: Sequence[str]) -> None:
+    """Enter more outputs of a stage that has finished, so that it counts as undone without them."""
+    found = _described(run, outputs)
+    update_info(run, lambda info: info["stages"].get(name, {}).setdefault("outputs", {}).update(found))
+
+
+@contextlib.contextmanager
+def owner_lock(run: Run, what: str) -> Iterator[None]:
+    """Own a run directory: one process at a time makes anything there; stages of one process nest.
+
+    The kernel releases the lock when the owner ends, however it ends. Where the filesystem has no such locks
+    that is said, and the work goes on.
+
+    Raises:
+        RunError: another process owns it (says which), or the directory can't be written.
+    """
+    path = run.path.resolve()
+    if path in _owned:
+        _owned[path] += 1
+        try:
+            yield
+        finally:
+            _owned[path] -= 1
+        return
+    with _opened(run, OWNER) as handle:
+        if not _lock(handle, run, wait=False):
+            raise RunError(_taken(run))
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "stage": what}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        _owned[path] = 1
+        try:
+            yield
+        finally:
+            del _owned[path]
+
+
+def _taken(run: Run) -> str:
+    try:
+        owner = json.loads((run.path / OWNER).read_text(encoding="utf-8"))
+        who = "process {pid} on {host}, since {since}, in stage {stage}".format(**owner)
+    except (OSError, ValueError, KeyError, TypeError):  # the owner is just writing its name
+        who = "another process"
+    return f"{run.path} is in use by {who}. Wait until it ends, end it, or choose another `run_dir`."
+
+
+@contextlib.contextmanager
+def _record_locked(run: Run) -> Iterator[None]:
+    """No other process or thread changes `run.json` meanwhile; held for moments only, so others wait."""
+    with _record_threads, _opened(run, RECORD) as handle:
+        _lock(handle, run, wait=True)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(run: Run, name: str) -> Iterator[int]:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run.path / name, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise write_error(run.path, error) from error
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, run: Run, *, wait: bool) -> bool:
+    """Lock an open file until it is closed; False if another holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError) as error:
+        if not wait:
+            print(f"{run.path} can't be locked ({error}): let no other run use it now.", flush=True)
+    return True
+
+
+def _clean(run: Run, name: str, outputs: Sequence[str]) -> None:
+    """Remove temporary files of killed writers: in this stage's own folders all, elsewhere the old ones."""
+    own = [run.partial / name, *(run.path / output for output in outputs)]
+    for path in run.path.rglob(".*"):
+        if not is_temporary(path) or not path.is_file():
+            continue
+        ours = any(path.is_relative_to(folder) for folder in own)
+        if ours or time.time() - path.stat().st_mtime > STALE:
+            path.unlink(missing_ok=True)
 
 
 def _gpu_peak() -> dict[str, float]:
@@ -344,16 +575,17 @@ def _gpu_peak() -> dict[str, float]:
 
 def _files(run: Run, outputs: Sequence[str]) -> list[Path]:
     paths = [run.path / output for output in outputs]
-    return sorted(p for path in paths for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+    found = (p for path in paths for p in ([path] if path.is_file() else path.rglob("*")))
+    return sorted(p for p in found if p.is_file() and not is_temporary(p))
 
 
 def is_intact(run: Run, entry: Mapping[str, Any]) -> bool:
-    """Whether a finished stage's outputs still are what it wrote (by size, and by hash below 64 MB)."""
+    """Whether a finished stage's outputs still are what it wrote, byte for byte."""
+    if "outputs" not in entry:
+        return False
     for name, held in entry["outputs"].items():
         path = run.path / name
-        if not path.exists() or path.stat().st_size != held["bytes"]:
-            return False
-        if held["bytes"] < HASH_ALWAYS_BELOW and sha256_file(path) != held["sha256"]:
+        if not path.is_file() or path.stat().st_size != held["bytes"] or sha256_file(path) != held["sha256"]:
             return False
     return True
 
@@ -362,6 +594,9 @@ def _claim_partial(run: Run, name: str, mark: str, force: bool) -> None:
     """Leave only pieces that these inputs made in the stage's folder for unfinished work."""
     folder = run.partial / name
     owner = folder / "fingerprint"
+    for place in (run.partial, folder):
+        if place.exists() and not place.is_dir():
+            place.unlink()
     if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from spi_utils.costs.fisher import per_block, per_sequence, per_token, random_wi
 from spi_utils.costs.footprint import Footprint, checkpointed, footprints
 from spi_utils.costs.measure import Measure
 from spi_utils.costs.refine import Refinement, most_measurements, refine
-from spi_utils.errors import AnalysisError
+from spi_utils.errors import AnalysisError, RunError
 from spi_utils.models import ModelSource, load_model, load_tokenizer, resolve_device, resolve_dtype
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
@@ -35,7 +36,7 @@ from spi_utils.variants import Switch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ENGINE = 2  # raise it when the numbers change, so that unfinished work of an older version is not taken up
+ENGINE = 2  # raise it when the numbers change: finished columns and pieces are then made again
 WINDOWS, LENGTH = 32, 256  # of the text that gradients are taken on
 YARDSTICK_WINDOWS = 8  # of the text that KL is measured on
 KINDS: dict[str, Callable[..., torch.Tensor]] = {"self": sample_windows, "random": random_windows}
@@ -159,7 +160,7 @@ class Work:
     def windows(self) -> torch.Tensor:
         """The text that gradients are taken on, (W, T), made once and kept."""
         path = self.folder / "windows.npy"
-        if not path.exists():
+        if not _readable(path, lambda: np.load(path).shape[1] == self.settings.length):
             with self._timed("text"):
                 made = self._make_windows()
             with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -200,7 +201,9 @@ class Work:
         formats = self.settings.formats
         firsts = range(0, len(windows), plan.batch)
         paths = [self.folder / f"slopes-{first:05d}-{plan.batch}.npz" for first in firsts]
-        todo = [(first, path) for first, path in zip(firsts, paths, strict=True) if not path.exists()]
+        todo = [
+            (first, path) for first, path in zip(firsts, paths, strict=True) if not self._has_slopes(path)
+        ]
         if todo:
             self._quantize()
         done = len(paths) - len(todo)
@@ -213,6 +216,19 @@ class Work:
                     np.savez(file, **found)  # type: ignore[arg-type]
         parts = [dict(np.load(path)) for path in paths]
         return {fmt: np.concatenate([part[fmt] for part in parts if fmt in part], 1) for fmt in formats}
+
+    def _has_slopes(self, path: Path) -> bool:
+        """Whether a batch's file is there and holds whole slopes of every layer."""
+        first, batch = map(int, path.stem.split("-")[1:])
+        rows = min(batch, self.settings.windows - first)
+        shape = (len(self.switch.layers), rows, self.settings.length)
+        formats = _formats_of(first // batch, self.settings.formats)
+
+        def sound() -> bool:
+            with np.load(path) as held:
+                return set(held.files) == set(formats) and all(held[fmt].shape == shape for fmt in formats)
+
+        return _readable(path, sound)
 
     def _quantize(self) -> None:
         """Make every code before the clock of the gradients starts."""
@@ -269,7 +285,7 @@ class Work:
     def totals(self) -> dict[str, float]:
         """KL with every layer in a format, on the text."""
         path = self.folder / "totals.json"
-        if not path.exists():
+        if not _readable(path, lambda: {*read_json(path)["kl"]} == {*self.settings.formats}):
             with self._timed("totals"):
                 measure = self._measure("text")
                 kl = {
@@ -283,7 +299,7 @@ class Work:
 
     def _one(self, where: str, name: str, fmt: str) -> float:
         path = self.folder / f"{where}-{fmt}-{name}.json"
-        if not path.exists():
+        if not _readable(path, lambda: isinstance(read_json(path)["kl"], float)):
             write_json(path, {"kl": self._measure(where).one(name, fmt)})
         return read_json(path)["kl"]
 
@@ -309,6 +325,20 @@ class Work:
         started = time.monotonic()
         yield
         self.notes["seconds"][what] = round(time.monotonic() - started, 1)
+
+
+def _readable(path: Path, sound: Callable[[], bool]) -> bool:
+    """Whether a finished piece is there and `sound`: a damaged one is said and merely made again."""
+    if not path.is_file():
+        return False
+    try:
+        if sound():
+            return True
+        error: object = "another content than expected"
+    except (RunError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile) as damage:
+        error = damage
+    print(f"sensitivity: {path} is damaged ({error}) and made again.", flush=True)
+    return False
 
 
 def _formats_of(batch: int, formats: Sequence[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import RunError
-from spi_utils.runs import Run, existing_run, open_run, run_info, run_path, slug, write_json
+from spi_utils.runs import Run, existing_run, open_run, run_info, run_path, slug, update_info
 from spi_utils.source.sources import BUNDLED_ID, ModelSource, chosen_model, resolve
 
 
@@ -29,7 +29,7 @@ def begin_run(
     run = open_run(run_path(run_dir, source.slug), source.identity())
     info = run_info(run)
     if info.get("location") != source.location:
-        write_json(run.info_json, {**info, "location": source.location})
+        update_info(run, lambda held: held.update(location=source.location))
     return run, source
 
 
