@@ -147,7 +147,8 @@ def final_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def as_head_takes(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states in the dtype of the output layer's weight, which `Head` multiplies them with."""
-    return hidden.to(model.get_output_embeddings().weight.dtype)
+    dtype = model.get_output_embeddings().weight.dtype
+    return hidden.to(dtype) if dtype.is_floating_point else hidden  # a packed head takes what it is given
 
 
 def default_batch(device: torch.device, length: int) -> int:

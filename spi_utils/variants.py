@@ -74,6 +74,12 @@ class Switch:
         """Put every layer back into 16-bit."""
         self.to({})
 
+    def renew(self) -> None:
+        """Put every layer's own weights back, whatever was written into the model beside this switch."""
+        for name in self.layers:
+            self._put(name, self._original(name))
+            self.state[name] = "16bit"
+
     def values(self, name: str, fmt: str) -> torch.Tensor:
         """What `fmt` makes of a layer: (out, in), storage dtype."""
         if fmt == "16bit":

@@ -15,6 +15,11 @@ from spi_utils.runs import Run, open_run, sha256_file, stage, write_json, write_
 from tests.tiny import make_tiny, make_tokenizer
 
 KEPT = "down_proj"
+PROOF = {
+    **{"dtype": "float16", "device": "cpu", "transformers": "5", "start_token": 257, "finite": True},
+    **{"text": "pydoc", "windows": 4, "length": 256, "tokens": 1024, "rewritten_in_bfloat16": False},
+    "generation": {"prompt": "Why?", "chat_template": False, "text": "Because.", "tokens": 3},
+}
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
     "1f15c4890000000d49444154789c6360000002000001e221bc330000000049454e44ae426082"
@@ -38,8 +43,9 @@ def make_finished_run(
     layers = _layers(source)
     with stage(run, "analyze", {}, ["layers.csv"]):
         write_text(run.layers_csv, layers.to_csv(index=False))
-    with stage(run, "quantize", {}, ["model"]):
+    with stage(run, "quantize", {}, ["model"]) as current:
         _checkpoint(run, source, layers, shard)
+        current.record(proof=PROOF)
     write_json(run.plan_json, _plan(run, identity, layers))
     run.figures.mkdir()
     (run.figures / "plan_map.png").write_bytes(PNG)

@@ -158,7 +158,8 @@ def _run(task: Task, environment: dict[str, str]) -> int | None:
                     return None
                 time.sleep(POLL)
         finally:
-            end_tree(process.pid)
+            if process.returncode is None:  # once reaped, its number may be a stranger's
+                end_tree(process.pid)
     return process.wait()
 
 

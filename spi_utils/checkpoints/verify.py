@@ -176,7 +176,7 @@ def check_fresh(
     ]
     fits = _fits(folder, weights, saving)
     forward = fits and not (awkward and saving.device.type == "cpu")
-    start, windows = proof_windows(source, weights.model.config)
+    start, windows = proof_windows(source, weights.model.config) if forward else (None, [])
     answer = _ask(
         {
             "windows": windows,

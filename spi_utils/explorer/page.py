@@ -233,4 +233,6 @@ def _spectrum(row: pd.Series, singular_values: NDArray[np.float64] | None) -> di
 
 def _json(value: Any) -> str:
     """JSON that may stand inside a script element."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    # In strings alone can "<" stand: "</script>" and "<!--" would both end or change the element.
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")

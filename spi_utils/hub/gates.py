@@ -52,6 +52,7 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
         _complete(run),
         _planned(run),
         _evaluated(run),
+        _proven(run),
         _size(run),
         _licensed(licence),
         _clean(files),
@@ -146,6 +147,16 @@ def _evaluated(run: Run) -> Gate:
     if evaluation["hashes"]["plan"] != sha256_file(run.plan_json):
         return Gate("evaluation", False, f"plan.json changed after it; {again}")
     return Gate("evaluation", True, f"of this very checkpoint, {own[:12]}")
+
+
+def _proven(run: Run) -> Gate:
+    """A fresh process has used the checkpoint as its readers will (notebook 03)."""
+    proof = run_info(run)["stages"].get("quantize", {}).get("proof")
+    if not proof or not proof.get("finite") or "generation" not in proof:
+        again = f"run notebook {NOTEBOOKS['quantize']} on a machine that can load the checkpoint"
+        return Gate("proof by use", False, f"no fresh process has run text through this checkpoint; {again}")
+    found = f"{proof['tokens']} tokens of {proof['text']} in {proof['dtype']}, and an answer to a prompt"
+    return Gate("proof by use", True, found)
 
 
 def _size(run: Run) -> Gate:

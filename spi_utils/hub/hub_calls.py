@@ -83,7 +83,7 @@ class Caller:
             raise PublishError(
                 f"publishing to {self.repo_id} failed: {advice} The local files are untouched in "
                 f"{self.local}; the same call goes on where this one ended."
-            ) from error
+            ) from None  # a Hub that echoes the request would put its header, and the token, into a traceback
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spi_utils.errors import SPIError
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.measures import is_random
@@ -26,10 +27,21 @@ SHOWN = ("fisher", "fisher_int8", "fisher_int4", "int8")
 
 
 def evaluated_beside(run: Run) -> list[Path]:
-    """The evaluated runs in the folder that holds this one, itself among them, in name order."""
+    """The evaluated runs in the folder that holds this one, itself among them, in name order.
+
+    A folder that can't be read, or holds a damaged run, is named and left out: this run's report stands.
+    """
     folder = run.path.resolve().parent
-    found = (Run(path) for path in folder.iterdir())
-    return sorted(one.path for one in found if one.evaluation_json.exists() and one.info_json.exists())
+    found = []
+    for path in sorted(folder.iterdir()):
+        one = Run(path)
+        try:
+            if one.evaluation_json.exists() and one.info_json.exists():
+                _row(one)
+                found.append(path)
+        except (OSError, SPIError, KeyError, TypeError, ValueError) as error:
+            print(f"{path} is left out of the comparison: it can't be read ({error}).")
+    return found
 
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:

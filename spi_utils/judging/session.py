@@ -157,7 +157,7 @@ class _Loaded:
             return
         session = self.session
         if self.held == "plan":
-            self.switch.restore()  # what the file held is overwritten, packed layers and all
+            self.switch.renew()  # the file's 16-bit layers may be a cast of the source's
         self.rival = None  # one rival in memory at a time
         if key in session.variants:
             formats = session.variants[key].formats
