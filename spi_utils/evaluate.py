@@ -89,6 +89,7 @@ def evaluate(
         "lm_eval": [*lm_eval_tasks, lm_eval_limit] if lm_eval_tasks else [],
         **_where(device, dtype),
     }
+    _check_delivered(run)
     job = _prepare(run, source, settings, texts)
     # An upgrade of this package alone doesn't void an evaluation; its file says which code made it.
     hashes = {name: value for name, value in job.hashes.items() if name != "code"}
@@ -101,6 +102,18 @@ def evaluate(
         if speed_repeats:
             stage.record(**_speed(run, source, settings, speed_repeats, prompt))
     return evaluation
+
+
+def _check_delivered(run: runs.Run) -> None:
+    """Refuse a checkpoint that is no longer, byte for byte, what notebook 03 wrote and proved."""
+    outputs = runs.run_info(run)["stages"].get("quantize", {}).get("outputs", {})
+    for name, held in outputs.items():
+        path = run.path / name
+        if not path.is_file() or runs.sha256_file(path) != held["sha256"]:
+            raise EvaluationError(
+                f"{path} is not the file that notebook 03_quantize wrote and proved: it was changed, damaged "
+                "or removed since. Run notebook 03_quantize again; it makes the checkpoint anew."
+            )
 
 
 def _speed(

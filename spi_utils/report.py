@@ -23,6 +23,7 @@ from spi_utils.figures.plotting import save_figure
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.sentences import headline_of, switching_sentence
+from spi_utils.quantize import proof_by_use
 from spi_utils.report_html import (
     Html,
     code,
@@ -96,7 +97,7 @@ def write_report(run: runs.Run) -> Path:
     stage = info["stages"].get("evaluate", {})
     speed = stage.get("speed")
     parts = [
-        _top(evaluation),
+        _top(evaluation, proof_by_use(info["stages"].get("quantize", {}))),
         _quality(run, evaluation),
         _selection(evaluation),
         _details(run),
@@ -116,7 +117,7 @@ def write_report(run: runs.Run) -> Path:
     return run.report
 
 
-def _top(evaluation: Evaluation) -> str:
+def _top(evaluation: Evaluation, proof: str) -> str:
     plan, one = evaluation.plan, evaluation.variants["plan"]
     facts = {
         "weights on disk": size(plan["bytes_on_disk"]),
@@ -131,6 +132,8 @@ def _top(evaluation: Evaluation) -> str:
         f'<p class="lead">{text(headline_of(evaluation))}</p>'
         f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
         f'<div class="facts">{"".join(tiles)}</div>'
+        f'<p class="note">{text(proof[0].upper() + proof[1:])}. Figures of quality are float32, from the '
+        "file's tensors.</p>"
         f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
 

@@ -6,9 +6,11 @@ import traceback
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.errors import PublishError
+from spi_utils.errors import EvaluationError, PublishError
+from spi_utils.evaluate import evaluate
 from spi_utils.explorer.page import _json
 from spi_utils.hub.gates import check_gates
 from spi_utils.hub.hub_calls import Caller
@@ -16,10 +18,12 @@ from spi_utils.hub.licences import Licence
 from spi_utils.hub.tokens import Token
 from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.models import load_model, open_weights, resolve
-from spi_utils.runs import run_info, write_json
+from spi_utils.runs import open_run, run_info, stage, write_json, write_text
 from spi_utils.scoring import as_head_takes
 from spi_utils.variants import Switch
+from tests.evaluated_run import write_checkpoint
 from tests.finished_run import make_finished_run
+from tests.test_quantize import plan_for
 from tests.tiny import make_tiny
 
 
@@ -101,3 +105,41 @@ def test_a_hub_that_echoes_the_request_puts_no_token_into_the_traceback(tmp_path
         Caller(Token(token, "a test"), "someone/model", tmp_path)(fail)
     shown = "".join(traceback.format_exception(caught.value))
     assert token not in shown and "someone/model" in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "NOTICE", "tokenizer.model", "settings.yaml", "odd.bin", "a.html"]
+)
+def test_a_token_is_found_in_whatever_file_would_be_sent(name, tmp_path):
+    run = make_finished_run(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(b"\x00\xff key: hf_" + b"a" * 34 + b"\n")
+    gates = {gate.name: gate for gate in check_gates(run, {name: path}, Licence("mit", "its card"))}
+    assert not gates["secrets"].passed and name in gates["secrets"].found
+    path.write_bytes(b"\x00\xff nothing\n")
+    gates = {gate.name: gate for gate in check_gates(run, {name: path}, Licence("mit", "its card"))}
+    assert gates["secrets"].passed
+
+
+def test_a_token_in_a_safetensors_header_is_found(tmp_path):
+    run, path = make_finished_run(tmp_path), tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(2)}, path, metadata={"note": "hf_" + "b" * 34})
+    gates = {gate.name: gate for gate in check_gates(run, {path.name: path}, Licence("mit", "its card"))}
+    assert not gates["secrets"].passed
+
+
+def test_a_checkpoint_with_zeroed_codes_is_refused_by_the_evaluation(tmp_path):
+    source = resolve(str(make_tiny("llama", tmp_path / "m")))
+    run = open_run(tmp_path / "run", source.identity())
+    plan = plan_for(source)
+    write_text(run.layers_csv, "name\n")
+    with stage(run, "quantize", {}, ["model"]):
+        write_checkpoint(source.directory, run.model_dir, skip=plan.protected)
+    path = run.model_dir / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4096:-4032] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(
+        EvaluationError, match=r"model\.safetensors is not the file that notebook 03_quantize"
+    ):
+        evaluate(run, source, device="cpu")

@@ -26,7 +26,7 @@ from spi_utils.runs import (
 SIZE_TOLERANCE = 0.005  # of the plan's bytes
 BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
-TEXT_TYPES = {".json", ".md", ".csv", ".py", ".txt", ".jinja", ".svg"}
+HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
@@ -185,15 +185,21 @@ def _clean(files: Mapping[str, Path]) -> Gate:
     """No file holds something that looks like a secret; names of this machine's folders are pointed out."""
     home, named = str(Path.home()), []
     for name, path in files.items():
-        if path.suffix not in TEXT_TYPES:
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = _searchable(path)
         if SECRET.search(text):
             return Gate("secrets", False, f"{name} holds what looks like an access token; remove it")
         if len(home) > 1 and f"{home}/" in text:
             named.append(name)
     note = f"; {', '.join(named)} name a folder below your home directory" if named else ""
     return Gate("secrets", True, f"none found in {len(files)} files{note}")
+
+
+def _searchable(path: Path) -> str:
+    """A file's bytes as text, whatever it is called; of a safetensors file the header."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            return file.read(8 + int.from_bytes(file.read(8), "little") % HEADER_LIMIT).decode("latin-1")
+        return file.read().decode("utf-8", errors="replace")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
