@@ -12,9 +12,10 @@ from torch import nn
 from spi_utils.errors import EvaluationError, PublishError
 from spi_utils.evaluate import evaluate
 from spi_utils.explorer.page import _json
+from spi_utils.hub import card
 from spi_utils.hub.gates import check_gates
 from spi_utils.hub.hub_calls import Caller
-from spi_utils.hub.licences import Licence
+from spi_utils.hub.licences import Licence, find_licence
 from spi_utils.hub.tokens import Token
 from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.models import load_model, open_weights, resolve
@@ -143,3 +144,57 @@ def test_a_checkpoint_with_zeroed_codes_is_refused_by_the_evaluation(tmp_path):
         EvaluationError, match=r"model\.safetensors is not the file that notebook 03_quantize"
     ):
         evaluate(run, source, device="cpu")
+
+
+MIT = (
+    "MIT License\n\nCopyright (c) 2026 A. Person\n\nPermission is hereby granted, free of charge, to any person "
+    "obtaining a copy of this software"
+)
+APACHE = "Apache License\nVersion 2.0, January 2004\nhttp://www.apache.org/licenses/\n\nTERMS AND CONDITIONS"
+
+
+@pytest.mark.parametrize(
+    ("text", "usable"),
+    [
+        (APACHE, True),
+        ("This is NOT the Apache License, Version 2.0. NON-COMMERCIAL use alone.", False),
+        (APACHE + " Additional terms: non-commercial use only.", False),
+        ("Our own terms. " * 40 + "Parts are under the Apache License, Version 2.0.", False),
+        (MIT, True),
+    ],
+)
+def test_a_licence_file_is_known_by_its_title_and_nothing_may_restrict_it(text, usable, tmp_path):
+    (tmp_path / "LICENSE").write_text(text)
+    assert find_licence({"kind": "local", "id": "m"}, tmp_path).usable is usable
+
+
+@pytest.mark.parametrize(
+    ("yaml", "usable"),
+    [
+        ("license: apache-2.0", True),
+        ("license: foo-bar-evil-1.0", False),
+        ("license: other\nlicense_name: my-own-terms", False),
+        ("license:\n- apache-2.0\n- cc-by-nd-4.0", False),
+        ("license:\n- apache-2.0\n- mit", True),
+    ],
+)
+def test_only_licences_that_are_known_let_a_card_pass(yaml, usable, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{yaml}\n---\nbase\n")
+    assert find_licence({"kind": "local", "id": "m"}, tmp_path).usable is usable
+
+
+def test_a_folder_of_the_models_name_lends_it_no_licence(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_licence({"kind": "local", "id": "m"}, tmp_path / "model").id is None
+
+
+def test_a_licence_that_the_hub_does_not_know_is_written_as_other_with_its_name():
+    assert card._licence(Licence("my-own-terms", "stated", stated=True)) == {
+        "license": "other",
+        "license_name": "my-own-terms",
+        "license_link": "LICENSE",
+    }
+    assert card._licence(Licence("mit", "its card")) == {"license": "mit"}

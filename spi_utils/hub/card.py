@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from spi_utils.errors import PublishError
 from spi_utils.hub.card_facts import Facts, source_name
 from spi_utils.hub.card_text import body
+from spi_utils.hub.licences import KNOWN, Licence
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -49,7 +50,7 @@ def _data(facts: Facts) -> ModelCardData:
     dataset = DATASETS.get(source_name(facts.evaluation["text"]))
     return ModelCardData(
         **base,
-        license=facts.licence.id or "unknown",
+        **_licence(facts.licence),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*BACKEND_TAGS[facts.backend], *_tiers(facts), *TAGS, str(facts.plan["score"])],
@@ -57,6 +58,14 @@ def _data(facts: Facts) -> ModelCardData:
         model_name=facts.repo_id.split("/")[-1],
         eval_results=_eval_results(facts),
     )
+
+
+def _licence(licence: Licence) -> dict[str, Any]:
+    """A licence as the Hub wants it: one of its own ids, or "other" with a name and a link."""
+    name = licence.id or "unknown"
+    if name.lower() in KNOWN or name == "unknown":
+        return {"license": name}
+    return {"license": "other", "license_name": name, "license_link": "LICENSE"}
 
 
 def _tiers(facts: Facts) -> list[str]:

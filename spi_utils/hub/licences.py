@@ -8,7 +8,7 @@ state it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,32 @@ CONDITIONS = {
     "openrail": "The use restrictions of the OpenRAIL licence must be passed on.",
 }
 
+# Ids of the Hub, as its model cards may name them; any other name is no licence that is known here.
+KNOWN = frozenset(
+    {
+        "apache-2.0", "mit", "openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m",
+        "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",
+        "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0",
+        "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+        "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+        "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0",
+        "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0",
+        "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "ms-pl", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0",
+        "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "lppl-1.3c",
+        "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "grok2-community",
+    }
+)  # fmt: skip
+
 # First words of licence files, for bases that state no id.
 TEXTS = {
     "apache-2.0": "apache license version 2.0",
     "mit": "permission is hereby granted, free of charge, to any person obtaining a copy",
     "gpl-3.0": "gnu general public license version 3",
 }
+
+
+TITLE_WITHIN = 250  # characters, copyright lines before it included
+RESTRICTING = re.compile(r"\bnon-?commercial\b|\bresearch (use|purposes) only\b")
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Licence:
     @property
     def usable(self) -> bool:
         """True where publishing may go on: a known licence that allows it, or a person's own statement."""
-        return self.stated or (self.id not in (None, "other", "unknown") and not self.forbids)
+        return self.stated or ((self.id or "").lower() in KNOWN and not self.forbids)
 
     @property
     def condition(self) -> str | None:
@@ -84,15 +104,10 @@ def find_licence(identity: Mapping[str, Any], model_dir: Path, allow: str | None
 def _first_found(identity: Mapping[str, Any], model_dir: Path) -> Licence:
     if identity["kind"] == "bundled":
         return Licence(BUNDLED_LICENCE, f"the card of {identity['id']}")
-    folders = [model_dir]
-    if identity["kind"] == "local":
-        folders.append(Path(identity["id"]))
-    readers: list[Callable[[Path], Licence | None]] = [_from_card, _from_text]
-    for folder in folders:
-        for reader in readers:
-            licence = reader(folder)
-            if licence is not None:
-                return licence
+    for reader in (_from_card, _from_text):
+        licence = reader(model_dir)
+        if licence is not None:
+            return licence
     if identity["kind"] == "hub":
         return _from_hub(identity["id"], identity.get("revision"))
     return Licence(None, "no licence file and no model card with a licence beside the weights")
@@ -110,11 +125,16 @@ def _from_card(folder: Path) -> Licence | None:
 
 
 def _from_text(folder: Path) -> Licence | None:
-    """A licence that its file's own words give away."""
+    """A licence that its file gives away by beginning with its title, and by adding no restriction."""
     for path in sorted(folder.glob("LICEN[CS]E*")):
         words = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
         for name, start in TEXTS.items():
-            if start in words.replace(", ", " ") or start in words:
+            place = words.find(start)
+            if (
+                0 <= place < TITLE_WITHIN
+                and not RESTRICTING.search(words)
+                and " not " not in f" {words[:place]}"
+            ):
                 return Licence(name, f"the base's file {path.name}")
     return None
 
@@ -139,7 +159,9 @@ def _from_hub(model_id: str, revision: str | None) -> Licence:
 
 def _licence_of_data(data: Mapping[str, Any], where: str) -> Licence | None:
     value = data.get("license")
-    value = value[0] if isinstance(value, list) and value else value
-    if value == "other":  # the name beside it says more
-        value = data.get("license_name") or value
-    return Licence(str(value), where) if value else None
+    named = [str(one) for one in (value if isinstance(value, list) else [value]) if one]
+    if named == ["other"]:  # the name beside it says more
+        named = [str(data.get("license_name") or "other")]
+    found = [Licence(one, where) for one in named]
+    # All of several must allow it: the first that doesn't speaks for them.
+    return next((one for one in found if not one.usable), found[0]) if found else None
