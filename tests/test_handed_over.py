@@ -147,8 +147,8 @@ def test_a_checkpoint_with_zeroed_codes_is_refused_by_the_evaluation(tmp_path):
 
 
 MIT = (
-    "MIT License\n\nCopyright (c) 2026 A. Person\n\nPermission is hereby granted, free of charge, to any person "
-    "obtaining a copy of this software"
+    "MIT License\n\nCopyright (c) 2026 A. Person\n\nPermission is hereby granted, free of charge, to any "
+    "person obtaining a copy of this software"
 )
 APACHE = "Apache License\nVersion 2.0, January 2004\nhttp://www.apache.org/licenses/\n\nTERMS AND CONDITIONS"
 

@@ -208,13 +208,17 @@ function sizeBounds() {
 }
 // As many layers in the score's order as the file has room for; equal scores go together or not at all.
 function setSize(bytes, from) {
-  const order = ranked(), values = scoreOf().values, sign = state.direction === "high" ? 1 : -1;
+  const order = ranked(), values = scoreOf().values;
   if (!order.length) return;
   let k = 0, size = DATA.size_base;
   while (k < order.length && size + DATA.size_extra[order[k]] <= bytes) size += DATA.size_extra[order[k++]];
   while (k > 0 && k < order.length && values[order[k - 1]] === values[order[k]]) k--;
-  const first = values[order[0]], beyond = first + sign * Math.max(Math.abs(first) * 1e-12, Number.MIN_VALUE);
-  setThreshold(k ? values[order[k - 1]] : beyond, from);
+  setThreshold(k ? values[order[k - 1]] : beyond(values[order[0]], state.direction), from);
+}
+// A threshold just past the first score in order: it keeps nothing.
+function beyond(first, direction) {
+  const sign = direction === "high" ? 1 : -1;
+  return first + sign * Math.max(Math.abs(first) * 1e-12, Number.MIN_VALUE);
 }
 function setScore(name, direction) {
   const share = consequences().layers / DATA.layers.length;
@@ -223,8 +227,9 @@ function setScore(name, direction) {
   // Another score has another scale: keep as many layers as before.
   const sorted = known(scoreOf().values).sort((a, b) => direction === "high" ? b - a : a - b);
   const count = Math.round(share * DATA.layers.length) - DATA.held;
-  const next = sorted[Math.max(0, Math.min(sorted.length, count) - 1)];
-  state.threshold = next === undefined ? 0 : next;
+  if (!sorted.length) state.threshold = 0;
+  else if (count > 0) state.threshold = sorted[Math.min(sorted.length, count) - 1];
+  else state.threshold = beyond(sorted[0], direction);
   $("direction").value = direction;
   follow();
   refuse(sorted.length ? "" : "No layer has a value of this score.");

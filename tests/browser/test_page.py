@@ -181,3 +181,18 @@ def test_nothing_is_cut_off(run, visit, width, theme):
     assert one.cut_off() == []
     assert one.page.evaluate("document.documentElement.scrollWidth") <= width
     assert one.errors == []
+
+
+@pytest.mark.parametrize(("end", "count"), [(0, 0), (1, 70)])
+def test_page_and_notebook_agree_on_nothing_and_on_everything(opened, run, end, count):
+    """As many layers stay protected under another score, none included."""
+    page, state = opened.page, ExplorerState.open(run)
+    state.set_size(state.size_bounds[end])
+    page.focus("#size")
+    page.keyboard.press(("Home", "End")[end])
+    assert state.choice.layers == count
+    assert answer(page).startswith(f"{count} of 70")
+    state.set_score("alpha_decay")
+    page.select_option("#score", "alpha_decay")
+    assert state.choice.layers == count
+    assert answer(page).startswith(f"{count} of 70")
