@@ -48,7 +48,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 
 bench: $(INSTALLED)  ## the benchmarks behind README's tables (about three hours), into bench-out/
 	@mkdir -p bench-out
-	@for name in explorer evaluate safe_linear quantize spectra fisher selection formats compactness; do \
+	@for name in explorer evaluate safe_linear quantize spectra fisher selection formats rounding compactness; do \
 		$(PY) -m benchmarks.$$name --json bench-out/$$name.json || exit 1; done
 
 links: $(INSTALLED)  ## write the repository's address from pyproject.toml into badges and first cells
