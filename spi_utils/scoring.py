@@ -172,20 +172,17 @@ def reference_states(
     """
     head = Head(model)
     head.check(model, windows)
-    hidden: list[torch.Tensor] = []
-    nll: list[torch.Tensor] = []
-    top1: list[torch.Tensor] = []
+    parts: list[tuple[torch.Tensor, ...]] = []
 
     def score(ids: torch.Tensor) -> None:
         states = _states(model, ids)
         losses, best = _reference_rows(head, states.flatten(0, 1), ids[:, 1:].flatten())
         _check_finite(model, ids, losses, label)
-        hidden.append(states.cpu())
-        nll.append(losses.view(len(ids), -1).cpu())
-        top1.append(best.view(len(ids), -1).cpu())
+        columns = (losses.view(len(ids), -1).cpu(), best.view(len(ids), -1).cpu())
+        parts.append((states.cpu(), *columns))  # at once: a copy that fails must leave no column longer
 
     _batches(model, windows, batch, score)
-    return Reference(torch.cat(hidden), torch.cat(nll), torch.cat(top1))
+    return Reference(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def token_scores(
