@@ -1,14 +1,21 @@
 """Controls, rivals and references are what their names say: faults that gave wrong numbers without a word."""
 
 import copy
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spi_utils import scoring
+from spi_utils import runs, scoring, texts
+from spi_utils.evaluate import evaluate
+from spi_utils.judging import session
 from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.models import load_model, resolve
+from spi_utils.plan import ProtectionPlan
 from spi_utils.scoring import Head, reference_states, token_scores
+from tests.evaluated_run import ready_run
 from tests.tiny import VOCABULARY
 
 
@@ -80,3 +87,64 @@ def test_running_out_of_memory_between_two_columns_keeps_the_reference_aligned(
         assert getattr(got, name).shape == getattr(want, name).shape
         assert torch.allclose(getattr(got, name).float(), getattr(want, name).float(), atol=1e-4)
     assert token_scores(model, windows, got).kl == pytest.approx(0, abs=1e-5)
+
+
+@pytest.fixture
+def bfloat16_run(tiny, tmp_path, monkeypatch):
+    """A float16 source's run whose file was written in bfloat16, and a short text to judge it on."""
+    whole = texts.load_text("pydoc")
+    monkeypatch.setitem(texts._LOADERS, "pydoc", lambda: replace(whole, text=whole.text[:20_000]))
+    monkeypatch.setattr(runs, "code_hash", lambda: "0" * 64)
+    run, source = ready_run(tiny("llama"), tmp_path / "run")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["lm_head", *ProtectionPlan.read(run.plan_json).protected],
+    )
+    saved = AutoModelForCausalLM.from_pretrained(
+        source.directory, quantization_config=config, dtype=torch.bfloat16
+    )
+    shutil.rmtree(run.model_dir)
+    saved.save_pretrained(run.model_dir)
+    return run, source
+
+
+ASKED = {"texts": "pydoc", "windows": 10, "length": 32, "random_seeds": 1, "speed_repeats": 0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_controls_do_not_depend_on_the_plan_scored_before_them_nor_on_where_a_run_was_resumed(
+    dtype, bfloat16_run, tmp_path, monkeypatch
+):
+    run, source = bfloat16_run
+    asked = {**ASKED, "controls": ["fisher", "int8", "random"], "dtype": dtype}
+    at_once = evaluate(run, source, **asked)
+    content = run.evaluation_json.read_bytes()
+
+    resumed = runs.Run(tmp_path / "resumed")
+    shutil.copytree(run.path, resumed.path)
+    resumed.evaluation_json.unlink()
+    shutil.rmtree(resumed.partial, ignore_errors=True)
+    score = scoring.token_scores
+    for stop in (1, 3, 4, 2, 3):  # blocks until the process is killed: in NF4, the plan, the controls
+        left = [stop]
+
+        def killed(*args, left=left, **kwargs):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return score(*args, **kwargs)
+
+        monkeypatch.setattr(session, "token_scores", killed)
+        try:
+            evaluate(resumed, source, **asked)
+            break
+        except KeyboardInterrupt:
+            continue
+    monkeypatch.setattr(session, "token_scores", score)
+    evaluate(resumed, source, **asked)
+    assert resumed.evaluation_json.read_bytes() == content
+
+    alone = evaluate(run, source, **{**asked, "controls": ["int8"]}, force=True)
+    for name in ("window_nll", "window_kl"):
+        assert alone.variants["int8"][name] == at_once.variants["int8"][name]
