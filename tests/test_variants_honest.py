@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import runs, scoring, texts
 from spi_utils.evaluate import evaluate
-from spi_utils.judging import session
+from spi_utils.judging import controls, session
 from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.models import load_model, resolve
-from spi_utils.plan import ProtectionPlan
+from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
+from tests.synthetic import layer_table
 from tests.tiny import VOCABULARY
 
 
@@ -148,3 +149,34 @@ def test_controls_do_not_depend_on_the_plan_scored_before_them_nor_on_where_a_ru
     alone = evaluate(run, source, **{**asked, "controls": ["int8"]}, force=True)
     for name in ("window_nll", "window_kl"):
         assert alone.variants["int8"][name] == at_once.variants["int8"][name]
+
+
+# --- what a plan's patterns settle is settled in its controls ---------------------------------------------
+
+
+@pytest.mark.parametrize("group", [None, "fused"])
+@pytest.mark.parametrize("bits", [6.0, 9.0])
+@pytest.mark.parametrize("formats", [("nf4", "16bit"), ("int4_g64", "int8", "16bit")])
+def test_controls_at_equal_bytes_obey_the_plans_patterns(formats, bits, group):
+    layers = layer_table(210)
+    plan = make_plan(
+        layers,
+        score="fisher",
+        rule="matrix_bits",
+        value=bits,
+        formats=formats,
+        group=group,
+        force_16bit=[r"layers\.0\.", r"layers\.7\..*down_proj"],
+        forbid_16bit=r"layers\.(1|2[0-9])\.",
+    )
+    forced = {n for n in plan.formats if ".layers.0." in n or n.endswith("layers.7.mlp.down_proj")}
+    forbidden = {n for n in plan.formats if n.split(".")[2] in ("1", *map(str, range(20, 30)))}
+    assert forced and forbidden and set(plan.protected) >= forced and not set(plan.protected) & forbidden
+    variants, _ = controls.make_variants(layers, plan, controls.FULL)
+    equal = {key: one for key, one in variants.items() if one.equal_bytes}
+    assert equal.keys() >= {"other_direction", "fisher_int8", "fisher_int4", "type_prior", "random_4"}
+    for key, one in equal.items():
+        assert {one.formats[name] for name in forced} == {"16bit"}, key
+        assert "16bit" not in {one.formats[name] for name in forbidden}, key
+        assert abs(one.bytes_miss) <= controls.EQUAL_BYTES, key
+    assert len({tuple(variants[f"random_{i}"].formats.values()) for i in range(5)}) == 5

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
-from spi_utils.planning.choice import fused_groups
+from spi_utils.planning.choice import fused_groups, matches
 from spi_utils.planning.pricing import able, bit_rates, nominal_bits, payload_bytes, price
 from spi_utils.planning.scores import available_scores, score_values
 
@@ -131,8 +132,9 @@ def in_plans_formats(
     """The plan's own formats, each with the bytes that the plan spends on it, given out in a score's order.
 
     For plans with a format between 4-bit and 16-bit: what differs from the plan is then which layers get
-    what, not how many bits there are of each kind. Merged layers stay together if the plan's do. The highest
-    format goes first.
+    what, not how many bits there are of each kind. Merged layers stay together if the plan's do, and layers
+    that the plan's patterns force into 16-bit, or forbid it, obey them here too. The highest format goes
+    first.
     """
     low = tiers(plan)[0]
     rows = layers[layers["quantizable"]].reset_index(drop=True)
@@ -140,8 +142,13 @@ def in_plans_formats(
     groups = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
     values = score_values(layers, score, formats=tiers(plan), seed=seed)[layers["quantizable"].to_numpy(bool)]
     own = [plan.formats[name] for name in names]
-    movable = able(rows, low)  # a layer that the lowest format can't hold keeps the plan's
-    groups = [group for group in groups if movable[group].all()]
+    patterns = _patterns(plan)
+    forced = matches(names, patterns["force_16bit"], "force_16bit")
+    forbidden = matches(names, patterns["forbid_16bit"], "forbid_16bit")
+    movable = able(rows, low) & ~forced  # others keep the plan's format, and so do those merged with them
+    for group in groups:
+        movable[group] = movable[group].all()
+    groups = [group for group in groups if movable[group[0]]]
     mean = np.array([np.nanmean(values[group]) for group in groups])
     order = np.argsort(mean if flip else -mean, kind="stable")
     chosen = [low if held else fmt for held, fmt in zip(movable, own, strict=True)]
@@ -152,7 +159,9 @@ def in_plans_formats(
         left += sum(int(extra[place]) for place, held in enumerate(own) if held == fmt and movable[place])
         for group in (groups[place] for place in order):
             cost = int(extra[group].sum())
-            if chosen[group[0]] == low and cost <= left and able(rows.iloc[group], fmt).all():
+            barred = fmt == "16bit" and forbidden[group].any()
+            fitting = cost <= left and able(rows.iloc[group], fmt).all()
+            if chosen[group[0]] == low and fitting and not barred:
                 left -= cost
                 for place in group:
                     chosen[place] = fmt
@@ -206,9 +215,15 @@ def _by_score(
             double_quant=plan.double_quant,
             seed=number,
             group=group if formats else plan.options.get("group"),
+            **_patterns(plan),
         ).formats
 
     return choose
+
+
+def _patterns(plan: ProtectionPlan) -> dict[str, Any]:
+    """What the plan's user settled: a control that chose there too would differ in more than the score."""
+    return {name: plan.options.get(name) for name in ("force_16bit", "forbid_16bit")}
 
 
 def _noise(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
