@@ -59,7 +59,7 @@ def decide(
     model = run_info(run)["model"]
     choices["formats"] = tuple(formats) or default_formats(backend, **choices)
     choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
-    plan = make_plan(read_layers(run), model=model, layers_fingerprint=mark, **choices)
+    plan = make_plan(read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
     plan.write(run.plan_json)
     return plan
 

@@ -20,7 +20,7 @@ from spi_utils.errors import PlanError
 from spi_utils.planning.choice import Patterns, Problem, pose
 from spi_utils.planning.pricing import bit_rates, nominal_bits, price
 from spi_utils.planning.protection import PlanDiff, ProtectionPlan, check_plan, check_writer, diff
-from spi_utils.planning.rules import RULES, Answer, Ask, check_value, remarks
+from spi_utils.planning.rules import RULES, STOCK, Answer, Ask, check_value, remarks
 from spi_utils.planning.scores import SCORES, predicted_cost, score_values
 
 __all__ = [
@@ -55,6 +55,7 @@ def make_plan(
     model: Mapping[str, Any] | None = None,
     layers_fingerprint: str = "",
     origin: str = "parameters",
+    writer: str = STOCK,
 ) -> ProtectionPlan:
     """Decide every layer's format.
 
@@ -70,6 +71,7 @@ def make_plan(
             16-bit whatever the score says.
         seed: for the score `random`.
         model, layers_fingerprint, origin: recorded in the plan.
+        writer: the checkpoint writer that is meant; the plan's reason says what it can't hold.
 
     Raises:
         PlanError: unknown names (with the nearest match), a value out of range (with the possible range),
@@ -83,7 +85,7 @@ def make_plan(
     answer = RULES[rule].choose(ask)
     assigned = _assigned(problem, answer)
     worth = _worth(ask, answer, assigned, double_quant)
-    said = [answer.sentence, *remarks(ask, answer, worth["bytes"])]
+    said = [answer.sentence, *remarks(ask, answer, worth["bytes"], writer)]
     if group and worth["predicted_kl"] is not None:
         free = replace(ask, problem=pose(layers, score, direction, formats, **wishes))
         said.append(_price_of_groups(worth, free, double_quant))

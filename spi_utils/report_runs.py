@@ -43,8 +43,16 @@ def other_runs(run: runs.Run) -> str:
 
 
 RUN_HEADS = (
-    *("run: model, plan, text", "matrix bits", "Δ loss", "KL plan", "random", "Fisher", "Fisher with int8"),
-    "Fisher with int4, int8",
+    *(
+        "run: model, plan, text",
+        "matrix bits",
+        "Δ loss",
+        "KL plan",
+        "random",
+        "Fisher",
+        "Fisher (NF4, int8 or 16-bit)",
+    ),
+    "Fisher (int4, int8 or 16-bit)",
     "int8",
 )
 

@@ -9,14 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import runs, scoring, texts
+from spi_utils.decide import decide
 from spi_utils.evaluate import evaluate
 from spi_utils.judging import controls, session
 from spi_utils.judging.rivals import LoadedRival, Rival
+from spi_utils.judging.sentences import mix_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
-from tests.synthetic import layer_table
+from tests.synthetic import layer_table as large_table
+from tests.synthetic import make_run
+from tests.test_report import make_evaluation
 from tests.tiny import VOCABULARY
 
 
@@ -158,7 +162,7 @@ def test_controls_do_not_depend_on_the_plan_scored_before_them_nor_on_where_a_ru
 @pytest.mark.parametrize("bits", [6.0, 9.0])
 @pytest.mark.parametrize("formats", [("nf4", "16bit"), ("int4_g64", "int8", "16bit")])
 def test_controls_at_equal_bytes_obey_the_plans_patterns(formats, bits, group):
-    layers = layer_table(210)
+    layers = large_table(210)
     plan = make_plan(
         layers,
         score="fisher",
@@ -180,3 +184,58 @@ def test_controls_at_equal_bytes_obey_the_plans_patterns(formats, bits, group):
         assert "16bit" not in {one.formats[name] for name in forbidden}, key
         assert abs(one.bytes_miss) <= controls.EQUAL_BYTES, key
     assert len({tuple(variants[f"random_{i}"].formats.values()) for i in range(5)}) == 5
+
+
+# --- names say what is held, not what was allowed ----------------------------------------------------------
+
+WORDS = {"nf4": "NF4", "int4_g64": "int4", "int8": "int8", "16bit": "16-bit"}
+
+
+@pytest.mark.parametrize("bits", [5.0, 7.0, 11.2])
+@pytest.mark.parametrize("key", ["fisher_int8", "fisher_int4"])
+def test_a_mixs_label_names_the_formats_that_it_holds_and_no_other(key, bits):
+    layers = large_table(210)
+    plan = make_plan(layers, score="fisher", rule="matrix_bits", value=bits)
+    variants, _ = controls.make_variants(layers, plan, [key])
+    one = variants[key]
+    assert {fmt for fmt, word in WORDS.items() if word in one.label} == set(one.formats.values())
+
+
+def test_a_uniform_control_says_where_its_format_does_not_fit():
+    layers = large_table(14)
+    plan = make_plan(layers)
+    label = controls.make_variants(layers, plan, ["int4"])[0]["int4"].label
+    assert label == "int4 (groups of 64) everywhere"
+    layers.loc[layers["name"].str.endswith("down_proj"), "cols"] = 100
+    one = controls.make_variants(layers, plan, ["int4"])[0]["int4"]
+    assert set(one.formats.values()) == {"int4_g64", "16bit"} and one.label.endswith("where it fits")
+
+
+@pytest.mark.parametrize("key", ["fisher_int8", "fisher_int4"])
+def test_sentences_about_a_mix_name_the_formats_that_it_holds(key):
+    found = make_evaluation()
+    fisher = found.variants["fisher"]
+    mix = {
+        **fisher,
+        "layers": {"16bit": 114, "int8": 96},
+        "kl_mean": 0.1 * fisher["kl_mean"],
+        "window_kl": [0.1 * value for value in fisher["window_kl"]],
+    }
+    found = make_evaluation(variants={**found.variants, key: mix})
+    assert "optimum of int8 and 16-bit" in mix_sentence(found)
+    assert "it holds int8 and 16-bit" in switching_sentence(found)
+    assert not {"NF4", "int4"} & set(mix_sentence(found).replace(",", "").split())
+
+
+@pytest.mark.parametrize(
+    ("backend", "remark"), [("compressed-tensors", False), ("bitsandbytes", True)], ids=["ct", "bnb"]
+)
+def test_a_plan_names_another_backend_only_if_the_chosen_one_cannot_hold_it(backend, remark, tmp_path):
+    run = make_run(tmp_path / "run", 70)
+    run.plan_json.unlink(missing_ok=True)
+    formats = ("int4_g64", "int8", "16bit")
+    choices = {"score": "fisher", "rule": "matrix_bits", "value": 7, "formats": formats}
+    plan = decide(run, backend=backend, **choices)
+    assert "int8" in plan.formats.values()
+    assert ("backend='compressed-tensors' can" in plan.reason) is remark
+    assert ("can't hold int8" in plan.reason.replace("int4_g64, ", "")) is remark

@@ -22,8 +22,8 @@ ROWS = {
     "plan": "**this model**",
     "other_direction": "the score's other end, equal bytes",
     "fisher": "chosen by Fisher information, equal bytes",
-    "fisher_int8": "chosen by Fisher information, with 8-bit as a tier, equal bytes",
-    "fisher_int4": "4-bit integers, 8-bit and 16-bit, chosen by Fisher information, equal bytes",
+    "fisher_int8": "chosen by Fisher information from NF4, 8-bit and 16-bit, equal bytes",
+    "fisher_int4": "chosen by Fisher information from 4-bit integers, 8-bit and 16-bit, equal bytes",
     "int8": "8-bit everywhere",
     "int4": "4-bit integers (groups of 64) everywhere",
 }

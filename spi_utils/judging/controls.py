@@ -17,7 +17,7 @@ import pandas as pd
 from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
 from spi_utils.planning.choice import fused_groups, matches
-from spi_utils.planning.pricing import able, bit_rates, nominal_bits, payload_bytes, price
+from spi_utils.planning.pricing import able, bit_rates, held_words, nominal_bits, payload_bytes, price
 from spi_utils.planning.scores import available_scores, score_values
 
 QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
@@ -53,7 +53,10 @@ Choose = Callable[[pd.DataFrame, ProtectionPlan, int], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Control:
-    """A control: its label, and what chooses its formats from the table, the plan and a seed."""
+    """A control: its label, and what chooses its formats from the table, the plan and a seed.
+
+    "{held}" in the label becomes the formats that were chosen.
+    """
 
     label: str
     choose: Choose
@@ -112,7 +115,7 @@ def _priced(
     overall, matrix = bit_rates(layers, stored, plan.double_quant)
     return Variant(
         key=key,
-        label=plan_label(plan) if key == "plan" else control.label,
+        label=plan_label(plan) if key == "plan" else _label(control, formats),
         formats=formats,
         bytes=cost["total"],
         bits_per_weight=overall,
@@ -124,6 +127,13 @@ def _priced(
         if control.equal_bytes
         else 0.0,
     )
+
+
+def _label(control: Control, formats: Mapping[str, str]) -> str:
+    """A control's label, told by the formats that it holds: what was on its menu may not have been chosen."""
+    uniform = control.label.endswith("everywhere") and len(set(formats.values())) > 1
+    label = control.label.replace("everywhere", "where it fits") if uniform else control.label
+    return label.format(held=held_words(set(formats.values()) - {"noise"}))
 
 
 def in_plans_formats(
@@ -245,10 +255,10 @@ CONTROLS: dict[str, Control] = {
     "other_direction": Control("the score's other end", _by_score("", flip=True)),
     "fisher": Control("Fisher's optimum", _by_score("fisher")),
     # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
-    "fisher_int8": Control("Fisher's optimum with int8", _by_score("fisher", ("nf4", "int8", "16bit"))),
+    "fisher_int8": Control("Fisher's optimum of {held}", _by_score("fisher", ("nf4", "int8", "16bit"))),
     # What vLLM serves: merged layers share a format.
     "fisher_int4": Control(
-        "Fisher's optimum, int4 and int8", _by_score("fisher", (INT4, "int8", "16bit"), group="fused")
+        "Fisher for vLLM: {held}", _by_score("fisher", (INT4, "int8", "16bit"), group="fused")
     ),
     "int8": Control("int8 everywhere", _everything("int8"), equal_bytes=False),
     "int4": Control("int4 (groups of 64) everywhere", _everything(INT4), equal_bytes=False),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from spi_utils import stats
 from spi_utils.judging.evaluation import Evaluation
+from spi_utils.planning.pricing import held_words
 from spi_utils.report_html import size
 
-# Variants with more than two formats, and what they add in words.
+# Variants that may hold more than two formats: what they were chosen from, and how a plan is made like it.
 MIXES = {
-    "fisher_int8": "with int8 as a tier",
-    "fisher_int4": "of int4, int8 and 16-bit (notebook 02 with backend='compressed-tensors' makes it)",
+    "fisher_int8": ("NF4, int8 and 16-bit", ""),
+    "fisher_int4": ("int4, int8 and 16-bit", " (notebook 02 with backend='compressed-tensors' makes it)"),
 }
 
 
@@ -45,7 +46,7 @@ def _worth(evaluation: Evaluation) -> str:
 
 
 def mix_sentence(evaluation: Evaluation) -> str:
-    """The mix worth taking home: Fisher's optimum with more tiers, where it is the best at the plan's bytes.
+    """The mix worth taking home: Fisher's optimum of more formats, where it is the best at the plan's bytes.
 
     Empty unless its KL is the lowest of all equal-bytes variants and below the plan's by an interval.
     """
@@ -60,8 +61,8 @@ def mix_sentence(evaluation: Evaluation) -> str:
     if mix["kl_mean"] > least or stats.verdict(paired, "lower") != "supported":
         return ""
     return (
-        f"The best mix at these bytes is Fisher's optimum {MIXES[best]}: its KL is "
-        f"{mix['kl_mean']:.4f} nats a token, the plan's {plan['kl_mean']:.4f}."
+        f"The best mix at these bytes is Fisher's optimum of {held_words(mix['layers'])}{MIXES[best][1]}: "
+        f"its KL is {mix['kl_mean']:.4f} nats a token, the plan's {plan['kl_mean']:.4f}."
     )
 
 
@@ -84,10 +85,8 @@ def switching_sentence(evaluation: Evaluation) -> str:
         f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
         f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
     )
-    for key, words in {
-        "fisher_int8": "with int8 as a third tier",
-        "fisher_int4": "from int4 and int8",
-    }.items():
+    for key, (menu, _) in MIXES.items():
         if key in variants:
-            sentence += f"; {words} the KL would be {variants[key]['kl_mean']:.4f}"
+            one = variants[key]
+            sentence += f"; chosen from {menu} it holds {held_words(one['layers'])}, KL {one['kl_mean']:.4f}"
     return f"{sentence}."

@@ -6,7 +6,7 @@ norms and all), `matrix_bits` only the planned matrices, those that a quantizer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ TENSORS = {
         ".weight.quant_state.bitsandbytes__nf4",
     ),
 }
+WORDS = {"nf4": "NF4", "int4_g64": "int4", "16bit": "16-bit"}  # others as they are
 # compressed-tensors' names, all other formats
 PACKED = (".weight_packed", ".weight_scale", ".weight_shape")
 ZERO_POINT = ".weight_zero_point"
@@ -51,6 +52,12 @@ def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
 def nominal_bits(fmt: str) -> float:
     """A format's bits a weight on a large matrix; PlanError for an unknown format."""
     return format_row(fmt).bits_per_weight
+
+
+def held_words(formats: Iterable[str]) -> str:
+    """Formats as prose names them, fewest bits first: "NF4, int8 and 16-bit"."""
+    words = [WORDS.get(fmt, fmt) for fmt in sorted(set(formats), key=nominal_bits)]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
 def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) -> NDArray[np.int64]:

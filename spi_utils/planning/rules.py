@@ -103,8 +103,9 @@ def check_value(rule: str, value: float | None) -> float:
     return float(value)
 
 
-def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
-    """What else a reader of the plan must know: layers without a score, wishes, a missed budget."""
+def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int], writer: str = STOCK) -> list[str]:
+    """What else a reader of the plan must know: layers without a score, wishes, what the checkpoint `writer`
+    can't hold, a missed budget."""
     p = ask.problem
     said = []
     missing = int(p.count[np.isnan(p.value) & p.free].sum())
@@ -121,9 +122,9 @@ def remarks(ask: Ask, answer: Answer, weight: Mapping[str, int]) -> list[str]:
         if not mask.all()
     ]
     used = [p.formats[place] for place in np.unique(answer.formats)]
-    foreign = [fmt for fmt in used if STOCK not in format_row(fmt).writers]
+    foreign = [fmt for fmt in used if writer not in format_row(fmt).writers]
     if foreign:
-        said.append(f"A stock {STOCK} checkpoint can't hold {', '.join(foreign)}{_writer(used)}.")
+        said.append(f"A stock {writer} checkpoint can't hold {', '.join(foreign)}{_writer(used)}.")
     miss = weight.get("miss", 0)
     share = miss / weight["total_16bit"]
     if abs(share) > EQUAL:
