@@ -65,10 +65,10 @@ def test_types_depths_and_roles(tiny):
     assert untied["lm_head"].role == "head" and untied["model.embed_tokens"].depth == -1
 
 
-def test_float32_sources_are_stored_as_float16_and_bfloat16_stays(tmp_path):
+def test_float32_sources_are_stored_as_bfloat16_and_bfloat16_stays(tmp_path):
     from tests.tiny import make_tiny
 
-    for dtype, stored in (("float32", "float16"), ("bfloat16", "bfloat16")):
+    for dtype, stored in (("float32", "bfloat16"), ("bfloat16", "bfloat16")):
         directory = make_tiny("llama", tmp_path / dtype, dtype=dtype)
         source = models.resolve(str(directory))
         assert source.storage_dtype == stored
