@@ -1,8 +1,10 @@
 """Controls, rivals and references are what their names say: faults that gave wrong numbers without a word."""
 
 import copy
+import html
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.judging.sentences import mix_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.report_runs import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
+from tests.finished_run import make_finished_run
 from tests.synthetic import layer_table as large_table
 from tests.synthetic import make_run
 from tests.test_report import make_evaluation
@@ -239,3 +243,18 @@ def test_a_plan_names_another_backend_only_if_the_chosen_one_cannot_hold_it(back
     assert "int8" in plan.formats.values()
     assert ("backend='compressed-tensors' can" in plan.reason) is remark
     assert ("can't hold int8" in plan.reason.replace("int4_g64, ", "")) is remark
+
+
+def test_a_folder_that_may_not_be_read_is_named_in_the_report(tmp_path, monkeypatch):
+    run, closed = make_finished_run(tmp_path), tmp_path / "closed"
+    closed.mkdir()
+    exists = Path.exists
+
+    def denied(path, *args, **kwargs):
+        if path.parent == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "exists", denied)
+    make_evaluation().write(run.evaluation_json)
+    assert "closed: its evaluation can't be read" in html.unescape(other_runs(run))

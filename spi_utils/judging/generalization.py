@@ -31,17 +31,24 @@ def evaluated_beside(run: Run) -> list[Path]:
 
     A folder that can't be read, or holds a damaged run, is named and left out: this run's report stands.
     """
-    folder = run.path.resolve().parent
-    found = []
-    for path in sorted(folder.iterdir()):
+    found, unread = read_beside(run)
+    for path, why in unread.items():
+        print(f"{path} is left out of the comparison: it can't be read ({why}).")
+    return found
+
+
+def read_beside(run: Run) -> tuple[list[Path], dict[Path, str]]:
+    """The evaluated runs beside this one that can be read, and {folder: why not} for the others."""
+    found, unread = [], {}
+    for path in sorted(run.path.resolve().parent.iterdir()):
         one = Run(path)
         try:
             if one.evaluation_json.exists() and one.info_json.exists():
                 _row(one)
                 found.append(path)
         except (OSError, SPIError, KeyError, TypeError, ValueError) as error:
-            print(f"{path} is left out of the comparison: it can't be read ({error}).")
-    return found
+            unread[path] = str(error)
+    return found, unread
 
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
