@@ -160,7 +160,9 @@ def _prepare(
     from spi_utils.texts import load_texts
 
     layers = runs.read_layers(run)
-    plan = ProtectionPlan.read(run.plan_json, model=source.identity())
+    plan = ProtectionPlan.read(
+        run.plan_json, model=source.identity(), layers_fingerprint=runs.layers_fingerprint(run)
+    )
     variants, skipped = make_variants(
         layers,
         plan,

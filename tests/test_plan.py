@@ -361,7 +361,7 @@ def test_without_sensitivity_the_predicted_kl_is_null(tmp_path):
     [
         (lambda held: held | {"schema": 99}, "schema 99"),
         (lambda held: {k: v for k, v in held.items() if k != "formats"}, "has no formats"),
-        (lambda held: held | {"formats": list(held["formats"])}, "are objects"),
+        (lambda held: held | {"formats": list(held["formats"])}, "an object"),
         (lambda held: held | {"protected": held["protected"][:-1]}, "must be the same"),
         (lambda held: held | {"formats": dict.fromkeys(held["formats"], "nf5"), "protected": []}, "nf5"),
     ],

@@ -5,18 +5,22 @@ plan.py makes plans; here they are written, read, compared, and checked against 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import PlanError, RunError
 from spi_utils.formats import format_row
+from spi_utils.planning.choice import GROUPS
 from spi_utils.planning.pricing import nominal_bits
-from spi_utils.planning.scores import suggest
+from spi_utils.planning.scores import DIRECTIONS, suggest
 from spi_utils.runs import fingerprint, read_json, write_json
 
 SCHEMA = 1
+AGAIN = "Run notebook 02_visualize again with force=True."
 
 
 @dataclass(frozen=True)
@@ -81,26 +85,22 @@ class ProtectionPlan:
             layers_fingerprint: refuse a plan made from another layer table.
 
         Raises:
-            PlanError: missing, truncated, of another schema, with missing or malformed entries, or for
-                another model.
+            PlanError: missing, truncated, of another schema, with missing, unknown or malformed entries, for
+                another model, or from another layer table.
         """
-        again = "Run notebook 02_visualize again."
         try:
             held = read_json(path, schema=SCHEMA, what="plan", stage="02_visualize")
         except RunError as error:
             raise PlanError(str(error)) from error
-        required = [name for name in cls.__dataclass_fields__ if name not in ("origin", "reason", "options")]
-        missing = [name for name in required if name not in held]
-        if missing:
-            raise PlanError(f"{path}: this plan has no {', '.join(missing)}. {again}")
-        plan = cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
+        _check_entries(path, held)
+        plan = cls(**held)
         plan = replace(plan, protected=tuple(plan.protected))
-        _check_read(path, plan)
+        _check_formats(path, plan)
         if model is not None and plan.model.get("sha256") != model.get("sha256"):
             theirs, ours = _identity(plan.model), _identity(model)
-            raise PlanError(f"{path}: this plan is for {theirs}, not for {ours}. {again}")
+            raise PlanError(f"{path}: this plan is for {theirs}, not for {ours}. {AGAIN}")
         if layers_fingerprint is not None and plan.layers_fingerprint != layers_fingerprint:
-            raise PlanError(f"{path}: this plan was made from another layers.csv than the run holds. {again}")
+            raise PlanError(f"{path}: this plan was made from another layers.csv than the run holds. {AGAIN}")
         return plan
 
 
@@ -195,24 +195,82 @@ def _able(plan: ProtectionPlan, able: Collection[str]) -> str:
     return f"{', '.join(sorted(able))} can hold that format, but no writer holds all of this plan's formats."
 
 
-def _check_read(path: str | Path, plan: ProtectionPlan) -> None:
-    again = "Run notebook 02_visualize again."
-    if (
-        not isinstance(plan.formats, dict)
-        or not isinstance(plan.bytes, dict)
-        or not isinstance(plan.model, dict)
-    ):
-        raise PlanError(
-            f"{path}: `formats`, `bytes` and `model` of a plan are objects; they are not. {again}"
-        )
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _options(value: Any) -> bool:
+    """group, patterns and seed; an entry that is missing was not asked for."""
+    if not isinstance(value, dict):
+        return False
+    patterns = (value.get(name) for name in ("force_16bit", "forbid_16bit"))
+    seed = value.get("seed", 0)
+    return (
+        value.get("group") in GROUPS
+        and all(one is None or isinstance(one, str) or _texts(one) for one in patterns)
+        and isinstance(seed, int)
+        and not isinstance(seed, bool)
+    )
+
+
+def _bytes(value: Any) -> bool:
+    return isinstance(value, dict) and "total" in value and all(map(_number, value.values()))
+
+
+# What each entry of plan.json must be, and in words.
+ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, dict), "an object"),
+    "score": (lambda value: isinstance(value, str), "a text"),
+    "direction": (lambda value: value in DIRECTIONS, "'high' or 'low'"),
+    "rule": (lambda value: isinstance(value, str), "a text"),
+    "value": (lambda value: value is None or _number(value), "a number or null"),
+    "formats": (
+        lambda value: isinstance(value, dict) and _texts(list(value.values())),
+        "an object {module: format}",
+    ),
+    "protected": (_texts, "a list of module names"),
+    "double_quant": (lambda value: isinstance(value, bool), "true or false"),
+    "bytes": (_bytes, "an object of numbers, `total` among them"),
+    "bits_per_weight": (_number, "a number"),
+    "matrix_bits": (_number, "a number"),
+    "predicted_kl": (lambda value: value is None or _number(value), "a number or null"),
+    "layers_fingerprint": (lambda value: isinstance(value, str), "a text"),
+    "schema": (lambda value: value == SCHEMA, str(SCHEMA)),
+    "origin": (lambda value: isinstance(value, str), "a text"),
+    "reason": (lambda value: isinstance(value, str), "a text"),
+    "options": (_options, "an object of group, force_16bit, forbid_16bit and seed"),
+}
+OPTIONAL = ("origin", "reason", "options")  # an older version's plans lack them
+
+
+def _check_entries(path: str | Path, held: Mapping[str, Any]) -> None:
+    """Refuse a plan.json with entries that are missing, unknown or of another type."""
+    missing = [name for name in ENTRIES if name not in held and name not in OPTIONAL]
+    if missing:
+        raise PlanError(f"{path}: this plan has no {', '.join(missing)}. {AGAIN}")
+    for name, value in held.items():
+        if name not in ENTRIES:
+            raise PlanError(f"{path}: a plan has no entry {name!r}.{suggest(name, ENTRIES)} {AGAIN}")
+        right, expected = ENTRIES[name]
+        if not right(value):
+            shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
+            raise PlanError(f"{path}: `{name}` of a plan is {expected}; found {shown}. {AGAIN}")
+
+
+def _check_formats(path: str | Path, plan: ProtectionPlan) -> None:
+    """Refuse formats that are unknown, or that aren't what `protected` says."""
     for name, fmt in plan.formats.items():
         try:
             format_row(fmt)
         except PlanError as error:
-            raise PlanError(f"{path}: {name}: {error}") from error
+            raise PlanError(f"{path}: {name}: {error} {AGAIN}") from error
     held = tuple(name for name, fmt in plan.formats.items() if fmt == "16bit")
     if held != plan.protected:
         raise PlanError(
             f"{path}: `protected` lists {len(plan.protected)} layers, `formats` keeps {len(held)} in 16-bit; "
-            f"they must be the same, in the same order. {again}"
+            f"they must be the same, in the same order. {AGAIN}"
         )
