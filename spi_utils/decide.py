@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from spi_utils.errors import PlanError
@@ -16,6 +17,8 @@ TIERS = {
     "bitsandbytes": (("nf4", "16bit"), ("nf4", "16bit")),
     "compressed-tensors": (("int4_g64", "16bit"), ("int4_g64", "int8", "16bit")),
 }
+CHOICES = ("score", "direction", "rule", "value", "double_quant", "force_16bit", "forbid_16bit")
+DEFAULTS = {name: signature(make_plan).parameters[name].default for name in CHOICES}
 AUTO_GROUP = {"bitsandbytes": None, "compressed-tensors": "fused"}
 
 
@@ -30,7 +33,9 @@ def decide(
 ) -> ProtectionPlan:
     """Write `plan.json` by a score and a rule, and return the plan that the run now holds.
 
-    A plan saved from the explorer for this very layer table is kept, and that is said; `force` replaces it.
+    A plan saved from the explorer for this very layer table is kept, and that is said, as long as nothing
+    else is asked for: a choice that isn't its default and isn't the saved plan's is refused. `force` replaces
+    the saved plan.
 
     Args:
         run: a run with a layer table.
@@ -42,8 +47,8 @@ def decide(
         choices: what else `plan.make_plan` takes: score, direction, rule, value, double_quant, …
 
     Raises:
-        PlanError: as `make_plan`, an unknown backend, or a saved plan that the backend can't hold (force=True
-            replaces it).
+        PlanError: as `make_plan`, an unknown backend, or a saved plan that the backend can't hold or that
+            these choices contradict (force=True replaces it).
         RunError: no layer table.
     """
     mark = layers_fingerprint(run)
@@ -52,6 +57,7 @@ def decide(
     kept = None if force else _saved_by_hand(run, mark)
     if kept is not None:
         check_writer(kept, backend)
+        _refuse_other_choices(kept, choices)
         print(
             f"Kept the plan saved from the explorer ({len(kept.protected)} layers); force=True replaces it."
         )
@@ -71,6 +77,32 @@ def default_formats(
     ordered, additive = TIERS[backend]
     spends = rule in RULES and (bool(RULES[rule].unit) or rule == "max_kl")
     return additive if score_row(score).additive and direction == "high" and spends else ordered
+
+
+def _refuse_other_choices(kept: ProtectionPlan, choices: Mapping[str, Any]) -> None:
+    """A plan saved by hand must not answer for a score, rule or wish that it wasn't made by."""
+    held = {**vars(kept), **kept.options}
+    asked = {
+        name: choices[name]
+        for name, default in DEFAULTS.items()
+        if name in choices and not _agrees(choices[name], default, held.get(name))
+    }
+    if asked:
+        wanted = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise PlanError(
+            f"this run holds a plan saved from the explorer (score={kept.score!r}, direction="
+            f"{kept.direction!r}, rule={kept.rule!r}, value={kept.value!r}), and {wanted} asks for another. "
+            "Run notebook 02_visualize with force=True to replace the saved plan, or leave these parameters "
+            "at their defaults to keep it."
+        )
+
+
+def _agrees(asked: Any, default: Any, held: Any) -> bool:
+    """Whether a choice is the default or what a plan holds; an explorer adds patterns for failed layers."""
+    if not isinstance(default, str) and isinstance(asked, str | list | tuple):
+        patterns, own = ([one] if isinstance(one, str) else list(one or ()) for one in (asked, held))
+        return set(filter(None, patterns)) <= set(own)
+    return asked in (default, held)
 
 
 def _saved_by_hand(run: Run, mark: str) -> ProtectionPlan | None:
