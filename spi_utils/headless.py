@@ -47,6 +47,7 @@ NOT_THE_NOTEBOOKS = (
     "Working dir",
     "[IPKernelApp]",
     "Failed to load CPU gemm_4bit_forward",
+    "HighsMipSolverData::",  # a debugging line that scipy's solver prints whatever its options say
     "<",  # the repr of a table or a picture that the executed copy shows
 )
 PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")

@@ -7,12 +7,6 @@ optimal choice can hold: of thousands of layers only some dozens near the cut re
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,17 +179,16 @@ def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Int
     # HiGHS has absolute tolerances: bring gains to the order of one and bytes to that of thousands.
     unit, step = float(np.abs(gain).max()), float(max(extra.max(), 1e-300)) / 1e3
     rivals = member[np.bincount(item, minlength=len(cost)) > 1]
-    with _quiet():
-        result = milp(
-            -gain / unit,
-            integrality=np.ones(len(item)),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(rivals, -np.inf, 1),
-                LinearConstraint(extra[None, :] / step, -np.inf, left / step),
-            ],
-            options={"mip_rel_gap": FINE, "node_limit": NODES},
-        )
+    result = milp(
+        -gain / unit,
+        integrality=np.ones(len(item)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(rivals, -np.inf, 1),
+            LinearConstraint(extra[None, :] / step, -np.inf, left / step),
+        ],
+        options={"mip_rel_gap": FINE, "node_limit": NODES},
+    )
     if result.x is None:
         raise PlanError(f"HiGHS found no plan for this budget: {result.message}")
     choice = start.copy()
@@ -204,31 +197,3 @@ def _exact(cost: Floats, size: Floats, limit: float, open_: Mask, incumbent: Int
     bound = _total(cost, start) + unit * float(result.mip_dual_bound)
     within = size[rows, choice].sum() <= limit * (1 + 1e-12)
     return (choice if within and _total(cost, choice) <= _total(cost, incumbent) else incumbent), bound
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep HiGHS' own debugging lines out of notebooks and logs; everything else printed meanwhile is kept.
-
-    It prints them from C++, whatever its options say, so only the process' standard output can be filtered.
-    """
-    if os.name != "posix":
-        yield
-        return
-    sys.stdout.flush()
-    library = ctypes.CDLL(None)
-    library.fflush(None)
-    with tempfile.TemporaryFile() as held:
-        real = os.dup(1)
-        os.dup2(held.fileno(), 1)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            library.fflush(None)
-            os.dup2(real, 1)
-            os.close(real)
-            held.seek(0)
-            for line in held:
-                if not line.startswith(b"HighsMipSolverData::"):
-                    os.write(1, line)
