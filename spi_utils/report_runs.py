@@ -6,17 +6,25 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from spi_utils import runs
-from spi_utils.judging.generalization import QUESTIONS, count_verdicts, generalization, read_beside
+from spi_utils.errors import RunError
+from spi_utils.judging.generalization import QUESTIONS, count_verdicts, evaluated_beside, generalization
 from spi_utils.report_html import interval_cell, section, table, text, verdict_cell
 
 
 def other_runs(run: runs.Run) -> str:
     """The section on the evaluated runs beside this one; empty if there are none."""
-    found, unread = read_beside(run)
-    if not found or len(found) + len(unread) < 2:
+    tables, unread = [], []
+    for folder in evaluated_beside(run):
+        try:
+            tables.append(generalization([folder]))
+        except RunError:  # another run's broken file is no reason to withhold this run's report
+            unread.append(folder.name)
+    if len(tables) + len(unread) < 2:
         return ""
-    held = generalization(found)
+    held = pd.concat(tables, ignore_index=True)
     rows = held.to_dict("records")
     marks = ["plan" if row["run"] == run.path.resolve().name else "" for row in rows]
     answers = "; ".join(f"“{words}” is {count_verdicts(held, key)}" for key, words in QUESTIONS.items())
@@ -30,10 +38,7 @@ def other_runs(run: runs.Run) -> str:
             marks,
             words=(0,),
         ),
-        *(
-            f'<p class="note">{text(name)}: its evaluation can\'t be read.</p>'
-            for name in sorted(path.name for path in unread)
-        ),
+        *(f'<p class="note">{text(name)}: its evaluation can\'t be read.</p>' for name in unread),
     )
 
 

@@ -17,7 +17,6 @@ from spi_utils.hub.gates import check_gates
 from spi_utils.hub.hub_calls import Caller
 from spi_utils.hub.licences import Licence, find_licence
 from spi_utils.hub.tokens import Token
-from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.models import load_model, open_weights, resolve
 from spi_utils.runs import open_run, run_info, stage, write_json, write_text
 from spi_utils.scoring import as_head_takes
@@ -65,18 +64,6 @@ def test_no_name_leaves_the_pages_script_element(name):
     text = _json({"model": name})
     assert "<" not in text
     assert json.loads(text) == {"model": name}
-
-
-def test_a_damaged_run_beside_this_one_is_named_and_left_out(tmp_path, capsys):
-    run = make_finished_run(tmp_path)
-    for name, content in (("cut", '{"schema": 1, '), ("empty", "{}"), ("list", "[]")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(content)
-        (tmp_path / name / "evaluation.json").write_text(content)
-    found = evaluated_beside(run)
-    assert not {path.name for path in found} & {"cut", "empty", "list"}
-    said = capsys.readouterr().out
-    assert all(f"{name} is left out" in said for name in ("cut", "empty", "list"))
 
 
 @pytest.mark.parametrize("proof", [None, {"finite": False}, {"finite": True}])

@@ -1,7 +1,6 @@
 """Controls, rivals and references are what their names say: faults that gave wrong numbers without a word."""
 
 import copy
-import html
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from spi_utils import runs, scoring, texts
 from spi_utils.decide import decide
 from spi_utils.evaluate import evaluate
 from spi_utils.judging import controls, session
+from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.judging.sentences import mix_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.report_runs import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
 from tests.finished_run import make_finished_run
@@ -245,7 +244,7 @@ def test_a_plan_names_another_backend_only_if_the_chosen_one_cannot_hold_it(back
     assert ("can't hold int8" in plan.reason.replace("int4_g64, ", "")) is remark
 
 
-def test_a_folder_that_may_not_be_read_is_named_in_the_report(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_named_and_left_out(tmp_path, monkeypatch, capsys):
     run, closed = make_finished_run(tmp_path), tmp_path / "closed"
     closed.mkdir()
     exists = Path.exists
@@ -257,4 +256,5 @@ def test_a_folder_that_may_not_be_read_is_named_in_the_report(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "exists", denied)
     make_evaluation().write(run.evaluation_json)
-    assert "closed: its evaluation can't be read" in html.unescape(other_runs(run))
+    assert evaluated_beside(run) == [run.path.resolve()]
+    assert f"{closed} is left out" in capsys.readouterr().out

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spi_utils.errors import SPIError
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.measures import is_random
@@ -29,26 +28,18 @@ SHOWN = ("fisher", "fisher_int8", "fisher_int4", "int8")
 def evaluated_beside(run: Run) -> list[Path]:
     """The evaluated runs in the folder that holds this one, itself among them, in name order.
 
-    A folder that can't be read, or holds a damaged run, is named and left out: this run's report stands.
+    A folder that can't be read is named and left out; a damaged run the report names itself.
     """
-    found, unread = read_beside(run)
-    for path, why in unread.items():
-        print(f"{path} is left out of the comparison: it can't be read ({why}).")
-    return found
-
-
-def read_beside(run: Run) -> tuple[list[Path], dict[Path, str]]:
-    """The evaluated runs beside this one that can be read, and {folder: why not} for the others."""
-    found, unread = [], {}
-    for path in sorted(run.path.resolve().parent.iterdir()):
+    folder = run.path.resolve().parent
+    found = []
+    for path in sorted(folder.iterdir()):
         one = Run(path)
         try:
             if one.evaluation_json.exists() and one.info_json.exists():
-                _row(one)
                 found.append(path)
-        except (OSError, SPIError, KeyError, TypeError, ValueError) as error:
-            unread[path] = str(error)
-    return found, unread
+        except OSError as error:
+            print(f"{path} is left out of the comparison: it can't be read ({error}).")
+    return found
 
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
