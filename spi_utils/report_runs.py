@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spi_utils import runs
-from spi_utils.errors import RunError
+from spi_utils.errors import SPIError
 from spi_utils.judging.generalization import QUESTIONS, count_verdicts, evaluated_beside, generalization
 from spi_utils.report_html import interval_cell, section, table, text, verdict_cell
 
@@ -20,7 +20,12 @@ def other_runs(run: runs.Run) -> str:
     for folder in evaluated_beside(run):
         try:
             tables.append(generalization([folder]))
-        except RunError:  # another run's broken file is no reason to withhold this run's report
+        except (
+            SPIError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # another run's broken file is no reason to withhold this run's report
             unread.append(folder.name)
     if len(tables) + len(unread) < 2:
         return ""

@@ -1,6 +1,7 @@
 """Controls, rivals and references are what their names say: faults that gave wrong numbers without a word."""
 
 import copy
+import html
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.judging.sentences import mix_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.report_runs import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
 from tests.finished_run import make_finished_run
@@ -258,3 +260,14 @@ def test_a_folder_that_may_not_be_read_is_named_and_left_out(tmp_path, monkeypat
     make_evaluation().write(run.evaluation_json)
     assert evaluated_beside(run) == [run.path.resolve()]
     assert f"{closed} is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoilt", ["evaluation.json", "run.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "variants": []}'])
+def test_a_damaged_run_beside_this_one_is_named_and_this_ones_report_stands(content, spoilt, tmp_path):
+    run = make_finished_run(tmp_path)
+    make_evaluation().write(run.evaluation_json)
+    other = runs.Run(tmp_path / "other")
+    shutil.copytree(run.path, other.path)
+    (other.path / spoilt).write_text(content)
+    assert "other: its evaluation can't be read" in html.unescape(other_runs(run))
