@@ -21,6 +21,7 @@ from spi_utils.judging.claims import audit
 from spi_utils.judging.controls import FULL, QUICK, make_variants
 from spi_utils.judging.evaluation import Evaluation, Job, assemble
 from spi_utils.judging.speed import measure_run
+from spi_utils.judging.tasks import check_harness, check_names
 from spi_utils.plan import ProtectionPlan
 
 if TYPE_CHECKING:
@@ -81,11 +82,14 @@ def evaluate(
         EvaluationError: bad profile, control, text, window or rival; logits that are not numbers.
         RunError: an earlier stage is missing. CheckpointError: model/ isn't what the plan says.
     """
+    rivals = check_names("rivals", rivals, "folders or Hub ids")
+    lm_eval_tasks = check_names("lm_eval_tasks", lm_eval_tasks, "names of lm-evaluation-harness' tasks")
+    check_harness(lm_eval_tasks, lm_eval_limit)
     settings = _settings(profile, windows, length, controls) | {
         "start_token": start_token,
         "random_seeds": random_seeds,
         "seed": seed,
-        "rivals": [str(rival) for rival in rivals],
+        "rivals": list(rivals),
         "lm_eval": [*lm_eval_tasks, lm_eval_limit] if lm_eval_tasks else [],
         **_where(device, dtype),
     }

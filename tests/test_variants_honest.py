@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import runs, scoring, texts
 from spi_utils.decide import decide
+from spi_utils.errors import EvaluationError
 from spi_utils.evaluate import evaluate
 from spi_utils.judging import controls, session
 from spi_utils.judging.generalization import evaluated_beside
@@ -271,3 +272,21 @@ def test_a_damaged_run_beside_this_one_is_named_and_this_ones_report_stands(cont
     shutil.copytree(run.path, other.path)
     (other.path / spoilt).write_text(content)
     assert "other: its evaluation can't be read" in html.unescape(other_runs(run))
+
+
+@pytest.mark.parametrize("parameter", ["rivals", "lm_eval_tasks"])
+@pytest.mark.parametrize(
+    "given", ["org/model", 5, None, {}, {"a": 1}, True, [5], [""], [None], [["a"]]], ids=str
+)
+def test_a_list_of_names_of_another_type_is_refused_before_anything_is_read(parameter, given, tmp_path):
+    run = runs.Run(tmp_path / "none")
+    with pytest.raises(EvaluationError, match=parameter) as refused:
+        evaluate(run, None, **{parameter: given})
+    if isinstance(given, str):
+        assert f"Write {parameter}=['org/model']" in str(refused.value)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "20", True, None])
+def test_a_limit_that_is_no_number_of_questions_is_refused(limit, tmp_path):
+    with pytest.raises(EvaluationError, match=r"lm_eval_limit=.*1 or more"):
+        evaluate(runs.Run(tmp_path / "none"), None, lm_eval_tasks=["arc_easy"], lm_eval_limit=limit)
