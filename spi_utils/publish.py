@@ -18,7 +18,7 @@ from spi_utils.hub.licences import find_licence
 from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
-from spi_utils.runs import NOTEBOOKS, Run, existing_run, read_json, run_info, stage
+from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -81,12 +81,14 @@ def publish(
 
 
 def _state(run: Run) -> dict[str, Any]:
-    """What a rehearsal depends on: the stages' fingerprints, and size and time of every file to be sent."""
+    """What a rehearsal depends on: the stages' fingerprints and records, and every file to be sent.
+
+    By hash: a damaged disk changes neither a file's size nor its time.
+    """
     stages = run_info(run)["stages"]
-    stats = {name: path.stat() for name, path in collect_files(run).items() if path.exists()}
     return {
-        "stages": {name: entry["fingerprint"] for name, entry in stages.items() if name != "publish"},
-        "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+        "stages": {name: fingerprint(entry) for name, entry in stages.items() if name != "publish"},
+        "files": {name: sha256_file(path) for name, path in collect_files(run).items() if path.exists()},
     }
 
 

@@ -27,6 +27,7 @@ SIZE_TOLERANCE = 0.005  # of the plan's bytes
 BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
+WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
@@ -70,11 +71,22 @@ def _stages(run: Run) -> Gate:
     for name in BEFORE_PUBLISH:
         if name not in stages:
             return Gate("stages", False, f"{name} has not finished; run notebook {NOTEBOOKS[name]}")
-        for path, held in stages[name]["outputs"].items():
+        for path, held in stages[name].get("outputs", {}).items():
             if path.startswith(MEASURED) and not _unchanged(run.path / path, held):
                 again = f"run notebook {NOTEBOOKS[name]} again"
                 return Gate("stages", False, f"{path} is not what {name} wrote; {again}")
-    return Gate("stages", True, ", ".join(BEFORE_PUBLISH) + " finished")
+    recorded = stages["quantize"].get("outputs", {})
+    strangers = [name for name in _weights_of_any_kind(run) if name not in recorded]
+    if strangers:
+        found = f"{strangers[0]} was not written by quantize; remove it, or run notebook 03_quantize again"
+        return Gate("stages", False, found)
+    return Gate("stages", True, ", ".join(BEFORE_PUBLISH) + " finished, their files unchanged")
+
+
+def _weights_of_any_kind(run: Run) -> list[str]:
+    """Files below model/ that a loader would take weights from, as run.json names them."""
+    found = (path for path in run.model_dir.rglob("*") if path.suffix in WEIGHT_TYPES and path.is_file())
+    return sorted(path.relative_to(run.path).as_posix() for path in found)
 
 
 def _unchanged(path: Path, held: Mapping[str, Any]) -> bool:
@@ -140,11 +152,13 @@ def _evaluated(run: Run) -> Gate:
     again = f"run notebook {NOTEBOOKS['evaluate']}"
     if evaluation is None:
         return Gate("evaluation", False, f"no readable evaluation.json; {again}")
-    held, own = str(evaluation.get("checkpoint_sha256")), checkpoint_hash(weight_files(run.model_dir))
-    if held != own:
-        found = f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {again}"
-        return Gate("evaluation", False, found)
-    if evaluation["hashes"]["plan"] != sha256_file(run.plan_json):
+    own = checkpoint_hash(weight_files(run.model_dir))
+    hashes = {"checkpoint": own, **(evaluation.get("hashes") or {})}
+    for held in (str(evaluation.get("checkpoint_sha256")), hashes["checkpoint"]):
+        if held != own:
+            found = f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {again}"
+            return Gate("evaluation", False, found)
+    if not run.plan_json.is_file() or hashes.get("plan") != sha256_file(run.plan_json):
         return Gate("evaluation", False, f"plan.json changed after it; {again}")
     return Gate("evaluation", True, f"of this very checkpoint, {own[:12]}")
 

@@ -1,0 +1,119 @@
+"""What may leave this machine: the very file that was proved and measured, and nothing private with it."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+
+from spi_utils import publish as publishing
+from spi_utils.errors import PublishError
+from spi_utils.hub import licences, tokens
+from spi_utils.publish import publish
+from spi_utils.runs import Run, write_json
+from tests.finished_run import checkpoint_hash, make_finished_run
+
+TOKEN = "hf_" + "Q7" * 17
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_finished_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return Run(shutil.copytree(original.path, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch):
+    """No token of the machine's user, and no connection, in any test of this file."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
+
+
+def closed(rehearsal):
+    return {gate.name: gate.found for gate in rehearsal.gates if not gate.passed}
+
+
+def evaluate_again(run, **changes):
+    """Let evaluation.json, and the record of it, speak of what lies in model/ now; then make the changes."""
+    held = json.loads(run.evaluation_json.read_text())
+    held["checkpoint_sha256"] = checkpoint_hash(run.model_dir)
+    write_json(run.evaluation_json, {**held, **changes})
+    info = json.loads(run.info_json.read_text())
+    data = run.evaluation_json.read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    info["stages"]["evaluate"]["outputs"]["evaluation.json"] = entry
+    write_json(run.info_json, info)
+
+
+# --- the weights are the recorded ones -------------------------------------------------------------------
+
+
+def zero_codes(run):
+    path = run.model_dir / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4096:-4032] = bytes(64)
+    path.write_bytes(data)
+
+
+def add_a_shard(run):
+    shutil.copyfile(run.model_dir / "model.safetensors", run.model_dir / "model-2.safetensors")
+
+
+def add_a_pickle(run):
+    (run.model_dir / "nested").mkdir()
+    (run.model_dir / "nested" / "pytorch_model.bin").write_bytes(b"weights of another kind")
+
+
+def lose_the_record(run):
+    info = json.loads(run.info_json.read_text())
+    del info["stages"]["quantize"]["outputs"]
+    write_json(run.info_json, info)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (zero_codes, "model/model.safetensors is not what quantize wrote"),
+        (add_a_shard, "model/model-2.safetensors was not written by quantize"),
+        (add_a_pickle, "model/nested/pytorch_model.bin was not written by quantize"),
+        (lose_the_record, "model/model.safetensors was not written by quantize"),
+    ],
+)
+def test_weights_that_quantize_did_not_record_are_refused_even_if_they_were_evaluated(
+    run, monkeypatch, spoil, words
+):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(publishing, "owner_of", lambda *_: "me")
+    monkeypatch.setattr(publishing, "send", lambda *_, **__: pytest.fail("something was sent"))
+    spoil(run)
+    evaluate_again(run)
+    found = closed(publish(run, allow_license="mit"))
+    assert words in found["stages"]
+    with pytest.raises(PublishError, match="BLOCKED stages"):
+        publish(run, allow_license="mit", dry_run=False)
+
+
+def test_a_rehearsal_is_not_recognised_after_damage_that_left_the_files_time_alone(run):
+    path = run.model_dir / "model.safetensors"
+    times = path.stat()
+    assert publish(run, allow_license="mit").ready
+    zero_codes(run)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "stages" in closed(publish(run, allow_license="mit"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"checkpoint_sha256": "0" * 64}, {"hashes": {"checkpoint": "0" * 64}}, {"hashes": {}}, {"hashes": None}],
+)
+def test_an_evaluation_that_names_another_checkpoint_or_no_plan_is_refused(run, changes):
+    if changes.get("hashes"):
+        changes["hashes"]["plan"] = hashlib.sha256(run.plan_json.read_bytes()).hexdigest()
+    evaluate_again(run, **changes)
+    assert "04_evaluate" in closed(publish(run, allow_license="mit"))["evaluation"]
