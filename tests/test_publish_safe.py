@@ -12,7 +12,7 @@ from spi_utils.errors import PublishError
 from spi_utils.hub import licences, tokens
 from spi_utils.publish import publish
 from spi_utils.runs import Run, write_json
-from tests.finished_run import checkpoint_hash, make_finished_run
+from tests.finished_run import STOCK, checkpoint_hash, make_finished_run
 
 TOKEN = "hf_" + "Q7" * 17
 
@@ -117,3 +117,66 @@ def test_an_evaluation_that_names_another_checkpoint_or_no_plan_is_refused(run, 
         changes["hashes"]["plan"] = hashlib.sha256(run.plan_json.read_bytes()).hexdigest()
     evaluate_again(run, **changes)
     assert "04_evaluate" in closed(publish(run, allow_license="mit"))["evaluation"]
+
+
+# --- both proofs -----------------------------------------------------------------------------------------
+
+
+def test_the_card_names_the_number_as_loaded_and_the_one_from_the_file(run):
+    done = publish(run, allow_license="mit")
+    text = done.card.read_text()
+    row = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if "|" in line
+    }
+    assert row["this model, **stock as loaded**: float16 on cpu, transformers 5"] == "0.1213"
+    assert row["this model, **float32 from the file's tensors**"] == "0.1207"
+    assert row["the 16-bit base, stock as loaded in float16"] == "0.0004"
+    assert "The table is computed in float32 from the file's tensors." in text
+    assert done.ready and "0.1213 as loaded, 0.1207 in float32 from the file" in str(done)
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        None,
+        {},
+        {**STOCK, "agrees": False},
+        {**STOCK, "agrees": None},
+        {**STOCK, "agrees": "yes"},
+        {**STOCK, "kl": 0.2},
+        {**STOCK, "kl": None},
+        {"agrees": True},
+    ],
+    ids=[
+        "absent",
+        "empty",
+        "no",
+        "unknown, no reason",
+        "a word",
+        "contradicted",
+        "no number",
+        "no tolerance",
+    ],
+)
+def test_a_run_that_was_not_scored_as_loaded_is_refused(run, stock):
+    evaluate_again(run, stock=stock)
+    done = publish(run, allow_license="mit")
+    assert set(closed(done)) == {"stock score"} and "04_evaluate" in closed(done)["stock score"]
+    assert done.card.is_file()
+
+
+def test_a_score_that_could_not_be_had_is_a_warning_with_its_reason(run):
+    evaluate_again(run, stock={**STOCK, "agrees": None, "kl": None, "reason": "the model needs 9 GB here"})
+    done = publish(run, allow_license="mit")
+    assert done.ready and "WARNING stock score: not scored as loaded: the model needs 9 GB here" in str(done)
+    text = done.card.read_text()
+    assert "it was not scored** (the model needs 9 GB here)" in text and "stock as loaded**" not in text
+    assert publish(run, allow_license="mit") == done
+
+
+@pytest.mark.parametrize("proof", [None, {}, {"finite": True}])
+def test_a_run_that_was_not_proved_by_use_is_refused(run, proof):
+    info = json.loads(run.info_json.read_text())
+    info["stages"]["quantize"]["proof"] = proof
+    write_json(run.info_json, info)
+    assert "03_quantize" in closed(publish(run, allow_license="mit"))["proof by use"]

@@ -36,14 +36,19 @@ QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition: its name, whether it is met, and what was found (and what to do where it is not)."""
+    """One condition: its name, whether it is met, and what was found (and what to do where it is not).
+
+    `warning`: it is met, with something that whoever publishes should know.
+    """
 
     name: str
     passed: bool
     found: str
+    warning: bool = False
 
     def __str__(self) -> str:
-        return f"{'ok     ' if self.passed else 'BLOCKED'} {self.name}: {self.found}"
+        word = "BLOCKED" if not self.passed else "WARNING" if self.warning else "ok     "
+        return f"{word} {self.name}: {self.found}"
 
 
 def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[Gate, ...]:
@@ -54,6 +59,7 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
         _planned(run),
         _evaluated(run),
         _proven(run),
+        _scored(run),
         _size(run),
         _licensed(licence),
         _clean(files),
@@ -171,6 +177,24 @@ def _proven(run: Run) -> Gate:
         return Gate("proof by use", False, f"no fresh process has run text through this checkpoint; {again}")
     found = f"{proof['tokens']} tokens of {proof['text']} in {proof['dtype']}, and an answer to a prompt"
     return Gate("proof by use", True, found)
+
+
+def _scored(run: Run) -> Gate:
+    """The model as loaded gave the numbers that its file's tensors gave (notebook 04)."""
+    name, again = "stock score", f"run notebook {NOTEBOOKS['evaluate']} again"
+    stock = (_read(run.evaluation_json) or {}).get("stock")
+    if not isinstance(stock, dict) or "agrees" not in stock:
+        found = f"the checkpoint was not scored as stock transformers load it; {again}"
+        return Gate(name, False, found)
+    if stock["agrees"] is None and stock.get("reason"):
+        return Gate(name, True, f"not scored as loaded: {stock['reason']}", warning=True)
+    kls = [stock.get(key) for key in ("kl", "kl_file", "tolerance")]
+    if stock["agrees"] is not True or not all(isinstance(kl, int | float) for kl in kls):
+        return Gate(name, False, f"as loaded the model is not the one that was measured; {again}")
+    found = f"KL {kls[0]:.4f} as loaded, {kls[1]:.4f} in float32 from the file, allowed is ±{kls[2]:.4f}"
+    if not abs(kls[0] - kls[1]) <= kls[2]:  # NaN too
+        return Gate(name, False, f"{found}; {again}")
+    return Gate(name, True, found)
 
 
 def _size(run: Run) -> Gate:
