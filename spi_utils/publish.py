@@ -60,7 +60,10 @@ def publish(
         RunError: the run lacks a file; says which notebook makes it.
     """
     run = run if isinstance(run, Run) else existing_run(run)
-    licence = find_licence(run_info(run)["model"], run.model_dir, allow_license)
+    info = run_info(run)
+    licence = find_licence(
+        info["model"], run.model_dir, allow_license, location=info.get("location"), ask=not dry_run
+    )
     asked = {"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": licence.as_dict()}
     inputs = {**asked, "run": _state(run)}
     with stage(run, "publish", inputs, ["publish"], force=force or not dry_run) as current:

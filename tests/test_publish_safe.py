@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from spi_utils import publish as publishing
 from spi_utils.errors import PublishError
@@ -180,3 +182,65 @@ def test_a_run_that_was_not_proved_by_use_is_refused(run, proof):
     info["stages"]["quantize"]["proof"] = proof
     write_json(run.info_json, info)
     assert "03_quantize" in closed(publish(run, allow_license="mit"))["proof by use"]
+
+
+# --- the licence -----------------------------------------------------------------------------------------
+
+MIT = "MIT License\n\nCopyright (c) 2026 A\n\nPermission is hereby granted, free of charge, to any person "
+MIT += "obtaining a copy of this software, to deal in the Software without restriction.\n"
+APACHE = (Path(__file__).parent.parent / "LICENSE").read_text()
+RESTRICTIONS = (
+    "You may use this for NON-\nCOMMERCIAL purposes.",
+    "Non commercial.",
+    "Commercial use needs a licence of ours.",
+    "The weights may not be used commercially.",
+    "For academic purposes.",
+    '"Commons Clause" License Condition v1.0',
+    "Our Acceptable Use Policy applies.",
+    "More than 700 million monthly active users need another licence.",
+    "Military use is prohibited.",
+    "You may not use the model to make others.",
+)
+
+
+@pytest.mark.parametrize("restriction", RESTRICTIONS)
+@pytest.mark.parametrize(("text", "name"), [(MIT, "mit"), (APACHE, "apache-2.0")])
+def test_a_known_licence_with_a_restriction_is_not_that_licence(run, text, name, restriction):
+    (run.model_dir / "LICENSE").write_text(text)
+    assert publish(run).licence.id == name
+    (run.model_dir / "LICENSE").write_text(f"{text}\n{restriction}\n")
+    assert set(closed(publish(run))) == {"licence"}
+    (run.model_dir / "LICENSE").write_text(text)
+    (run.model_dir / "LICENSE-WEIGHTS").write_text(restriction)
+    assert set(closed(publish(run))) == {"licence"}
+
+
+def test_a_local_models_card_is_read_beside_the_model_while_it_is_that_model(tmp_path, monkeypatch):
+    from spi_utils.source.sources import weights_hash
+
+    run = make_finished_run(tmp_path, kind="local", model_id="source")
+    info = json.loads(run.info_json.read_text())
+    info["model"]["sha256"] = weights_hash(tmp_path / "source")
+    write_json(run.info_json, {**info, "location": str(tmp_path / "source")})
+    other = tmp_path / "elsewhere" / "source"
+    other.mkdir(parents=True)
+    (other / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    monkeypatch.chdir(other.parent)
+    assert publish(run).licence.id is None
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert publish(run).licence.id == "mit"
+    (tmp_path / "source" / "model.safetensors").write_bytes(b"another model's")
+    assert publish(run).licence.id is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "written"),
+    [
+        ("mit", {"license": "mit"}),
+        ("foo-1.0", {"license": "other", "license_name": "foo-1.0", "license_link": "LICENSE"}),
+    ],
+)
+def test_the_cards_licence_is_the_hubs_id_or_other_with_a_name(run, stated, written):
+    text = publish(run, allow_license=stated).card.read_text()
+    data = yaml.safe_load(text.split("---")[1])
+    assert {key: value for key, value in data.items() if key.startswith("license")} == written

@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 ATTEMPTS = 3  # at a request that the Hub limits
 LONGEST_WAIT = 320  # seconds; the Hub's rate windows are 300
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # not among WANTED: a copy in the cache from before counts as whole without it
 PICKLE = (
     "{where}: only pickle weights ({file}), which can run code when opened, so they are never loaded. "
     "Convert them once on a machine you trust: "
@@ -40,7 +41,7 @@ def download(
     Raises:
         ModelError: unknown id or revision, gated or private without a token, unreachable, pickle only.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = [*WANTED, "*.py"] if code else list(WANTED)
@@ -50,6 +51,8 @@ def download(
         folder = _patiently(
             lambda: snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
         )
+        if any(entry.rfilename == CARD for entry in info.siblings or ()):  # for its licence, when publishing
+            _patiently(lambda: hf_hub_download(repo_id, CARD, revision=info.sha, token=token))
     except HfHubHTTPError as error:
         raise ModelError(_explain(repo_id, revision, error)) from error
     except HFValidationError as error:

@@ -159,9 +159,9 @@ def _source(
         )
     if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
         raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
-    files = shard_paths(directory)
+    sha256 = weights_hash(directory)
     dtype = _storage_dtype(directory, config)
-    source = ModelSource(id, kind, revision, directory, _hash(files), dtype, location, trust)
+    source = ModelSource(id, kind, revision, directory, sha256, dtype, location, trust)
     _require_causal(source)
     return source
 
@@ -174,6 +174,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
+
+
+def weights_hash(directory: Path) -> str:
+    """`ModelSource.sha256` of a folder as it is now."""
+    return _hash(shard_paths(directory))
 
 
 def _hash(files: list[Path]) -> str:
