@@ -4,17 +4,27 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import traceback
+import types
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
+from spi_utils import headless
 from spi_utils import publish as publishing
-from spi_utils.errors import PublishError
+from spi_utils.checkpoints import verify
+from spi_utils.errors import ModelError, PlatformError, PublishError
 from spi_utils.hub import licences, tokens
+from spi_utils.judging import speed
+from spi_utils.models import resolve
 from spi_utils.publish import publish
 from spi_utils.runs import Run, write_json
 from tests.finished_run import STOCK, checkpoint_hash, make_finished_run
+from tests.hub_server import Fault, Repository, running_hub
+from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "Q7" * 17
 
@@ -34,6 +44,7 @@ def nobody(monkeypatch):
     """No token of the machine's user, and no connection, in any test of this file."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_hidden", [])
     monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
 
 
@@ -244,3 +255,152 @@ def test_the_cards_licence_is_the_hubs_id_or_other_with_a_name(run, stated, writ
     text = publish(run, allow_license=stated).card.read_text()
     data = yaml.safe_load(text.split("---")[1])
     assert {key: value for key, value in data.items() if key.startswith("license")} == written
+
+
+# --- the token -------------------------------------------------------------------------------------------
+
+REPORT = """
+import json, os, sys
+names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+json.dump({name: os.environ.get(name) for name in names}, open(sys.argv[-1], "w"))
+"""
+ECHO = f"400 Bad Request: header Authorization: Bearer {TOKEN}"
+BROKEN = ("hf_abc\r\nX-Evil: 1", "hf_ab\0cd", "hf_ab cd", '"hf_abcdefgh"', "hf_ab\u00e9")
+
+
+@pytest.fixture
+def hub(monkeypatch, run):
+    with running_hub(TOKEN) as running:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, running.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", running.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(run.path.parent / "cache"))
+        monkeypatch.setenv("HF_ENDPOINT", running.address)  # of the processes that tests start
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_HOME", str(run.path.parent / "home"))
+        yield running
+
+
+def test_the_environment_of_a_stage_holds_a_token_only_where_it_publishes(monkeypatch, tmp_path):
+    """Through the very subprocess calls, with a stand-in for papermill that notes what it was given."""
+    (tmp_path / "papermill.py").write_text(REPORT.replace("sys.argv[-1]", repr(str(tmp_path / "held"))))
+    monkeypatch.setattr(headless, "_python_path", lambda: str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
+    held = {}
+    for name in (*headless.STAGES, headless.ALL):
+        headless.execute(name, tmp_path / "out.ipynb", {})
+        held[name] = json.loads((tmp_path / "held").read_text())
+    own = {name for name, found in held.items() if found["HF_TOKEN"] is not None}
+    assert own == {"05_publish", "00_run_all"} and held["05_publish"]["HF_TOKEN"] == TOKEN
+    assert all(found["HUGGING_FACE_HUB_TOKEN"] is None for found in held.values())
+
+
+@pytest.mark.parametrize("process", ["fresh check", "speed"])
+def test_a_process_that_loads_the_model_afresh_holds_no_token(monkeypatch, tmp_path, process):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    given = {}
+
+    def note(command, **options):
+        given.update(options["env"])
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("subprocess.run", note)
+    with pytest.raises(RuntimeError, match="far enough"):
+        if process == "speed":
+            speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
+        else:
+            verify._ask({"model": "m"})
+    assert given["PATH"] == os.environ["PATH"] and TOKEN not in given.values()
+
+
+def test_a_models_own_code_finds_no_token_in_its_process_and_publishing_still_does(tmp_path, monkeypatch):
+    folder = make_tiny("llama", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    write_json(folder / "config.json", {**config, "model_type": "own", "auto_map": names})
+    (folder / "own.py").write_text(
+        "import json, os\nfrom transformers import LlamaConfig\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(dict(os.environ)))\n"
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    resolve(str(folder), trust_remote_code=True)
+    assert TOKEN not in (tmp_path / "seen").read_text()
+    assert tokens.hub_token().value == TOKEN and tokens.with_token({})["HF_TOKEN"] == TOKEN
+
+
+@pytest.mark.parametrize("value", [one for one in BROKEN if "\0" not in one])
+def test_what_can_be_no_token_is_refused_without_being_shown(run, hub, monkeypatch, capsys, value):
+    monkeypatch.setenv("HF_TOKEN", value)
+    for act in (
+        lambda: publish(run, allow_license="mit", dry_run=False),
+        lambda: resolve("someone/model"),
+        tokens.share_token,
+    ):
+        with pytest.raises(PlatformError, match="environment variable HF_TOKEN is no Hub token") as caught:
+            act()
+        shown = "".join(traceback.format_exception(caught.value)) + "".join(capsys.readouterr())
+        assert value not in shown and "hf_ab" not in shown
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_a_secret_that_can_be_no_token_is_refused_too(monkeypatch, value):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    client = types.SimpleNamespace(get_secret=lambda name: value)
+    secrets = types.SimpleNamespace(UserSecretsClient=lambda: client)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
+    with pytest.raises(PlatformError, match="Kaggle's secrets is no Hub token") as caught:
+        tokens.hub_token()
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["validate-yaml", "whoami", "repos/create", "/commit/", "preupload"])
+def test_a_hub_that_echoes_the_header_shows_no_token(run, hub, monkeypatch, capfd, caplog, where):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.faults = [Fault(where, 400, 99, message=ECHO)]
+    with pytest.raises(PublishError) as caught:
+        publish(run, allow_license="mit", dry_run=False)
+    shown = "".join(traceback.format_exception(caught.value)) + "".join(capfd.readouterr()) + caplog.text
+    assert TOKEN not in shown and "400 Bad Request: header Authorization: Bearer ***" in shown
+
+
+def test_a_hub_that_echoes_the_header_to_a_download_shows_no_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.faults = [Fault("GET /api/models/", 400, 99, message=ECHO)]
+    with pytest.raises(ModelError, match="the Hub answered 400") as caught:
+        resolve("someone/model")
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    assert hub.requests[-1].headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_the_executed_notebook_of_a_refused_publication_holds_no_token(run, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.faults = [Fault("/commit/", 400, 99, message=ECHO)]
+    output = run.notebooks / "05_publish.ipynb"
+    given = {"run_dir": str(run.path), "dry_run": False, "allow_license": "mit"}
+    with pytest.raises(headless.NotebookError, match=r"Bearer \*\*\*"):
+        headless.execute("05_publish", output, given)
+    assert hub.sent("POST", "/commit/") and TOKEN not in output.read_text()
+
+
+def test_a_stage_without_a_token_finds_what_was_fetched_with_it(hub, tmp_path, monkeypatch):
+    folder = make_tiny("llama", tmp_path / "m")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["README.md"] = b"---\nlicense: mit\n---\nA card.\n"
+    hub.repositories["someone/private"] = Repository(True, files, ["1" * 40])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    empty = Run(tmp_path / "empty")
+    needed = headless._fetched(empty, "01_analyze", {"model": "someone/private", "revision": ""})
+    assert needed == {"model": "someone/private", "revision": "1" * 40}
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ModelError, match="no token was given"):
+        resolve("someone/private")
+    hub.requests.clear()
+    found = resolve("someone/private", needed["revision"])
+    assert found.revision == "1" * 40 and {path.name for path in found.directory.iterdir()} >= set(files)
+    licence = licences.find_licence(found.identity(), tmp_path / "empty", ask=False)
+    assert licence.id == "mit" and hub.requests == []

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from spi_utils.checkpoints.ct_parts import serving_notes
 from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import format_row
+from spi_utils.hub.tokens import without_token
 from spi_utils.models import ModelSource, Weights, load_tokenizer
 from spi_utils.progress import progress
 from spi_utils.source.weights import shard_paths
@@ -322,7 +324,9 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         question.write_text(json.dumps(request))
         # -P: the script's own folder, which is this package, must not be importable in there
         command = [sys.executable, "-P", str(FRESH_CHECK), str(question), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=without_token(os.environ)
+        )
         if done.returncode or not answer.exists():
             raise CheckpointError(
                 f"{request['model']}: stock transformers can't load this checkpoint in a fresh process "

@@ -6,6 +6,7 @@ another plan, closes it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -188,13 +189,16 @@ def _scored(run: Run) -> Gate:
         return Gate(name, False, found)
     if stock["agrees"] is None and stock.get("reason"):
         return Gate(name, True, f"not scored as loaded: {stock['reason']}", warning=True)
-    kls = [stock.get(key) for key in ("kl", "kl_file", "tolerance")]
-    if stock["agrees"] is not True or not all(isinstance(kl, int | float) for kl in kls):
-        return Gate(name, False, f"as loaded the model is not the one that was measured; {again}")
-    found = f"KL {kls[0]:.4f} as loaded, {kls[1]:.4f} in float32 from the file, allowed is ±{kls[2]:.4f}"
-    if not abs(kls[0] - kls[1]) <= kls[2]:  # NaN too
+    loaded, file, tolerance = (_number(stock.get(key)) for key in ("kl", "kl_file", "tolerance"))
+    found = f"KL {loaded:.4f} as loaded, {file:.4f} in float32 from the file, allowed is ±{tolerance:.4f}"
+    if stock["agrees"] is not True or not abs(loaded - file) <= tolerance:  # NaN too
         return Gate(name, False, f"{found}; {again}")
     return Gate(name, True, found)
+
+
+def _number(value: object) -> float:
+    """A record's number; NaN, which no comparison passes, where there is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _size(run: Run) -> Gate:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spi_utils.errors import PublishError
-from spi_utils.hub.tokens import Token
+from spi_utils.hub.tokens import Token, redacted
 
 Result = TypeVar("Result")
 
@@ -77,8 +77,14 @@ class Caller:
         raise AssertionError("unreachable")
 
     def _explain(self, error: Exception) -> None:
-        """Raise a PublishError that says what to do; an error that isn't the Hub's passes through."""
+        """Raise a PublishError that says what to do; an error that isn't the Hub's passes through.
+
+        Unless it shows the token: that one is told in its own words, without it.
+        """
         advice = _advice(error, self.repo_id, self.token)
+        texts = [str(link) for link in _chain(error)]
+        if advice is None and any(text != redacted(text, self.token) for text in texts):
+            advice = f"{type(error).__name__}: {redacted(texts[0], self.token)}."
         if advice is not None:
             raise PublishError(
                 f"publishing to {self.repo_id} failed: {advice} The local files are untouched in "
@@ -159,7 +165,7 @@ def _offline(error: Exception) -> bool:
 
 def _advice(error: Exception, repo_id: str, token: Token) -> str | None:
     """What went wrong and what to do, in plain words; None for an error that isn't the Hub's."""
-    said = " ".join(str(error).replace(token.value, "***").split())
+    said = " ".join(redacted(str(error), token).split())
     if _offline(error):
         return "HF_HUB_OFFLINE is set, so nothing may be sent. Unset it and restart the session."
     status = _status(error, said)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError
 from spi_utils.hub.hub_calls import Caller
-from spi_utils.hub.tokens import Token
+from spi_utils.hub.tokens import Token, redacted
 from spi_utils.progress import interactive, progress
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _validate(api: HfApi, card: ModelCard) -> None:
     asked = {"repoType": "model", "content": str(card)}
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
     if answer.status_code == 400:
-        raise PublishError(f"the Hub refuses the card's YAML: {answer.text}. Nothing was sent.")
+        raise PublishError(f"the Hub refuses the card's YAML: {redacted(answer.text)}. Nothing was sent.")
     hf_raise_for_status(answer)
 
 
