@@ -404,3 +404,51 @@ def test_a_stage_without_a_token_finds_what_was_fetched_with_it(hub, tmp_path, m
     assert found.revision == "1" * 40 and {path.name for path in found.directory.iterdir()} >= set(files)
     licence = licences.find_licence(found.identity(), tmp_path / "empty", ask=False)
     assert licence.id == "mit" and hub.requests == []
+
+
+# --- which files -----------------------------------------------------------------------------------------
+
+LEFT_OVER = (
+    "figures/.quality_by_bytes.svg.0a1b2c3d.svg",
+    "figures/.plan_map.png",
+    "figures/plan_map.png~",
+    "model/.model.safetensors.0a1b2c3d.safetensors",
+    "model/.ipynb_checkpoints/generate-checkpoint.py",
+    "model/.cache/huggingface/download/config.json.metadata",
+    "model/model.safetensors.incomplete",
+    "model/tokenizer.json.tmp",
+    "model/tokenizer.json~",
+    "model/.DS_Store",
+)
+
+
+def test_what_a_kill_or_an_editor_left_is_never_listed_and_old_temporary_files_are_removed(run):
+    before = publish(run, allow_license="mit")
+    for name in LEFT_OVER:
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("half a file")
+    old = run.path / LEFT_OVER[0]
+    os.utime(old, (0, 0))
+    done = publish(run, allow_license="mit", force=True)
+    assert done.ready and done.files == before.files
+    manifest = json.loads((run.publish / "manifest.json").read_text())
+    record = json.loads((run.publish / "environment.json").read_text())
+    listed = " ".join([*manifest["files"], *record["files"]])
+    assert not any(Path(name).name in listed for name in LEFT_OVER) and not old.exists()
+
+
+NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md", "tokenizer.model", "a.yaml", "a.yml", "a.toml", "vocab.bpe")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "deep/down/a.txt"])
+@pytest.mark.parametrize("secret", [TOKEN, "ghp_" + "a1" * 18, "sk-" + "b2" * 20])
+def test_a_secret_in_any_file_that_would_be_sent_closes_the_gate(run, name, secret):
+    (run.model_dir / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.model_dir / name).write_bytes(b"\xff\x00 words " + secret.encode() + b" words")
+    found = closed(publish(run, allow_license="mit"))
+    assert f"{name} holds what looks like an access token" in found["secrets"]
+    assert secret not in str(found)
+
+
+def test_the_secrets_gate_says_what_it_read_of_the_weights(run):
+    assert "(of the weights, in their headers)" in str(publish(run, allow_license="mit"))

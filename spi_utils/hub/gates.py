@@ -68,8 +68,8 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order."""
-    return sorted(model_dir.glob("*.safetensors"))
+    """The safetensors files of a checkpoint, in name order; hidden ones are unfinished, and nobody's."""
+    return sorted(path for path in model_dir.glob("*.safetensors") if not path.name.startswith("."))
 
 
 def _stages(run: Run) -> Gate:
@@ -92,8 +92,9 @@ def _stages(run: Run) -> Gate:
 
 def _weights_of_any_kind(run: Run) -> list[str]:
     """Files below model/ that a loader would take weights from, as run.json names them."""
-    found = (path for path in run.model_dir.rglob("*") if path.suffix in WEIGHT_TYPES and path.is_file())
-    return sorted(path.relative_to(run.path).as_posix() for path in found)
+    files = (path.relative_to(run.path) for path in run.model_dir.rglob("*") if path.is_file())
+    seen = (name for name in files if not any(part.startswith(".") for part in name.parts))
+    return sorted(name.as_posix() for name in seen if name.suffix in WEIGHT_TYPES)
 
 
 def _unchanged(path: Path, held: Mapping[str, Any]) -> bool:
@@ -233,7 +234,7 @@ def _clean(files: Mapping[str, Path]) -> Gate:
         if len(home) > 1 and f"{home}/" in text:
             named.append(name)
     note = f"; {', '.join(named)} name a folder below your home directory" if named else ""
-    return Gate("secrets", True, f"none found in {len(files)} files{note}")
+    return Gate("secrets", True, f"none found in {len(files)} files (of the weights, in their headers){note}")
 
 
 def _searchable(path: Path) -> str:
