@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import traceback
 import types
@@ -27,6 +28,7 @@ from tests.hub_server import Fault, Repository, running_hub
 from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "Q7" * 17
+ASK_THE_HUB = licences._from_hub
 
 
 @pytest.fixture(scope="module")
@@ -452,3 +454,66 @@ def test_a_secret_in_any_file_that_would_be_sent_closes_the_gate(run, name, secr
 
 def test_the_secrets_gate_says_what_it_read_of_the_weights(run):
     assert "(of the weights, in their headers)" in str(publish(run, allow_license="mit"))
+
+
+# --- what else happens at the Hub ------------------------------------------------------------------------
+
+REPO = "me/tiny-llama-SPI-nf4"
+
+
+def change_repository(hub, when):
+    """Let somebody else commit to the repository at the first request that matches."""
+
+    def act(request):
+        if when in f"{request.method} {request.path}" and "theirs.md" not in hub.repositories[REPO].files:
+            hub.repositories[REPO].files["theirs.md"] = b"their change"
+            hub.repositories[REPO].commits.append("7" * 40)
+
+    hub.on_request = act
+
+
+@pytest.mark.parametrize("when", ["/preupload/", "/lfs/", "/commit/"])
+def test_a_change_of_somebody_else_in_between_is_kept_and_said(run, hub, monkeypatch, when):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    change_repository(hub, when)
+    with pytest.raises(PublishError, match=r"changed while this ran \(412\): somebody else committed to it"):
+        publish(run, allow_license="mit", dry_run=False)
+    held = hub.repositories[REPO]
+    assert held.files["theirs.md"] == b"their change" and held.commits[-1] == "7" * 40
+    assert "model.safetensors" not in held.files
+    hub.on_request = None
+    (run.figures / "plan_map.png").write_bytes(b"a new picture")
+    with pytest.raises(PublishError, match="holds files of another origin"):  # theirs, and nothing of ours
+        publish(run, allow_license="mit", dry_run=False)
+    publish(run, allow_license="mit", dry_run=False, overwrite=True)
+    assert held.files["figures/plan_map.png"] == b"a new picture" and len(held.commits) == 3
+
+
+def test_a_commit_whose_answer_was_lost_is_recognised_as_our_own(run, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.faults = [Fault("/commit/", -2)]
+    done = publish(run, allow_license="mit", dry_run=False)
+    assert len(hub.repositories[REPO].commits) == 2 and "model.safetensors" in done.uploaded
+
+
+def test_a_rehearsal_makes_no_network_call(run, hub, monkeypatch):
+    monkeypatch.setattr(licences, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was made"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
+    found = closed(publish(run))
+    assert set(found) == {"licence"} and "a rehearsal asks nobody" in found["licence"]
+    assert publish(run, allow_license="mit", force=True).ready
+    assert hub.requests == []
+
+
+def test_only_a_publication_asks_the_hub_for_the_licence(run, hub, monkeypatch):
+    monkeypatch.setattr(licences, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(PublishError, match="BLOCKED licence: the base's licence is unknown"):
+        publish(run, dry_run=False)
+    assert [request.path.split("/revision")[0] for request in hub.requests[:1]] == [
+        "/api/models/someone/tiny-llama"
+    ]
+    assert not hub.repositories

@@ -21,6 +21,10 @@ ATTEMPTS = 5
 LONGEST_WAIT = 600  # seconds; the Hub's rate windows are 300
 FIX_TOKEN = "https://huggingface.co/settings/tokens (type “write”)"
 QUOTA = re.compile(r"storage|quota|payment|billing|limit reached|exceed", re.IGNORECASE)
+CHANGED = (
+    "the repository changed while this ran ({status}): somebody else committed to it. That change stands, "
+    "and nothing was committed. See at the repository's page what it was before publishing again."
+)
 # What an HTTP status means for a publisher.
 STATUS = {
     400: "the Hub refused the request ({said}).",
@@ -29,8 +33,8 @@ STATUS = {
     403: "the token from {token} may not write to {owner} (403). Use a token with write access to it, made "
     "at {tokens}, or another `repo_id`. The Hub said: {said}.",
     404: "there is no user or organisation {owner}, or the token from {token} can't see it (404).",
-    409: "the repository changed while this ran (409).",
-    412: "the repository changed while this ran (412).",
+    409: CHANGED.format(status=409),
+    412: CHANGED.format(status=412),
     429: "too many requests (429), still after waiting as long as the Hub asked.",
     500: "the Hub has trouble of its own ({said}), still after several tries; see "
     "https://status.huggingface.co.",
