@@ -17,7 +17,8 @@ from huggingface_hub import constants
 from spi_utils import headless
 from spi_utils import publish as publishing
 from spi_utils.checkpoints import verify
-from spi_utils.errors import ModelError, PlatformError, PublishError
+from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError
+from spi_utils.formats import size_tolerance
 from spi_utils.hub import licences, tokens
 from spi_utils.judging import speed
 from spi_utils.models import resolve
@@ -517,3 +518,25 @@ def test_only_a_publication_asks_the_hub_for_the_licence(run, hub, monkeypatch):
         "/api/models/someone/tiny-llama"
     ]
     assert not hub.repositories
+
+
+# --- the size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [0, 60_000, -60_000, 64_000, 64_001, -64_001, 200_000])
+def test_a_size_is_right_for_publishing_where_it_was_right_for_quantizing(run, off):
+    size = (run.model_dir / "model.safetensors").stat().st_size
+    plan = json.loads(run.plan_json.read_text())
+    write_json(run.plan_json, {**plan, "bytes": {"total": size + off}})
+    gate = "size" not in closed(publish(run, allow_license="mit"))
+    try:
+        verify.check_size(run.model_dir, size + off)
+    except CheckpointError:
+        assert not gate and abs(off) > 64_000
+    else:
+        assert gate and abs(off) <= 64_000
+
+
+@pytest.mark.parametrize(("planned", "allowed"), [(1_000, 64_000), (12_800_000, 64_000), (10**9, 5 * 10**6)])
+def test_the_sizes_tolerance_is_half_a_percent_and_a_header_at_least(planned, allowed):
+    assert size_tolerance(planned) == allowed

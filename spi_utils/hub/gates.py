@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import CheckpointError, RunError
+from spi_utils.formats import size_tolerance
 from spi_utils.hub.licences import Licence
 from spi_utils.runs import (
     NOTEBOOKS,
@@ -24,7 +25,6 @@ from spi_utils.runs import (
     sha256_file,
 )
 
-SIZE_TOLERANCE = 0.005  # of the plan's bytes
 BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
@@ -207,10 +207,10 @@ def _size(run: Run) -> Gate:
     if plan is None:
         return Gate("size", False, f"no readable plan.json; run notebook {NOTEBOOKS['visualize']}")
     planned = plan["bytes"]["total"]
-    off = size / planned - 1
-    found = f"{size:,} bytes on disk, {planned:,} planned ({100 * off:+.2f} %)"
-    if abs(off) > SIZE_TOLERANCE:
-        return Gate("size", False, f"{found}; allowed is ±{100 * SIZE_TOLERANCE} %; quantize again")
+    found = f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})"
+    allowed = size_tolerance(planned)
+    if abs(size - planned) > allowed:
+        return Gate("size", False, f"{found}; allowed is ±{allowed:,} bytes; quantize again")
     return Gate("size", True, found)
 
 
