@@ -540,3 +540,65 @@ def test_a_size_is_right_for_publishing_where_it_was_right_for_quantizing(run, o
 @pytest.mark.parametrize(("planned", "allowed"), [(1_000, 64_000), (12_800_000, 64_000), (10**9, 5 * 10**6)])
 def test_the_sizes_tolerance_is_half_a_percent_and_a_header_at_least(planned, allowed):
     assert size_tolerance(planned) == allowed
+
+
+# --- no path of this machine -----------------------------------------------------------------------------
+
+PLACES = (
+    "/home/somebody/models/base",
+    "/Users/somebody/base",
+    "/root/runs/x",
+    "/tmp/tmpabc/text.txt",
+    "/content/drive/MyDrive/run",
+    "/kaggle/working/runs",
+    "C:\\Users\\Somebody\\base",
+    "C:/Users/Somebody/base",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["evaluation.json", "config.json", "figures/plan_map.svg", "generate.py"])
+def test_a_path_of_a_machine_in_what_was_written_here_closes_the_gate(run, place, name):
+    if name == "evaluation.json":
+        evaluate_again(run, settings={"rivals": [place]})
+    elif name == "config.json":
+        held = json.loads((run.model_dir / name).read_text())
+        write_json(run.model_dir / name, {**held, "_name_or_path": place})
+    else:
+        path = run.path / name if "/" in name else run.model_dir / name
+        path.write_text(f"words '{place}' words")
+    assert name in closed(publish(run, allow_license="mit"))["local paths"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "own.py", "deep/a.txt"])
+def test_the_runs_own_folder_is_found_in_any_file(run, name):
+    path = run.model_dir / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"one line\nand {run.path.resolve()}\n")
+    assert f"line 2 of {name} names a folder" in closed(publish(run, allow_license="mit"))["local paths"]
+
+
+def test_a_vocabulary_and_web_addresses_are_no_paths(run):
+    held = json.loads((run.model_dir / "tokenizer.json").read_text())
+    write_json(
+        run.model_dir / "tokenizer.json", {**held, "words": ["/home/", "/tmp/x", "/usr/bin", "/root/a"]}
+    )
+    (run.model_dir / "LICENSE-NOTES").write_text("https://example.org/home/somebody and and/or")
+    (run.figures / "plan_map.svg").write_text(
+        '<svg xmlns="http://www.w3.org/tmp/svg"><path d="M 0/1"/></svg>'
+    )
+    done = publish(run, allow_license="mit")
+    assert "local paths" not in closed(done) and "ok      local paths: none found" in str(done)
+
+
+def test_a_local_run_publishes_no_path_in_card_record_or_manifest(tmp_path):
+    run = make_finished_run(tmp_path, kind="local", model_id="source")
+    info = json.loads(run.info_json.read_text())
+    write_json(run.info_json, {**info, "location": str(tmp_path / "source")})
+    assert publish(run, allow_license="mit").ready
+    assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())
+    weights = run.model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])  # the reader's error names the file
+    (run.model_dir / "LICENSE").write_text(f"{tmp_path}")
+    assert {"plan", "local paths"} <= set(closed(publish(run, allow_license="mit")))
+    assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())

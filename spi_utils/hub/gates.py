@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
 WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
+# Absolute paths as people's machines and hosted notebooks have them, no part of a web address.
+LOCAL_PATH = re.compile(
+    r"(?<![\w.:/~<-])/(home|Users|root|tmp|var|mnt|media|opt|scratch|srv|workspace|Volumes|content|kaggle)"
+    r"/[^\s\"'<>)]+|(?<![A-Za-z])[A-Za-z]:(\\\\?|/)Users[\\/][^\s\"'<>)]+"
+)
+# What travels along from the base's own folder.
+OF_THE_BASE = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|preprocessor|processor|video_|LICEN[CS]E|"
+    r"NOTICE|USE_POLICY|.*\.(tiktoken|model|safetensors)$|(?!generate).*\.py$).*",
+    re.DOTALL,
+)
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
 QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
 
@@ -54,7 +65,7 @@ class Gate:
 
 def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[Gate, ...]:
     """All gates, in the order in which a person would mend them."""
-    return (
+    gates = (
         _stages(run),
         _complete(run),
         _planned(run),
@@ -64,7 +75,10 @@ def check_gates(run: Run, files: Mapping[str, Path], licence: Licence) -> tuple[
         _size(run),
         _licensed(licence),
         _clean(files),
+        _placeless(run, files),
     )
+    # what a reader of a damaged file says names the file in full
+    return tuple(replace(gate, found=gate.found.replace(f"{run.path}/", "")) for gate in gates)
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -225,16 +239,34 @@ def _licensed(licence: Licence) -> Gate:
 
 
 def _clean(files: Mapping[str, Path]) -> Gate:
-    """No file holds something that looks like a secret; names of this machine's folders are pointed out."""
-    home, named = str(Path.home()), []
+    """No file holds something that looks like a secret."""
+    for name, path in files.items():
+        if SECRET.search(_searchable(path)):
+            return Gate("secrets", False, f"{name} holds what looks like an access token; remove it")
+    return Gate("secrets", True, f"none found in {len(files)} files (of the weights, in their headers)")
+
+
+def _placeless(run: Run, files: Mapping[str, Path]) -> Gate:
+    """No file names a folder of this machine.
+
+    Files that came with the base are searched for the run's and the base's own folders only: a vocabulary
+    may hold words like "/home/".
+    """
+    location = str(run_info(run).get("location", ""))
+    folders = {str(run.path.resolve()), str(run.path.absolute()), str(Path.home()), location}
+    known = [folder for folder in folders if Path(folder).is_absolute() and len(Path(folder).parts) > 2]
     for name, path in files.items():
         text = _searchable(path)
-        if SECRET.search(text):
-            return Gate("secrets", False, f"{name} holds what looks like an access token; remove it")
-        if len(home) > 1 and f"{home}/" in text:
-            named.append(name)
-    note = f"; {', '.join(named)} name a folder below your home directory" if named else ""
-    return Gate("secrets", True, f"none found in {len(files)} files (of the weights, in their headers){note}")
+        places = [text.find(folder) for folder in known if folder in text]
+        if not places and not OF_THE_BASE.fullmatch(name) and (match := LOCAL_PATH.search(text)):
+            places = [match.start()]
+        if places:
+            line = text.count("\n", 0, min(places)) + 1
+            found = (
+                f"line {line} of {name} names a folder of some machine"  # the manifest must not name it too
+            )
+            return Gate("local paths", False, f"{found}; make the file again without it")
+    return Gate("local paths", True, f"none found in {len(files)} files")
 
 
 def _searchable(path: Path) -> str:
