@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 from spi_utils import headless
 from spi_utils import publish as publishing
 from spi_utils.checkpoints import verify
-from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError
+from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
 from spi_utils.hub import licences, tokens
 from spi_utils.judging import speed
@@ -599,6 +600,35 @@ def test_a_local_run_publishes_no_path_in_card_record_or_manifest(tmp_path):
     assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())
     weights = run.model_dir / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # the reader's error names the file
-    (run.model_dir / "LICENSE").write_text(f"{tmp_path}")
+    (run.model_dir / "LICENSE").write_text(f"{run.path}")
     assert {"plan", "local paths"} <= set(closed(publish(run, allow_license="mit")))
     assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())
+
+
+# --- the repository's name -------------------------------------------------------------------------------
+
+IMPOSSIBLE = (
+    *("a b/c d", "", " ", "a/b/c", "/b", "a/", "a/b\n", "a/..", "a/b--c", "a/b..c", "-a/b", "a/b-", ".a/b"),
+    *("a/b.git", "a/b-.git", "a/ü", "https://huggingface.co/a/b", "a/b.ipynb", "a/" + "b" * 96, 5, ["a/b"]),
+)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_name_that_the_hub_can_not_have_is_refused_before_anything_else(tmp_path, hub, name, dry_run):
+    with pytest.raises(PublishError, match="expected `name` or `owner/name`") as refused:
+        publish(tmp_path / "there is no run here", repo_id=name, dry_run=dry_run)
+    assert repr(name) in str(refused.value) and hub.requests == []
+    advised = re.search(r"e\.g\. '([^']+)'", str(refused.value))[1]
+    with pytest.raises(RunError, match="01_analyze"):  # the advice is taken: now the run is missed
+        publish(tmp_path / "there is no run here", repo_id=advised)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "Me-2/Some_model.v1-SPI-nf4", "a/" + "b" * 94, "_a/b_"])
+def test_a_name_that_the_hub_can_have_is_taken(run, name):
+    assert publish(run, repo_id=name, allow_license="mit").repo_id.endswith(name)
+
+
+def test_the_name_made_of_a_folders_name_is_one_that_the_hub_can_have(tmp_path):
+    run = make_finished_run(tmp_path, kind="local", model_id="My own größtes--model.")
+    assert publish(run, allow_license="mit").repo_id == "your-name/My-own-gr-tes-model-SPI-nf4"
