@@ -30,6 +30,8 @@ from spi_utils.errors import AnalysisError, PlanError
 if TYPE_CHECKING:
     import torch
 
+SIZE_TOLERANCE = 0.005  # share of the predicted size of a checkpoint
+SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 NESTED_BLOCK = 256  # absmaxes that share one second-level absmax (double quantization)
 
 
@@ -93,6 +95,11 @@ def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, d
     whose number depends on the weights; the estimate is then within 10 bytes.
     """
     return format_row(fmt).size(rows, cols, double_quant, dtype)
+
+
+def size_tolerance(planned: int) -> int:
+    """How far a checkpoint's files may be from the plan's bytes, in bytes."""
+    return max(int(SIZE_TOLERANCE * planned), SIZE_FLOOR)
 
 
 def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> Packed:

@@ -22,6 +22,7 @@ import nbformat
 import yaml
 
 from spi_utils.errors import RunError, SPIError
+from spi_utils.hub.tokens import hub_token, with_token, without_token
 from spi_utils.planning.rules import check_value
 from spi_utils.planning.scores import check_direction, score_row
 from spi_utils.progress import interactive
@@ -201,7 +202,13 @@ def _papermill(
         file.flush()
         command = [sys.executable, "-m", "papermill", str(notebook), str(output), "--kernel", "python3"]
         command += ["--parameters_file", file.name, "--log-output", "--no-progress-bar"]
-        environment = {**os.environ, "PYTHONPATH": _python_path(), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        # 00_run_all downloads and hands on; the stages run the model, maybe with code of its own
+        passed = with_token if notebook.stem in (ALL, "05_publish") else without_token
+        environment = {
+            **passed(os.environ),
+            "PYTHONPATH": _python_path(),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        }
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -285,6 +292,33 @@ def run_stages(
     return done
 
 
+def _fetched(run: Run, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's parameters, after what it needs from the Hub was downloaded: it is started without a token.
+
+    01_analyze gets the very commit that was fetched; it could not ask for one where the model is private.
+    """
+    if name not in ("01_analyze", "03_quantize", "04_evaluate"):
+        return dict(parameters)
+    held: dict[str, Any] = {"model": {"id": parameters.get("model", "auto")}}
+    if name != "01_analyze" and run.info_json.exists():
+        held = run_info(run)
+    model = str(held.get("location", held["model"]["id"]))
+    rivals = [str(rival) for rival in parameters.get("rivals") or ()]
+    here = all(one == "bundled" or Path(one).expanduser().exists() for one in (model, *rivals))
+    if here or hub_token() is None:  # without a token the stage fetches as well as this process would
+        return dict(parameters)
+    from spi_utils.judging.rivals import find_rivals
+    from spi_utils.source.fetch import download
+    from spi_utils.source.sources import chosen_model, is_hub_id
+
+    commit = held["model"].get("revision") or parameters.get("revision") or None
+    if is_hub_id(chosen_model(model)):
+        code = bool(parameters.get("trust_remote_code"))
+        _, commit = download(chosen_model(model), commit, code=code)
+    find_rivals([rival for rival in rivals if is_hub_id(rival)])
+    return {**parameters, "revision": commit} if name == "01_analyze" and commit else dict(parameters)
+
+
 class StageLine:
     """One progress line a stage: kept up to date where somebody watches, a few plain lines in a log."""
 
@@ -317,9 +351,8 @@ def _run_stage(run: Run, name: str, parameters: dict[str, Any], show: Show) -> E
         show(name, 0.0, "already done")
         return Execution(name, output, 0.0, True)
     started = time.monotonic()
-    seconds = execute(
-        name, output, parameters, show=lambda line: show(name, time.monotonic() - started, line)
-    )
+    needed = _fetched(run, name, parameters)
+    seconds = execute(name, output, needed, show=lambda line: show(name, time.monotonic() - started, line))
     record = {"fingerprint": mark, "made": _hash_of(run, name), "seconds": round(seconds, 1)}
     update_info(run, lambda info: info.setdefault("notebooks", {}).update({name: record}))
     show(name, seconds, "done")

@@ -8,6 +8,7 @@ list of what would be sent, and sends nothing.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ from spi_utils.hub.licences import find_licence
 from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
-from spi_utils.runs import NOTEBOOKS, Run, existing_run, read_json, run_info, stage
+from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
+LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
+NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+FILE_ENDS = (".git", ".ipynb")
 OWNER = "your-name"  # stands for the token's owner while there is no token
 
 
@@ -56,11 +60,18 @@ def publish(
         A Published, or a Rehearsal where nothing was sent.
 
     Raises:
-        PublishError: a gate is closed (never in a dry run), or the Hub refused.
+        PublishError: no repository can have that name, a gate is closed (never in a dry run), or the Hub
+            refused.
+        PlatformError: what was found as a token can be none.
         RunError: the run lacks a file; says which notebook makes it.
     """
+    if repo_id is not None:
+        check_name(repo_id)
     run = run if isinstance(run, Run) else existing_run(run)
-    licence = find_licence(run_info(run)["model"], run.model_dir, allow_license)
+    info = run_info(run)
+    licence = find_licence(
+        info["model"], run.model_dir, allow_license, location=info.get("location"), ask=not dry_run
+    )
     asked = {"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": licence.as_dict()}
     inputs = {**asked, "run": _state(run)}
     with stage(run, "publish", inputs, ["publish"], force=force or not dry_run) as current:
@@ -81,20 +92,48 @@ def publish(
 
 
 def _state(run: Run) -> dict[str, Any]:
-    """What a rehearsal depends on: the stages' fingerprints, and size and time of every file to be sent."""
+    """What a rehearsal depends on: the stages' fingerprints and records, and every file to be sent.
+
+    By hash: a damaged disk changes neither a file's size nor its time.
+    """
     stages = run_info(run)["stages"]
-    stats = {name: path.stat() for name, path in collect_files(run).items() if path.exists()}
     return {
-        "stages": {name: entry["fingerprint"] for name, entry in stages.items() if name != "publish"},
-        "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+        "stages": {name: fingerprint(entry) for name, entry in stages.items() if name != "publish"},
+        "files": {name: sha256_file(path) for name, path in collect_files(run).items() if path.exists()},
     }
+
+
+def check_name(repo_id: str) -> None:
+    """Refuse a repository's name that the Hub can't have; PublishError says what it may hold."""
+    given = repo_id if isinstance(repo_id, str) else ""
+    parts = given.split("/")
+    if len(parts) <= 2 and len(given) <= LONGEST_NAME and all(_is_name(part) for part in parts):
+        return
+    advised = "/".join(filter(None, map(_as_name, parts[-2:])))[:LONGEST_NAME].rstrip("-./") or "me/my-model"
+    raise PublishError(
+        f"repo_id={repo_id!r}: expected `name` or `owner/name` of letters without accents, digits, '-', '_' "
+        f"and '.', at most {LONGEST_NAME} characters; no '--' or '..', no '-' or '.' at an end, and no "
+        f"'.git' or '.ipynb' as the last part's end, e.g. {advised!r}."
+    )
+
+
+def _is_name(part: str) -> bool:
+    return bool(NAME.fullmatch(part)) and not re.search(r"--|\.\.", part) and not part.endswith(FILE_ENDS)
+
+
+def _as_name(text: str) -> str:
+    """A text as a part of a repository's name: what it can't hold becomes a hyphen."""
+    name = re.sub(r"[^A-Za-z0-9_.]+|\.\.+", "-", text)
+    name = re.sub(r"--+", "-", name).strip("-.")
+    return name.removesuffix(".git").removesuffix(".ipynb").strip("-.")
 
 
 def default_name(run: Run) -> str:
     """A repository name from the base's and the plan's lower formats, e.g. `Qwen3.5-4B-SPI-nf4`."""
     plan = read_json(run.plan_json, what="plan", stage=NOTEBOOKS["visualize"])
     formats = sorted(set(plan["formats"].values()) - {"16bit"})
-    return "-".join([run_info(run)["model"]["id"].rstrip("/").split("/")[-1], "SPI", *formats])
+    model = _as_name(run_info(run)["model"]["id"].rstrip("/").split("/")[-1]) or "model"
+    return "-".join([model, "SPI", *formats])
 
 
 def _with_owner(name: str, token: Token | None, run: Run) -> str:

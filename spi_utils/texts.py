@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
+from spi_utils.hub.tokens import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -215,9 +216,9 @@ def _wikitext() -> Text:
     except Exception as error:
         raise EvaluationError(
             f"WikiText-2 can't be read from the Hub dataset {WIKITEXT_REPOSITORY} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
+            f"({type(error).__name__}: {redacted(str(error) or 'no message').splitlines()[0]}); "
             "use texts='pydoc' or give a file's path."
-        ) from error
+        ) from None  # a Hub that echoes the request would put its header into the traceback
     return _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
 
 

@@ -20,6 +20,11 @@ PROOF = {
     **{"text": "pydoc", "windows": 4, "length": 256, "tokens": 1024, "rewritten_in_bfloat16": False},
     "generation": {"prompt": "Why?", "chat_template": False, "text": "Because.", "tokens": 3},
 }
+STOCK = {
+    **{"dtype": "float16", "device": "cpu", "transformers": "5", "text": "wikitext2"},
+    **{"windows": 4, "length": 256, "kl": 0.1213, "kl_file": 0.1207, "kl_16bit": 0.0004},
+    **{"tolerance": 0.005, "agrees": True},
+}
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
     "1f15c4890000000d49444154789c6360000002000001e221bc330000000049454e44ae426082"
@@ -144,6 +149,7 @@ def make_evaluation(run: Run) -> dict:
         "other_texts": [],
         "kernel": "bitsandbytes values, float32 on CPU",
         "variants": variants,
+        "stock": STOCK,
         "claims": [],
     }
 

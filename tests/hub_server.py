@@ -34,7 +34,10 @@ class Request:
 
 @dataclass
 class Fault:
-    """Answer `times` requests that match with `status` instead of serving them; -1 drops the connection."""
+    """Answer `times` requests that match with `status` instead of serving them; -1 drops the connection.
+
+    -2 serves the request, then drops the connection: the client never learns that it was done.
+    """
 
     match: str
     status: int
@@ -78,6 +81,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.on_request: Callable[[Request], None] | None = None  # called before each answer
         self.stall_at: str | None = None  # an object's sha256: its PUT is read in part, then waits
         self.stalled = threading.Event()
         self.released = threading.Event()
@@ -107,14 +111,21 @@ class Hub:
 
     def answer(self, request: Request) -> Answer | None:
         """What to reply; None drops the connection."""
+        if self.on_request is not None:
+            self.on_request(request)
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.match, f"{request.method} {request.path}"):
                 fault.times -= 1
+                if fault.status == -2:
+                    self._routed(request)
                 if fault.status < 0:
                     return None
                 refused = as_json({"error": fault.message}, fault.status)
                 refused.headers |= {**fault.headers, "X-Error-Message": fault.message}
                 return refused
+        return self._routed(request)
+
+    def _routed(self, request: Request) -> Answer:
         for method, pattern, serve in self.routes:
             found = re.fullmatch(pattern, request.path)
             if found and method == request.method:
@@ -243,6 +254,8 @@ class Hub:
         for line in request.body.splitlines():
             item = json.loads(line)
             value = item["value"]
+            if item["key"] == "header" and value.get("parentCommit", held.commits[-1]) != held.commits[-1]:
+                return as_json({"error": "A commit has happened since. Please refresh and try again."}, 412)
             if item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":

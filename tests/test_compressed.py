@@ -23,7 +23,7 @@ from spi_utils.checkpoints.backends import backend_row
 from spi_utils.checkpoints.checkpoint import saved_weights
 from spi_utils.checkpoints.saved import put_saved
 from spi_utils.errors import CheckpointError, PlanError
-from spi_utils.formats import FORMATS, dequantize, quantize
+from spi_utils.formats import FORMATS, dequantize, quantize, size_tolerance
 from spi_utils.hub.gates import _planned
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
@@ -98,7 +98,7 @@ def test_stock_transformers_load_exactly_the_plan(tiny, tmp_path, arch, here):
         state = model.state_dict()
         assert rest and all(torch.equal(state[name], weights.read(name)) for name in rest)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert abs(size - plan.bytes["total"]) <= max(0.005 * size, verify.SIZE_FLOOR)
+    assert abs(size - plan.bytes["total"]) <= size_tolerance(size)
     assert run_info(run)["stages"]["quantize"]["bits"]["int8"] > 0
 
 

@@ -313,6 +313,7 @@ def nowhere(monkeypatch):
     for name in ("HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_hidden", [])
     return monkeypatch
 
 
@@ -371,7 +372,7 @@ def test_a_stage_on_colab_does_not_ask_for_the_secret(nowhere):
     assert tokens.hub_token() is None
 
 
-def test_the_stages_inherit_the_sessions_token_which_is_not_shown(nowhere, watched):
+def test_this_process_holds_the_sessions_token_which_is_not_shown(nowhere, watched):
     assert "no HF_TOKEN found" in tokens.share_token() and "HF_TOKEN" not in os.environ
     colab(nowhere, lambda name: "of-colab")
     nowhere.setenv("HF_TOKEN", "")  # so that monkeypatch puts the environment back

@@ -220,7 +220,7 @@ def drop_stage(run):
 
 
 def shrink_plan(run):
-    edit(run.plan_json, bytes={"total": 600_000})
+    edit(run.plan_json, bytes={"total": 500_000})
 
 
 def swap_plan(run):
@@ -245,7 +245,7 @@ def drop_script(run):
     [
         (change_checkpoint, "evaluation", "04_evaluate"),
         (drop_stage, "stages", "evaluate has not finished; run notebook 04_evaluate"),
-        (shrink_plan, "size", "600,000 planned (+3.33 %)"),
+        (shrink_plan, "size", "planned (+23.99%); allowed is ±64,000 bytes"),
         (swap_plan, "plan", "the first layers.0.self_attn.q_proj"),
         (touch_plan, "evaluation", "plan.json changed after it"),
         (leave_token, "secrets", "generate.py holds what looks like an access token"),

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,8 @@ from spi_utils.checkpoints.checkpoint import (
 from spi_utils.checkpoints.ct_parts import serving_notes
 from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import format_row
+from spi_utils.formats import format_row, size_tolerance
+from spi_utils.hub.tokens import without_token
 from spi_utils.models import ModelSource, Weights, load_tokenizer
 from spi_utils.progress import progress
 from spi_utils.source.weights import shard_paths
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
 
 PROOF_TEXT, PROOF_WINDOWS, PROOF_LENGTH = "pydoc", 4, 256  # what the fresh process reads, everywhere the same
-SIZE_TOLERANCE = 0.005  # share of the predicted size
-SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 LOGIT_TOLERANCE = 0.01  # share of the logits' standard deviation; equal bits leave only the kernels' rounding
 MEMORY_FACTOR = 1.3  # a loaded model against its files
 INTERPRETER = 1_500_000_000  # bytes of a process with transformers and bitsandbytes in it, and activations
@@ -93,7 +93,7 @@ def check_size(folder: Path, planned: int) -> dict[str, Any]:
     for path in shard_paths(folder):
         with TensorReader(path):
             size += path.stat().st_size
-    if abs(size - planned) > max(SIZE_TOLERANCE * planned, SIZE_FLOOR):
+    if abs(size - planned) > size_tolerance(planned):
         raise CheckpointError(
             f"{folder}: the weights take {size:,} bytes, the plan predicted {planned:,} "
             f"({size / planned - 1:+.2%}). The plan was made for other layers: run notebook 02_visualize "
@@ -322,7 +322,9 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         question.write_text(json.dumps(request))
         # -P: the script's own folder, which is this package, must not be importable in there
         command = [sys.executable, "-P", str(FRESH_CHECK), str(question), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=without_token(os.environ)
+        )
         if done.returncode or not answer.exists():
             raise CheckpointError(
                 f"{request['model']}: stock transformers can't load this checkpoint in a fresh process "

@@ -125,11 +125,38 @@ def _measured(facts: Facts) -> str:
 
 {_text_sentence(text)} Δ loss is the paired difference in nats a token; its interval comes from a
 cluster bootstrap over the windows. KL is KL(16-bit ‖ variant) in nats a token. GB counts the weights.
+The table is computed in float32 from the file's tensors.
 
 {HEADER}
 {chr(10).join(lines)}
 
+{_stock(facts)}
+
 {_verdict(facts)}"""
+
+
+def _stock(facts: Facts) -> str:
+    """The number of the model as a user loads it, beside the one from the file's tensors."""
+    stock = facts.evaluation.get("stock") or {}
+    if stock.get("agrees") is None:
+        reason = stock.get("reason") or "the evaluation holds no such score"
+        return f"**As loaded by stock transformers it was not scored** ({reason})."
+    return f"""On the first {stock.get("windows")} of these windows ({stock.get("length")} tokens each):
+
+| what was scored | mean KL to the 16-bit base in float32 |
+| --- | --- |
+| this model, **stock as loaded**: {_loaded_with(stock)} | {_kl(stock, "kl")} |
+| this model, **float32 from the file's tensors** | {_kl(stock, "kl_file")} |
+| the 16-bit base, stock as loaded in {stock.get("dtype")} | {_kl(stock, "kl_16bit")} |"""
+
+
+def _loaded_with(stock: Mapping[str, Any]) -> str:
+    return f"{stock.get('dtype')} on {stock.get('device')}, transformers {stock.get('transformers')}"
+
+
+def _kl(stock: Mapping[str, Any], key: str) -> str:
+    value = stock.get(key)
+    return f"{value:.4f}" if isinstance(value, int | float) else "not a number"
 
 
 def _text_sentence(text: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spi_utils.errors import PublishError
-from spi_utils.hub.tokens import Token
+from spi_utils.hub.tokens import Token, redacted
 
 Result = TypeVar("Result")
 
@@ -21,6 +21,10 @@ ATTEMPTS = 5
 LONGEST_WAIT = 600  # seconds; the Hub's rate windows are 300
 FIX_TOKEN = "https://huggingface.co/settings/tokens (type “write”)"
 QUOTA = re.compile(r"storage|quota|payment|billing|limit reached|exceed", re.IGNORECASE)
+CHANGED = (
+    "the repository changed while this ran ({status}): somebody else committed to it. That change stands, "
+    "and nothing was committed. See at the repository's page what it was before publishing again."
+)
 # What an HTTP status means for a publisher.
 STATUS = {
     400: "the Hub refused the request ({said}).",
@@ -29,8 +33,8 @@ STATUS = {
     403: "the token from {token} may not write to {owner} (403). Use a token with write access to it, made "
     "at {tokens}, or another `repo_id`. The Hub said: {said}.",
     404: "there is no user or organisation {owner}, or the token from {token} can't see it (404).",
-    409: "the repository changed while this ran (409).",
-    412: "the repository changed while this ran (412).",
+    409: CHANGED.format(status=409),
+    412: CHANGED.format(status=412),
     429: "too many requests (429), still after waiting as long as the Hub asked.",
     500: "the Hub has trouble of its own ({said}), still after several tries; see "
     "https://status.huggingface.co.",
@@ -77,8 +81,14 @@ class Caller:
         raise AssertionError("unreachable")
 
     def _explain(self, error: Exception) -> None:
-        """Raise a PublishError that says what to do; an error that isn't the Hub's passes through."""
+        """Raise a PublishError that says what to do; an error that isn't the Hub's passes through.
+
+        Unless it shows the token: that one is told in its own words, without it.
+        """
         advice = _advice(error, self.repo_id, self.token)
+        texts = [str(link) for link in _chain(error)]
+        if advice is None and any(text != redacted(text, self.token) for text in texts):
+            advice = f"{type(error).__name__}: {redacted(texts[0], self.token)}."
         if advice is not None:
             raise PublishError(
                 f"publishing to {self.repo_id} failed: {advice} The local files are untouched in "
@@ -159,7 +169,7 @@ def _offline(error: Exception) -> bool:
 
 def _advice(error: Exception, repo_id: str, token: Token) -> str | None:
     """What went wrong and what to do, in plain words; None for an error that isn't the Hub's."""
-    said = " ".join(str(error).replace(token.value, "***").split())
+    said = " ".join(redacted(str(error), token).split())
     if _offline(error):
         return "HF_HUB_OFFLINE is set, so nothing may be sent. Unset it and restart the session."
     status = _status(error, said)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spi_utils.errors import ModelError
 from spi_utils.hub.hub_calls import transport_errors
 
 BUNDLED_LICENCE = "apache-2.0"  # SmolLM2's card on the Hub
@@ -54,7 +55,13 @@ TEXTS = {
 
 
 TITLE_WITHIN = 250  # characters, copyright lines before it included
-RESTRICTING = re.compile(r"\bnon-?commercial\b|\bresearch (use|purposes) only\b")
+# Words that take something back, and that none of the licences of TEXTS holds.
+RESTRICTING = re.compile(
+    r"\bnon[- ]*commercial\b|\bcommercial (use|purposes?|exploitation)\b|\bnot\b[^.]{0,60}\bcommercially\b|"
+    r"\b(research|academic|evaluation|educational|personal) (use|purposes?)\b|\bcommons clause\b|"
+    r"\bno[- ]?deriv|\bacceptable use\b|\buse restrictions?\b|\bmonthly active users\b|\bprohibited\b|"
+    r"\byou may not use (the|this|these|our) (software|model|weights|work)"
+)
 
 
 @dataclass(frozen=True)
@@ -86,34 +93,68 @@ class Licence:
         return {**asdict(self), "condition": self.condition}
 
 
-def find_licence(identity: Mapping[str, Any], model_dir: Path, allow: str | None = None) -> Licence:
+def find_licence(
+    identity: Mapping[str, Any],
+    model_dir: Path,
+    allow: str | None = None,
+    *,
+    location: str | None = None,
+    ask: bool = True,
+) -> Licence:
     """The base's licence.
 
     Args:
         identity: `run.json["model"]`.
         model_dir: the checkpoint's folder, which the base's licence file may have travelled to.
         allow: a licence id that the publisher states; it overrides what is found, and is recorded as stated.
+        location: `run.json["location"]`: where a local base lies; read only if it still holds that base.
+        ask: ask the Hub where nothing on this machine tells.
     """
-    found = _first_found(identity, model_dir)
+    found = _first_found(identity, model_dir, location, ask)
     if allow is None:
         return found
     said = f"the base says {found.id}" if found.id else "none was found in the base"
     return Licence(allow, f"stated by the publisher ({said})", stated=True)
 
 
-def _first_found(identity: Mapping[str, Any], model_dir: Path) -> Licence:
+def _first_found(identity: Mapping[str, Any], model_dir: Path, location: str | None, ask: bool) -> Licence:
     if identity["kind"] == "bundled":
         return Licence(BUNDLED_LICENCE, f"the card of {identity['id']}")
-    for reader in (_from_card, _from_text):
-        licence = reader(model_dir)
-        if licence is not None:
+    beside = Path(location) if identity["kind"] == "local" and location else None
+    for folder in filter(None, (model_dir, beside)):
+        licence = _from_card(folder) or _from_text(folder)
+        if licence is not None and (folder == model_dir or _holds(folder, identity["sha256"])):
             return licence
-    if identity["kind"] == "hub":
-        return _from_hub(identity["id"], identity.get("revision"))
-    return Licence(None, "no licence file and no model card with a licence beside the weights")
+    if identity["kind"] != "hub":
+        return Licence(None, "no licence file and no model card with a licence beside the weights")
+    model, revision = identity["id"], identity.get("revision")
+    cached = _from_cache(model, revision)
+    if cached is not None:
+        return cached
+    if ask:
+        return _from_hub(model, revision)
+    return Licence(None, f"a rehearsal asks nobody, and the card of {model} is not in this machine's cache")
 
 
-def _from_card(folder: Path) -> Licence | None:
+def _holds(folder: Path, sha256: str) -> bool:
+    """Whether a folder's weights still are those that were analysed: another model lends no licence."""
+    from spi_utils.source.sources import weights_hash
+
+    try:
+        return folder.is_absolute() and weights_hash(folder) == sha256
+    except ModelError:  # its weights are gone, or no longer whole: not that base
+        return False
+
+
+def _from_cache(model_id: str, revision: str | None) -> Licence | None:
+    """The licence in the base's card, if the card came to this machine with the base."""
+    from huggingface_hub import try_to_load_from_cache
+
+    card = try_to_load_from_cache(model_id, "README.md", revision=revision)
+    return _from_card(Path(card).parent, f"the card of {model_id}") if isinstance(card, str) else None
+
+
+def _from_card(folder: Path, where: str = "the base's model card") -> Licence | None:
     """The licence in the YAML of a README.md."""
     from huggingface_hub import ModelCard
 
@@ -121,22 +162,26 @@ def _from_card(folder: Path) -> Licence | None:
     if not path.is_file():
         return None
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    return _licence_of_data(card.data.to_dict(), "the base's model card")
+    return _licence_of_data(card.data.to_dict(), where)
 
 
 def _from_text(folder: Path) -> Licence | None:
-    """A licence that its file gives away by beginning with its title, and by adding no restriction."""
-    for path in sorted(folder.glob("LICEN[CS]E*")):
-        words = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
-        for name, start in TEXTS.items():
-            place = words.find(start)
-            if (
-                0 <= place < TITLE_WITHIN
-                and not RESTRICTING.search(words)
-                and " not " not in f" {words[:place]}"
-            ):
-                return Licence(name, f"the base's file {path.name}")
-    return None
+    """The licence that its file gives away; of several files each must be one that is known."""
+    found = [(path, _of_words(path)) for path in sorted(folder.glob("LICEN[CS]E*"))]
+    if not found or not all(name for _, name in found):
+        return None
+    path, name = found[0]
+    return Licence(name, f"the base's file {path.name}")
+
+
+def _of_words(path: Path) -> str | None:
+    """The id of a licence file that begins with a licence's title and adds no restriction to it."""
+    words = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
+    if RESTRICTING.search(words):
+        return None
+    places = {name: words.find(start) for name, start in TEXTS.items()}
+    titled = (name for name, place in places.items() if 0 <= place < TITLE_WITHIN)
+    return next((name for name in titled if " not " not in f" {words[: places[name]]}"), None)
 
 
 def _from_hub(model_id: str, revision: str | None) -> Licence:

@@ -33,6 +33,7 @@ SCHEMA = 1
 CARD = "README.md"
 MANIFEST = "manifest.json"
 FIGURE_TYPES = (".png", ".svg")
+UNFINISHED = {".tmp", ".temp", ".part", ".partial", ".incomplete", ".lock", ".swp", ".bak"}
 # Files of the checkpoint's folder that the card or the run's own copies take the place of.
 OURS = {CARD, "plan.json", RECORD}
 
@@ -139,16 +140,29 @@ def _facts(run: Run, repo_id: str, licence: Licence) -> Facts:
 
 
 def collect_files(run: Run) -> dict[str, Path]:
-    """Path in the repository -> file of the run, without the card and the record."""
-    model = {
-        path.relative_to(run.model_dir).as_posix(): path
-        for path in run.model_dir.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
-    held = {name: path for name, path in model.items() if name not in OURS}
+    """Path in the repository -> file of the run, without the card and the record.
+
+    Hidden and temporary files, such as a killed process leaves, are never among them.
+    """
+    held = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
     tables = {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
-    figures = {f"figures/{path.name}": path for path in run.figures.glob("*") if path.suffix in FIGURE_TYPES}
+    figures = {
+        f"figures/{name}": path
+        for name, path in _below(run.figures).items()
+        if "/" not in name and path.suffix in FIGURE_TYPES
+    }
     return dict(sorted({**held, **tables, **figures}.items()))
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    """Path within a folder -> file, hidden and unfinished ones left out."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in files.items()
+        if not any(part.startswith(".") for part in name.parts)
+        if path.suffix not in UNFINISHED and not path.name.endswith("~")
+    }
 
 
 def _record(run: Run, facts: Facts, files: dict[str, Path]) -> dict[str, Any]:

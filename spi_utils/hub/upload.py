@@ -1,8 +1,9 @@
 """Sending files to the Hub so that it can be interrupted, repeated and trusted.
 
 Uses only what huggingface_hub 1.11, 1.27 and 2.4 share. The repository changes in one commit, after every
-large file has arrived: it is never seen half published. A large file that arrived before an interruption is
-not sent again (the Hub knows it by its SHA-256), and files that did not change are left out of the commit.
+large file has arrived and only if nobody changed it meanwhile: it is never seen half published. A large file
+that arrived before an interruption is not sent again (the Hub knows it by its SHA-256), and files that did
+not change are left out of the commit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError
 from spi_utils.hub.hub_calls import Caller
-from spi_utils.hub.tokens import Token
+from spi_utils.hub.tokens import Token, redacted
 from spi_utils.progress import interactive, progress
 
 if TYPE_CHECKING:
@@ -68,11 +69,12 @@ def send(
     call = Caller(token, repo_id, local)
     call(lambda: _validate(api, card))
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    _require_visibility(bool(call(lambda: api.repo_info(repo_id)).private), private, repo_id)
-    before = {entry.path: entry for entry in call(lambda: _tree(api, repo_id))}
+    found = call(lambda: api.repo_info(repo_id))
+    _require_visibility(bool(found.private), private, repo_id)
+    before = {entry.path: entry for entry in call(lambda: _tree(api, repo_id, found.sha))}
     stale = _stale(api, call, repo_id, before, files, overwrite)
     _send_large(api, call, repo_id, files)
-    commit = call(lambda: _commit(api, repo_id, files, stale))
+    commit = call(lambda: _commit(api, repo_id, files, stale, found.sha))
     after = {entry.path: entry.blob_id for entry in call(lambda: _tree(api, repo_id))}
     held = {path: entry.blob_id for path, entry in before.items()}
     changed = tuple(sorted(path for path in files if after.get(path) != held.get(path)))
@@ -100,7 +102,7 @@ def _validate(api: HfApi, card: ModelCard) -> None:
     asked = {"repoType": "model", "content": str(card)}
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
     if answer.status_code == 400:
-        raise PublishError(f"the Hub refuses the card's YAML: {answer.text}. Nothing was sent.")
+        raise PublishError(f"the Hub refuses the card's YAML: {redacted(answer.text)}. Nothing was sent.")
     hf_raise_for_status(answer)
 
 
@@ -112,10 +114,11 @@ def _require_visibility(is_private: bool, private: bool, repo_id: str) -> None:
         )
 
 
-def _tree(api: HfApi, repo_id: str) -> list[Any]:
+def _tree(api: HfApi, repo_id: str, revision: str | None = None) -> list[Any]:
     from huggingface_hub.hf_api import RepoFile
 
-    return [entry for entry in api.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile)]
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return [entry for entry in entries if isinstance(entry, RepoFile)]
 
 
 def _send_large(api: HfApi, call: Caller, repo_id: str, files: Mapping[str, Path]) -> None:
@@ -131,13 +134,18 @@ def _preupload(api: HfApi, repo_id: str, name: str, path: Path) -> None:
     api.preupload_lfs_files(repo_id, [CommitOperationAdd(name, str(path))], free_memory=False)
 
 
-def _commit(api: HfApi, repo_id: str, files: Mapping[str, Path], stale: list[str]) -> str:
-    """One commit of everything that changed; operations are made anew because a call consumes them."""
+def _commit(api: HfApi, repo_id: str, files: Mapping[str, Path], stale: list[str], parent: str | None) -> str:
+    """One commit of everything that changed, on top of what was looked at, or none.
+
+    Operations are made anew because a call consumes them.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     removals = [CommitOperationDelete(name) for name in stale]
-    info = api.create_commit(repo_id, [*removals, *operations], commit_message="Publish a measured run")
+    info = api.create_commit(
+        repo_id, [*removals, *operations], commit_message="Publish a measured run", parent_commit=parent
+    )
     return str(info.oid)
 
 

@@ -116,7 +116,7 @@ def assemble(job: Job, session: Session, scores: Mapping[str, list[TokenScores]]
     return Evaluation(
         model=job.source.identity(),
         plan=_plan_info(job),
-        settings=job.settings,
+        settings={**job.settings, "rivals": [_public_name(rival) for rival in job.rivals]},
         text=first["text"],
         variants=first["variants"],
         other_texts=others,
@@ -160,6 +160,11 @@ def _describe(variant: Variant) -> dict[str, Any]:
     return kept | {
         "layers": {fmt: list(formats.values()).count(fmt) for fmt in sorted(set(formats.values()))}
     }
+
+
+def _public_name(rival: Rival) -> str:
+    """A rival's Hub id, or its folder's name: evaluation.json is published, a path of this machine is not."""
+    return rival.key.removeprefix("rival:") if Path(rival.spec).expanduser().exists() else rival.spec
 
 
 def _describe_rival(rival: Rival, layers: pd.DataFrame) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spi_utils.errors import EvaluationError
+from spi_utils.hub.tokens import hub_token
 from spi_utils.scoring import Head, Reference, TokenScores, token_scores
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ def _download(spec: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(WEIGHTS)))
+        token = hub_token()
+        value = None if token is None else token.value
+        return Path(snapshot_download(spec, allow_patterns=list(WEIGHTS), token=value))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EvaluationError(
             f"the rival {spec!r} is no folder here and can't be fetched from the Hub "
             f"({type(error).__name__}). Check the path or the id; log in if the repository is gated."
-        ) from error
+        ) from None  # a Hub that echoes the request would put its header into the traceback
 
 
 class LoadedRival:

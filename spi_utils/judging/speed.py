@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
+from spi_utils.hub.tokens import without_token
 from spi_utils.runs import read_json
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def measure_in_subprocess(
     command += ["--trust-remote-code"] * trust_remote_code
     package_home = str(Path(__file__).resolve().parents[2])  # also where the package isn't installed
     search = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": search}
+    environment = {**without_token(os.environ), "PYTHONPATH": search}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spi_utils.errors import ModelError
+from spi_utils.hub.tokens import hub_token
 
 Result = TypeVar("Result")
 
 ATTEMPTS = 3  # at a request that the Hub limits
 LONGEST_WAIT = 320  # seconds; the Hub's rate windows are 300
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # not among WANTED: a copy in the cache from before counts as whole without it
 PICKLE = (
     "{where}: only pickle weights ({file}), which can run code when opened, so they are never loaded. "
     "Convert them once on a machine you trust: "
@@ -31,7 +34,7 @@ def download(
     Args:
         repo_id: e.g. "Qwen/Qwen3.5-4B".
         revision: branch, tag or commit; None is the main branch.
-        token: None uses HF_TOKEN or the login.
+        token: None uses the session's, as `hub_token` finds it.
         code: fetch Python files too (for `trust_remote_code`).
 
     Returns:
@@ -40,18 +43,25 @@ def download(
     Raises:
         ModelError: unknown id or revision, gated or private without a token, unreachable, pickle only.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = [*WANTED, "*.py"] if code else list(WANTED)
+    if token is None and (found := hub_token()) is not None:
+        token = found.value
+    if token is None and revision is not None and (held := _held(repo_id, revision, patterns)) is not None:
+        return held, held.name
     try:
         info = _patiently(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
         _require_safetensors(repo_id, info)
         folder = _patiently(
             lambda: snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
         )
+        if any(entry.rfilename == CARD for entry in info.siblings or ()):  # for its licence, when publishing
+            _patiently(lambda: hf_hub_download(repo_id, CARD, revision=info.sha, token=token))
     except HfHubHTTPError as error:
-        raise ModelError(_explain(repo_id, revision, error)) from error
+        # not chained: a Hub that echoes the request would put its header into the traceback
+        raise ModelError(_explain(repo_id, revision, error)) from None
     except HFValidationError as error:
         raise ModelError(f"{repo_id!r} is no Hub id ({error}).") from error
     except Exception as error:
@@ -59,6 +69,25 @@ def download(
             raise
         return _from_cache(repo_id, revision, patterns, error)
     return Path(folder), str(info.sha)
+
+
+def _held(repo_id: str, commit: str, patterns: list[str]) -> Path | None:
+    """The cache's copy of a commit, which never changes: a stage that holds no token need not ask the Hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    from spi_utils.source.weights import shard_paths
+
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return None
+    try:
+        folder = Path(
+            snapshot_download(repo_id, revision=commit, allow_patterns=patterns, local_files_only=True)
+        )
+        shard_paths(folder)  # older versions of huggingface_hub return what an interrupted download left
+    except (LocalEntryNotFoundError, HFValidationError, ModelError):
+        return None
+    return folder
 
 
 def _patiently(request: Callable[[], Result]) -> Result:
@@ -152,6 +181,6 @@ def _from_cache(
             f"{repo_id}: the Hub can't be reached ({type(cause).__name__}) and the model isn't in this "
             "machine's cache. Check the connection (on Kaggle: Settings, Internet on), or use "
             "model='bundled', which needs none."
-        ) from cause
+        ) from None
     print(f"{repo_id}: the Hub can't be reached; using the copy in the cache, commit {folder.name}.")
     return folder, folder.name

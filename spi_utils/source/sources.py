@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from spi_utils.errors import ModelError
+from spi_utils.hub.tokens import hide_token
 from spi_utils.runs import sha256_file, slug
 from spi_utils.source.fetch import PICKLE, download
 from spi_utils.source.gguf import convert_gguf
@@ -87,7 +88,7 @@ def resolve(
         revision: branch, tag or commit on the Hub.
         trust_remote_code: let code from the repository run.
         cache_dir: where converted GGUF files go; `~/.cache/spi_utils` if None. The Hub has its own cache.
-        token: for the Hub; None uses the environment's or the login's.
+        token: for the Hub; None uses the session's, as `hub_token` finds it.
 
     Raises:
         ModelError: unknown, gated or unreachable; only pickle files; already quantized; a damaged shard; not
@@ -107,13 +108,21 @@ def resolve(
         return _source(path.stem, "gguf", None, directory, str(path.resolve()), trust_remote_code)
     if path.is_dir():
         return _source(path.resolve().name, "local", None, path, str(path.resolve()), trust_remote_code)
-    if path.is_absolute() or model.count("/") != 1 or model.startswith("."):
+    if not is_hub_id(model):
         raise ModelError(
             f"{model!r} is neither a directory here nor a Hub id like 'Qwen/Qwen3.5-4B'. "
             "Check the path, or use 'bundled' for the small model that needs no download."
         )
     directory, commit = download(model, revision, token=token, code=trust_remote_code)
     return _source(model, "hub", commit, directory, model, trust_remote_code)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is that of a repository on the Hub, and of nothing on this machine."""
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_absolute() or model.endswith(".gguf"):
+        return False
+    return model.count("/") == 1 and not model.startswith(".")
 
 
 def chosen_model(model: str) -> str:
@@ -150,6 +159,8 @@ def _bundled_file() -> tuple[Path, tuple[Path, ...]]:
 def _source(
     id: str, kind: str, revision: str | None, directory: Path, location: str, trust: bool
 ) -> ModelSource:
+    if trust:
+        hide_token()  # everything is fetched; from here on the repository's code may run
     config = _read_config(directory)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")
@@ -159,9 +170,9 @@ def _source(
         )
     if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
         raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
-    files = shard_paths(directory)
+    sha256 = weights_hash(directory)
     dtype = _storage_dtype(directory, config)
-    source = ModelSource(id, kind, revision, directory, _hash(files), dtype, location, trust)
+    source = ModelSource(id, kind, revision, directory, sha256, dtype, location, trust)
     _require_causal(source)
     return source
 
@@ -174,6 +185,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
+
+
+def weights_hash(directory: Path) -> str:
+    """`ModelSource.sha256` of a folder as it is now."""
+    return _hash(shard_paths(directory))
 
 
 def _hash(files: list[Path]) -> str:
