@@ -90,17 +90,20 @@ def _print_summary(run_dir: Path) -> None:
     import pandas as pd
 
     from spi_utils.evaluate import Evaluation
+    from spi_utils.judging.sentences import stock_sentence
     from spi_utils.quantize import proof_by_use
     from spi_utils.report import headline
     from spi_utils.runs import existing_run, run_info
 
     run = existing_run(run_dir)
-    table = Evaluation.read(run.evaluation_json).table()
+    evaluation = Evaluation.read(run.evaluation_json)
+    table = evaluation.table()
     columns = ["variant", "GB", "matrix bits", "perplexity", "KL", "same top-1"]
     with pd.option_context("display.width", 160, "display.max_colwidth", 48):
         print(table[columns].to_string(float_format=lambda value: f"{value:.4f}"))
     print(f"\n{headline(run)}")
-    print(f"The checkpoint is {proof_by_use(run_info(run)['stages'].get('quantize', {}))}.\n")
+    print(f"The checkpoint is {proof_by_use(run_info(run)['stages'].get('quantize', {}))}.")
+    print(f"{stock_sentence(evaluation.stock)}\n")
     places = {
         "report": run.report,
         "figures": run.figures,

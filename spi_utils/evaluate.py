@@ -10,7 +10,7 @@ text go to `run.json`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from spi_utils import runs
 from spi_utils.errors import EvaluationError
 from spi_utils.judging.claims import audit
 from spi_utils.judging.controls import FULL, QUICK, make_variants
-from spi_utils.judging.evaluation import Evaluation, Job, assemble
+from spi_utils.judging.evaluation import STOCK_WINDOWS, Evaluation, Job, assemble
 from spi_utils.judging.speed import measure_run
 from spi_utils.judging.tasks import check_harness, check_names
 from spi_utils.plan import ProtectionPlan
@@ -97,11 +97,13 @@ def evaluate(
     job = _prepare(run, source, settings, texts)
     # An upgrade of this package alone doesn't void an evaluation; its file says which code made it.
     hashes = {name: value for name, value in job.hashes.items() if name != "code"}
+    proof = runs.run_info(run)["stages"].get("quantize", {}).get("proof")
     inputs = {**settings, "hashes": hashes, "speed_repeats": speed_repeats, "prompt": prompt}
+    inputs |= {"stock_windows": STOCK_WINDOWS, "proven": proof is not None}
     with runs.stage(run, "evaluate", inputs, ["evaluation.json"], force=force) as stage:
         if stage.finished:
             return Evaluation.read(run.evaluation_json)
-        evaluation = _evaluate(job, stage)
+        evaluation = _evaluate(job, stage, proof)
         evaluation.write(run.evaluation_json)
         if speed_repeats:
             stage.record(**_speed(run, source, settings, speed_repeats, prompt))
@@ -197,11 +199,12 @@ def _hashes(
     }
 
 
-def _evaluate(job: Job, stage: runs.Stage) -> Evaluation:
+def _evaluate(job: Job, stage: runs.Stage, proof: Mapping[str, Any] | None) -> Evaluation:
     """Score, compute the numbers and audit the claim."""
     import torch
 
     from spi_utils.judging.session import Session, make_samples
+    from spi_utils.judging.stock import score_stock
 
     settings = job.settings
     samples = make_samples(
@@ -225,6 +228,7 @@ def _evaluate(job: Job, stage: runs.Stage) -> Evaluation:
     )
     scores = session.score()
     evaluation = assemble(job, session, scores)
+    evaluation = replace(evaluation, stock=score_stock(session, scores["plan"][0], proof))
     if settings["lm_eval"]:
         from spi_utils.judging.tasks import score_tasks
 

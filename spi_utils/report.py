@@ -22,7 +22,7 @@ from spi_utils.figures.evaluation_figures import (
 from spi_utils.figures.plotting import save_figure
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import headline_of, switching_sentence
+from spi_utils.judging.sentences import headline_of, stock_sentence, switching_sentence
 from spi_utils.quantize import proof_by_use
 from spi_utils.report_html import (
     Html,
@@ -133,7 +133,7 @@ def _top(evaluation: Evaluation, proof: str) -> str:
         f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
         f'<div class="facts">{"".join(tiles)}</div>'
         f'<p class="note">{text(proof[0].upper() + proof[1:])}. Figures of quality are float32, from the '
-        "file's tensors.</p>"
+        f"file's tensors. {text(stock_sentence(evaluation.stock))}</p>"
         f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
 

@@ -46,7 +46,7 @@ def here(monkeypatch, tmp_path):
         fresh_check.main(str(tmp_path / "request.json"), str(tmp_path / "answer.json"))
         return json.loads((tmp_path / "answer.json").read_text()) | {"spi_utils": False}
 
-    monkeypatch.setattr(verify, "_ask", ask)
+    monkeypatch.setattr(verify, "ask", ask)
 
 
 def table(source):

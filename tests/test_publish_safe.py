@@ -315,7 +315,7 @@ def test_a_process_that_loads_the_model_afresh_holds_no_token(monkeypatch, tmp_p
         if process == "speed":
             speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
         else:
-            verify._ask({"model": "m"})
+            verify.ask({"model": "m"})
     assert given["PATH"] == os.environ["PATH"] and TOKEN not in given.values()
 
 

@@ -50,7 +50,7 @@ def here(monkeypatch):
         fresh_check.main(str(folder / "request.json"), str(folder / "answer.json"))
         return json.loads((folder / "answer.json").read_text()) | {"spi_utils": False}
 
-    monkeypatch.setattr(verify, "_ask", ask)
+    monkeypatch.setattr(verify, "ask", ask)
 
 
 @pytest.fixture(autouse=True)

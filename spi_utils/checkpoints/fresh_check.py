@@ -1,4 +1,4 @@
-"""Load a checkpoint the way a stranger would, and report what came out.
+"""Load a checkpoint the way a stranger would, and report what came out, or its KL to a reference.
 
 `verify.py` runs this file in a process of its own, with transformers and bitsandbytes or compressed-tensors,
 but without spi_utils: `python -P fresh_check.py request.json answer.json`. The model is used as its card
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.quantizers import AutoHfQuantizer
 
 TOKENS = 24  # positions of the logits that are compared
+ROWS = 64  # positions whose KL is computed at once
 ANSWER = 24  # tokens generated at most
 PROMPT = "Explain in two sentences why the sky is blue."
 
@@ -31,6 +33,11 @@ def main(request_path: str, answer_path: str) -> None:
     torch.set_num_threads(request["threads"])
     config = AutoConfig.from_pretrained(request["model"], trust_remote_code=request["trust"])
     answer: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__}
+    if "reference" in request:
+        answer |= {"kl": score(request, request["model"])}
+        answer |= {"kl_16bit": score(request, request["source"], dtype=config.dtype)}
+        Path(answer_path).write_text(json.dumps(answer))
+        return
     if request["load"]:
         expected = in_memory(request, config) if request["forward"] else None
         model = load(request, request["model"])
@@ -142,6 +149,24 @@ def logits(model: transformers.PreTrainedModel, config: transformers.PretrainedC
     vocabulary = config.get_text_config().vocab_size
     ids = torch.linspace(0, vocabulary - 1, TOKENS).long()[None]
     return model.eval()(ids.to(model.device), use_cache=False).logits[0].float().cpu()
+
+
+@torch.inference_mode()
+def score(request: dict[str, Any], folder: str, **options: Any) -> float | None:
+    """Mean KL(reference ‖ a loaded model) over every predicted position of the windows, in nats a token; None
+    where a logit is not finite. The reference's log-probabilities lie in a file (T, V) a window."""
+    model = load(request, folder, **options).eval()
+    total, count = 0.0, 0
+    for ids, path in zip(request["windows"], request["reference"], strict=True):
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
+        expected = torch.from_numpy(np.load(path))[:-1]
+        for own, held in zip(logits.split(ROWS), expected.split(ROWS), strict=True):
+            if not bool(own.isfinite().all()):
+                return None
+            log_q = torch.log_softmax(own.float(), -1).cpu()
+            total += float((held.exp() * (held - log_q)).sum(dtype=torch.float64))
+            count += len(held)
+    return total / count
 
 
 @torch.inference_mode()

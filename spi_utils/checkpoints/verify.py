@@ -177,7 +177,7 @@ def check_fresh(
     fits = _fits(folder, weights, saving)
     forward = fits and not (awkward and saving.device.type == "cpu")
     start, windows = proof_windows(source, weights.model.config) if forward else (None, [])
-    answer = _ask(
+    answer = ask(
         {
             "windows": windows,
             "model": str(folder.resolve()),
@@ -316,7 +316,8 @@ def _fits(folder: Path, weights: Weights, saving: Saving) -> bool:
     return need < psutil.virtual_memory().available
 
 
-def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+def ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a request to fresh_check.py in a process of its own; CheckpointError if it can't answer."""
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         question.write_text(json.dumps(request))

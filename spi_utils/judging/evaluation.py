@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from spi_utils import runs
 from spi_utils.checkpoints.saved import disk_bytes
+from spi_utils.errors import RunError
 from spi_utils.judging import measures
 from spi_utils.judging.controls import Variant
 from spi_utils.plan import ProtectionPlan
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from spi_utils.texts import Text
 
 SCHEMA = 1
+STOCK_WINDOWS = 4  # of the first text, its own first ones, that the model as loaded is scored on
+KINDS: dict[str, type] = {"dict": dict, "list": list, "str": str}  # what JSON makes of a field's type
 CONVENTION = (
     "disjoint windows of one length, spread evenly over the text; the model sees only its window, which "
     "begins with the start token; every later token is predicted once; natural logarithms"
@@ -38,7 +41,7 @@ class Evaluation:
     `other_texts` [{"text", "variants"}] the same on further texts, `skipped` {control: why},
     `checkpoint` what the saved file was found to hold and `checkpoint_sha256` which file that was, `hashes`
     of everything that went in, `kernel` which arithmetic ran, `tasks` multiple-choice scores, `claims` the
-    audit's rows.
+    audit's rows, `stock` what the model as loaded gave (`stock.py`; empty in evaluations of before).
     """
 
     model: dict[str, Any]
@@ -54,6 +57,7 @@ class Evaluation:
     kernel: str
     tasks: dict[str, Any] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
+    stock: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write evaluation.json atomically."""
@@ -61,9 +65,22 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Read evaluation.json; RunError if it is missing, truncated or of another schema."""
+        """Read evaluation.json; RunError if it is missing, truncated, damaged or of another schema."""
         held = runs.read_json(path, SCHEMA, "evaluation", runs.NOTEBOOKS["evaluate"])
         del held["schema"]
+        names = {one.name for one in fields(cls)}
+        needed = {one.name for one in fields(cls) if one.default_factory is MISSING}
+        if odd := sorted(needed - held.keys()) + sorted(held.keys() - names):
+            raise RunError(
+                f"{path}: this evaluation lacks entries or has unknown ones: {', '.join(odd)}. "
+                f"Run notebook {runs.NOTEBOOKS['evaluate']} again with force=True."
+            )
+        kinds = {one.name: KINDS[str(one.type).split("[", maxsplit=1)[0]] for one in fields(cls)}
+        if wrong := next((name for name, value in held.items() if not isinstance(value, kinds[name])), None):
+            raise RunError(
+                f"{path}: {wrong!r} should be a {kinds[wrong].__name__}, found {held[wrong]!r:.60}. "
+                f"Run notebook {runs.NOTEBOOKS['evaluate']} again with force=True."
+            )
         return cls(**held)
 
     def table(self) -> pd.DataFrame:

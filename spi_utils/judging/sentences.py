@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from spi_utils import stats
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.planning.pricing import held_words
@@ -90,3 +93,17 @@ def switching_sentence(evaluation: Evaluation) -> str:
             one = variants[key]
             sentence += f"; chosen from {menu} it holds {held_words(one['layers'])}, KL {one['kl_mean']:.4f}"
     return f"{sentence}."
+
+
+def stock_sentence(stock: Mapping[str, Any]) -> str:
+    """The KL of the model as loaded beside its file's, in a sentence; `stock` is evaluation.json's entry."""
+    if stock.get("agrees") is None:
+        why = stock.get("reason", "this evaluation is older than that check; run notebook 04_evaluate again")
+        return f"As stock transformers loads it, the checkpoint was not scored: {why}."
+    half = stock["kl_16bit"]
+    half = "not a number" if half is None else f"{half:.4f}"
+    return (
+        f"As stock transformers loads it ({stock['dtype']} on {stock['device']}), its KL is "
+        f"{stock['kl']:.4f} nats a token on the first {stock['windows']} windows; in float32 from the file's "
+        f"tensors it is {stock['kl_file']:.4f} there, and the stock 16-bit model's is {half}."
+    )
