@@ -3,8 +3,8 @@
 One model is loaded, once, and its layers are switched in place through every variant of `controls.py`; the
 plan alone is scored from the tensors saved in `model/`. `session.py` does the scoring, resumable by block of
 windows; `measures.py` defines the numbers, `evaluation.py` the file; `claims.py` audits the claim.
-`evaluation.json` holds no time: the same inputs and seed give the same file. Speed, memory and a sample of
-text go to `run.json`.
+`evaluation.json` holds no time: the same inputs and seed give the same file. Speed and memory go
+to `run.json`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def evaluate(
     random_seeds: int = 5,
     rivals: Sequence[str] = (),
     speed_repeats: int = 5,
-    prompt: str = "The capital of France is",
     lm_eval_tasks: Sequence[str] = (),
     lm_eval_limit: int = 200,
     force: bool = False,
@@ -73,8 +72,7 @@ def evaluate(
         texts, start_token: as `texts.load_texts` and `texts.start_token` take them.
         seed: of the random controls (seed … seed + random_seeds − 1), the noise and the bootstrap.
         rivals: further checkpoints that transformers loads: folders or Hub ids.
-        speed_repeats: timed generations of the saved checkpoint and of the 16-bit model; 0 leaves speed and
-            the sample of text out. prompt: what the saved checkpoint continues.
+        speed_repeats: timed generations of the saved checkpoint and of the 16-bit model; 0 leaves speed out.
         lm_eval_tasks: multiple-choice tasks for lm-evaluation-harness, `lm_eval_limit` samples each.
         force: do it again even if the same evaluation is there.
 
@@ -98,7 +96,7 @@ def evaluate(
     # An upgrade of this package alone doesn't void an evaluation; its file says which code made it.
     hashes = {name: value for name, value in job.hashes.items() if name != "code"}
     proof = runs.run_info(run)["stages"].get("quantize", {}).get("proof")
-    inputs = {**settings, "hashes": hashes, "speed_repeats": speed_repeats, "prompt": prompt}
+    inputs = {**settings, "hashes": hashes, "speed_repeats": speed_repeats}
     inputs |= {"stock_windows": STOCK_WINDOWS, "proven": proof is not None}
     with runs.stage(run, "evaluate", inputs, ["evaluation.json"], force=force) as stage:
         if stage.finished:
@@ -106,7 +104,7 @@ def evaluate(
         evaluation = _evaluate(job, stage, proof)
         evaluation.write(run.evaluation_json)
         if speed_repeats:
-            stage.record(**_speed(run, source, settings, speed_repeats, prompt))
+            stage.record(**_speed(run, source, settings, speed_repeats))
     return evaluation
 
 
@@ -122,16 +120,14 @@ def _check_delivered(run: runs.Run) -> None:
             )
 
 
-def _speed(
-    run: runs.Run, source: ModelSource, settings: dict[str, Any], repeats: int, prompt: str
-) -> dict[str, Any]:
+def _speed(run: runs.Run, source: ModelSource, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Speed and memory, for run.json; a failure is said and noted: the scores stand without it."""
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()  # the processes that are timed need what this one keeps of a GPU's memory
     try:
-        return {"speed": measure_run(run.model_dir, source, settings, repeats, prompt)}
+        return {"speed": measure_run(run.model_dir, source, settings, repeats)}
     except EvaluationError as error:
         print(f"Speed was not measured: {error}", flush=True)
         return {"speed_failed": str(error)}

@@ -105,6 +105,7 @@ def write_report(run: runs.Run) -> Path:
         _other_texts(evaluation),
         other_runs(run),
         _speed_table(speed),
+        _answer(info["stages"].get("quantize", {}).get("proof")),
         _tasks(evaluation),
         _analysis(run),
         _method(evaluation),
@@ -277,35 +278,33 @@ def _other_texts(evaluation: Evaluation) -> str:
     return section("Other texts", "", *parts) if parts else ""
 
 
-FLOAT32 = (
-    "The 16-bit weights ran in float32 here, twice their file's bytes a token: the ratio of the two rows is "
-    "partly float32 against half the bytes."
-)
-
-
 def _speed_table(speed: Mapping[str, Any] | None) -> str:
     if not speed:
         return ""
     one = speed["plan"]
     modules = ", ".join(f"{count} {name}" for name, count in one["kernels"]["modules"].items())
-    sample = (
-        f"<p>The checkpoint continues “{verbatim(one['prompt'])}” with:</p>"
-        f"<blockquote>{verbatim(one['sample'].strip())}</blockquote>"
-        if one.get("sample")
-        else ""
-    )
     heads = ["batch 1", "prefill, tokens/s", "decode, tokens/s", "bandwidth allows", "first token, s"]
-    wide = speed["reference"].get("dtype") == "float32"
-    name = "16-bit weights, run in float32" if wide else "16-bit model"
-    rows = [_speed_row(name, speed["reference"]), _speed_row("this checkpoint", one)]
+    rows = [_speed_row("16-bit model", speed["reference"]), _speed_row("this checkpoint", one)]
     return section(
         "Speed and memory",
         f"Median (least–most) of {one['repeats']} generations of {one['new_tokens']} tokens after "
         f"{one['prompt_tokens']}, on {one['device']} ({one['threads']} threads), with stock transformers "
-        f"({modules}). The bound is the device's measured bandwidth over the bytes that a token reads.",
+        f"in {one['dtype']}, as the file ships ({modules}). The bound is the device's measured bandwidth "
+        "over the bytes that a token reads.",
         table([*heads, "GB a token", "peak GB"], rows, ["", "plan"]),
-        f'<p class="note">{FLOAT32}</p>' if wide else "",
-        sample,
+    )
+
+
+def _answer(proof: Mapping[str, Any] | None) -> str:
+    """What the checkpoint said when notebook 03 used it, in a process of its own."""
+    if not proof:
+        return ""
+    said = proof["generation"]
+    return section(
+        "What it says",
+        f"Asked “{said['prompt']}”, the checkpoint as loaded by stock transformers ({proof['dtype']}, greedy"
+        f"{', its own chat template' if said['chat_template'] else ''}) answers:",
+        f"<blockquote>{verbatim(said['text'].strip())}</blockquote>",
     )
 
 

@@ -591,14 +591,14 @@ def test_bytes_that_a_token_reads_by_hand(tiny, tmp_path):
 def test_speed_of_a_checkpoint_in_a_process_of_its_own(ready):
     run, _ = ready
     found = speed.measure_in_subprocess(
-        run.model_dir, device="cpu", dtype="float32", prompt_tokens=16, new_tokens=4, repeats=2, prompt="A"
+        run.model_dir, device="cpu", dtype="float32", prompt_tokens=16, new_tokens=4, repeats=2
     )
     for name in ("prefill", "decode", "first_token_s"):
         median, least, most = found[name]
         assert 0 < least <= median <= most
     assert found["decode_bound"] == pytest.approx(found["bandwidth_gb_s"] / found["gb_per_token"])
     assert found["kernels"]["modules"] == {"bitsandbytes.Linear4bit": 14, "torch.Linear": 15}
-    assert 0.1 < found["memory"]["peak_rss_gb"] < 3 and isinstance(found["sample"], str)
+    assert 0.1 < found["memory"]["peak_rss_gb"] < 3
 
 
 @pytest.mark.slow

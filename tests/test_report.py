@@ -45,7 +45,7 @@ SPEED = {
     "dtype": "bfloat16",
     **{"prefill": [100.0, 90.0, 110.0], "decode": [20.0, 19.0, 21.0], "first_token_s": [1.2, 1.1, 1.3]},
     **{"gb_per_token": 0.2, "bandwidth_gb_s": 20.0, "decode_bound": 100.0, "memory": {"peak_rss_gb": 0.8}},
-    **{"kernels": {"modules": {"torch.Linear": 110}}, "prompt": "A <b>", "sample": "is a letter & more"},
+    **{"kernels": {"modules": {"torch.Linear": 110}}},
 }
 
 

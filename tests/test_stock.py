@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spi_utils import runs
+from spi_utils import report, runs
 from spi_utils.errors import EvaluationError, RunError
 from spi_utils.evaluate import Evaluation, evaluate
 from spi_utils.judging.sentences import stock_sentence
@@ -108,3 +108,28 @@ def test_an_entry_that_is_unknown_is_named(written, tmp_path):
     path.write_text(json.dumps(written | {"from_the_future": 1}))
     with pytest.raises(RunError, match="from_the_future"):
         Evaluation.read(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_ships_is_timed_in_the_dtype_that_it_ships_with(dtype, tmp_path):
+    """Biases on q, k and v: loaded in another dtype than the file's, their products fail."""
+    config = {"model_type": "qwen2", "bos_token_id": None, "tie_word_embeddings": True, "head_dim": 32}
+    directory = make_tiny("llama", tmp_path / "m", dtype=dtype, **config)
+    run, source = ready_run(directory, tmp_path / "run")
+    for path in sorted(run.model_dir.glob("*")):
+        path.unlink()
+    quantize(run, source, ProtectionPlan.read(run.plan_json), device="cpu")
+    weights = AutoModelForCausalLM.from_pretrained(run.model_dir).state_dict()
+    assert weights["model.layers.0.self_attn.q_proj.bias"].dtype == getattr(torch, dtype)
+    evaluate(run, source, speed_repeats=1, **QUICK)
+    speed = runs.run_info(run)["stages"]["evaluate"]["speed"]
+    assert {one["dtype"] for one in speed.values()} == {dtype}
+    assert all(one["decode"][0] > 0 for one in speed.values())
+
+
+def test_the_report_shows_the_answer_that_proved_the_checkpoint():
+    said = {"prompt": "Why <b>?", "chat_template": True, "text": "It is 1 < 2 & so.", "tokens": 9}
+    html = report._answer({"generation": said, "dtype": "bfloat16"})
+    assert "It is 1 &lt; 2 &amp; so." in html and "Why &lt;b&gt;?" in html and "bfloat16" in html
+    assert report._answer(None) == ""

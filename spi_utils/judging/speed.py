@@ -58,7 +58,6 @@ def measure_in_subprocess(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 5,
-    prompt: str = "",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """`measure` of a model folder in a fresh Python process.
@@ -76,7 +75,7 @@ def measure_in_subprocess(
         dtype,
     ]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    command += ["--repeats", str(repeats), f"--prompt={prompt}"]
+    command += ["--repeats", str(repeats)]
     command += ["--trust-remote-code"] * trust_remote_code
     package_home = str(Path(__file__).resolve().parents[2])  # also where the package isn't installed
     search = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH", "")]))
@@ -99,12 +98,9 @@ def measure(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 5,
-    prompt: str = "",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint in this process and time it; see the module's first lines for the units.
-
-    With a `prompt` the result also holds the text that the checkpoint continues it with.
 
     Returns `prefill` and `decode` tokens a second and `first_token_s`, each `[median, least, most]` over
     `repeats` after one warm-up, peak memory, bytes read a token, the device's measured bandwidth, the
@@ -142,7 +138,6 @@ def measure(
         "decode_bound": bandwidth / moved,
         "memory": peak_memory(device),
         "kernels": kernels,
-        **({"prompt": prompt, "sample": continue_text(model, model_dir, prompt)} if prompt else {}),
     }
 
 
@@ -175,24 +170,6 @@ def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
         )
     first, last = clock.times[1], clock.times[-1]
     return first - start, (new_tokens - 1) / (last - first)
-
-
-def continue_text(model: Any, model_dir: Path, prompt: str, new_tokens: int = 48) -> str:
-    """The greedy continuation of a prompt: a look at the checkpoint, no measurement."""
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        made = model.generate(
-            ids["input_ids"],
-            attention_mask=ids["attention_mask"],
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    return str(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def spread(values: list[float]) -> list[float]:
@@ -228,22 +205,19 @@ def state_bytes(state: Any) -> int:
 
 
 def measure_run(
-    model_dir: Path, source: ModelSource, settings: Mapping[str, Any], repeats: int, prompt: str
+    model_dir: Path, source: ModelSource, settings: Mapping[str, Any], repeats: int
 ) -> dict[str, Any]:
-    """Speed and memory of a saved checkpoint ("plan") and of the 16-bit model ("reference")."""
+    """Speed and memory of a saved checkpoint ("plan") and of the 16-bit model ("reference"), both in the
+    dtype that the checkpoint ships with: what users will run."""
     options: dict[str, Any] = {
         "device": settings["device"],
-        "dtype": settings["dtype"],
+        "dtype": str(read_json(model_dir / "config.json", what="config.json").get("dtype") or "float16"),
         "repeats": repeats,
-        "prompt": prompt,
         "trust_remote_code": source.trust_remote_code,
     }
     print("evaluate: speed and memory of the checkpoint, then of the 16-bit model", flush=True)
-    # A checkpoint whose activations float16 can't hold is saved in bfloat16, and runs in nothing narrower.
-    saved = read_json(model_dir / "config.json", what="config.json").get("dtype")
-    narrow = saved == "bfloat16" and options["dtype"] == "float16"
     return {
-        "plan": measure_in_subprocess(model_dir, **options | ({"dtype": saved} if narrow else {})),
+        "plan": measure_in_subprocess(model_dir, **options),
         "reference": measure_in_subprocess(source.directory, **options),
     }
 
@@ -322,7 +296,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompt", default="", help="also return what the checkpoint continues it with")
     parser.add_argument("--trust-remote-code", action="store_true")
     print(json.dumps(measure(**vars(parser.parse_args(arguments)))))
 
