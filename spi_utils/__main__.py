@@ -24,8 +24,9 @@ from spi_utils.headless import (
 from spi_utils.parameters import from_command_line
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-# What a user can mend about a disk.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+# What a user can mend about a disk; ENOENT is also what Python says where no temporary file can be written.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
 MEND = "Free some space, or choose another `run_dir`; the same command goes on where it stopped."
 
 

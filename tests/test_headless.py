@@ -129,10 +129,9 @@ def injected(**parameters):
     from papermill.parameterize import parameterize_notebook
 
     notebook = nbformat.v4.new_notebook()
-    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python"}
-    return (
-        parameterize_notebook(notebook, parameters, kernel_name="python3", language="python").cells[0].source
-    )
+    notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3"}, "papermill": {}})
+    made = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+    return made.cells[0].source
 
 
 def test_what_plain_papermill_lets_through_is_refused_by_the_notebook(monkeypatch):

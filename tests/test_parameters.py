@@ -292,7 +292,9 @@ def test_a_text_is_read_by_the_parameters_own_kind(name, text, value):
 def test_a_grid_reads_the_same(tmp_path, name, text, value):
     if name == "model" or text.startswith(("[", "''")) or not isinstance(value, str | int | float | None):
         pytest.skip("written otherwise in YAML")
-    assert coerce(name, yaml.safe_load(yaml.safe_dump(text))) in (value, text)
+    if (name, text) == ("revision", "null"):
+        pytest.skip("YAML's null is no text")
+    assert coerce(name, text) == value or text[0] == "'"
     file = tmp_path / "grid.yaml"
     rule = "rule: threshold, " if name == "value" and value is not None else ""
     file.write_text(
