@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spi_utils.errors import SPIError
+from spi_utils import __version__
+from spi_utils.errors import ParameterError, SPIError
 from spi_utils.headless import (
     ALL,
     STAGES,
     NotebookError,
-    check_parameters,
+    check_settings,
+    check_stages,
     execute,
     parameters_of,
     run_stages,
 )
+from spi_utils.parameters import from_command_line
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+# What a user can mend about a disk; ENOENT is also what Python says where no temporary file can be written.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
+MEND = "Free some space, or choose another `run_dir`; the same command goes on where it stopped."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, papermill's for a failed stage, 1, or 2 for a wrong call."""
+    """Run a command and return its exit code.
+
+    0; papermill's for a failed stage, else 1; 2 for a wrong call or parameter; 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="python -m spi_utils", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"spi_utils {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all five stages through 00_run_all, headless")
     run.add_argument("-p", dest="parameters", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[])
@@ -41,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
-            _run({name: yaml.safe_load(value) for name, value in options.parameters}, options.only)
+            _run({name: from_command_line(name, text) for name, text in options.parameters}, options.only)
         elif options.command == "batch":
             from spi_utils.batch import run_batch
 
@@ -51,12 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
             _print_summary(options.run_dir)
     except SPIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, NotebookError) else 1
+        return error.exit_code if isinstance(error, NotebookError) else 1 + isinstance(error, ParameterError)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = error.filename or "a file"
+        print(f"OSError: {where} can't be written or read: {error.strerror}. {MEND}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _run(parameters: dict[str, Any], only: list[str] | None) -> None:
-    check_parameters(parameters, parameters_of(ALL), f"{ALL}.ipynb")
+    if only:
+        check_stages(parameters, only)
+    else:
+        check_settings(parameters, ALL)
     if str(parameters.get("run_dir", "auto")) == "auto":
         parameters["run_dir"] = str(_auto_run_dir(parameters))
     run_dir = Path(parameters["run_dir"]).resolve()

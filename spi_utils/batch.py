@@ -76,7 +76,7 @@ def run_batch(
         exit code: 0, 1 if a job failed, 130 if it was interrupted.
 
     Raises:
-        BatchError, RunError, PlanError: a wrong grid or call; nothing has run then.
+        BatchError, ParameterError: a wrong grid or call; nothing has run then.
     """
     if scheduler is not None and workers is not None:
         raise BatchError("--workers and --scheduler exclude each other: a cluster has its own workers.")
@@ -179,7 +179,8 @@ def _on_cluster(tasks: Sequence[Task], scheduler: str | None) -> Iterator[Outcom
 def arguments_of(stages: Sequence[str], parameters: Mapping[str, Any]) -> tuple[str, ...]:
     """Python's arguments for the process that runs these notebooks: the command line of this package."""
     chosen = [part for name in stages for part in ("--only", name)]
-    given = [part for name, value in parameters.items() for part in ("-p", name, _yaml(value))]
+    own = {parameter for name in stages for parameter in parameters_of(name)}
+    given = [part for name in parameters if name in own for part in ("-p", name, _yaml(parameters[name]))]
     return ("-m", "spi_utils", "run", *chosen, *given)
 
 

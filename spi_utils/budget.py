@@ -258,13 +258,22 @@ def _peak(stages: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{max(one[name] for one in stages):.1f}" if stages and all(name in one for one in stages) else "–"
 
 
-def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> list[Cost]:
+def announce(
+    source: ModelSource, profile: str, *, random_seeds: int = 5, over_budget: str = "warn"
+) -> list[Cost]:
     """Print the budget of all stages on Kaggle or Colab before they start; nothing, and no costs, elsewhere.
 
     Memory is this session's own, a larger GPU's too; times are a T4's.
 
+    Args:
+        source: the model.
+        profile: of the evaluation.
+        random_seeds: its random selections.
+        over_budget: where the run does not fit by this arithmetic, "warn" says so and goes on (it is good to
+            a factor of two), "stop" raises.
+
     Raises:
-        PlatformError: the run does not fit this platform; says which stage lacks what.
+        PlatformError: the run does not fit, and `over_budget` is "stop"; says which stage lacks what.
     """
     import pandas as pd
 
@@ -278,9 +287,18 @@ def announce(source: ModelSource, profile: str, *, random_seeds: int = 5) -> lis
     tokens, variants = work_of(profile, random_seeds)
     costs = budget(model, machine, tokens=tokens, variants=variants)
     problems = check_budget(costs, machine)
-    if problems:
-        raise PlatformError(f"{source.id} does not fit: {'; '.join(problems)}. Use a smaller model.")
+    said = f"{source.id} does not fit: {'; '.join(problems)}."
+    if problems and over_budget == "stop":
+        raise PlatformError(
+            f"{said} This arithmetic is good to a factor of two: over_budget='warn' tries it all the same. "
+            "Or use a smaller model."
+        )
     print(f"Budget on {machine.name}, by arithmetic:\n{beside_actual(costs, {})}")
+    if problems:
+        print(
+            f"Warning: {said} This arithmetic is good to a factor of two, so the run goes on; "
+            "over_budget='stop' would end it here. If a stage runs out, use a smaller model."
+        )
     return costs
 
 

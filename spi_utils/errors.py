@@ -9,6 +9,10 @@ class SPIError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+class ParameterError(SPIError):
+    """A parameter's name or value is wrong; nothing has run yet."""
+
+
 class ModelError(SPIError):
     """A model source can't be resolved, read or used (unknown id, bad shard, wrong architecture)."""
 

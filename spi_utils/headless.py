@@ -1,14 +1,16 @@
 """Running the notebooks without a person: papermill in a subprocess each, with errors a person can read.
 
-One subprocess a notebook, because papermill's kernels leak memory into a long-lived parent. Names of
-parameters are checked before anything runs: papermill itself only logs the ones it doesn't know.
+One subprocess a notebook, because papermill's kernels leak memory into a long-lived parent. Names and values
+of parameters are checked before anything runs: papermill itself only logs the names that it doesn't know.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,10 @@ from typing import Any
 import nbformat
 import yaml
 
-from spi_utils.errors import RunError, SPIError
+from spi_utils.batches.worker import end_tree
+from spi_utils.errors import ParameterError, RunError, SPIError
 from spi_utils.hub.tokens import hub_token, with_token, without_token
-from spi_utils.planning.rules import check_value
-from spi_utils.planning.scores import check_direction, score_row
+from spi_utils.parameters import check_values
 from spi_utils.progress import interactive
 from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, update_info
 
@@ -51,12 +53,12 @@ NOT_THE_NOTEBOOKS = (
     "HighsMipSolverData::",  # a debugging line that scipy's solver prints whatever its options say
     "<",  # the repr of a table or a picture that the executed copy shows
 )
+# A widget's repr: "VBox(children=(HBox(…", "FloatSlider(value=…"
+WIDGET = re.compile(r"[A-Z]\w*\((children|value|layout|options|description|outputs|max|min)=")
 PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
-
-
-# What stands in a notebook's namespace at its first cell: IPython's own, and the set-up cell's.
-NOT_GIVEN = {"In", "Out", "wheels", "what"}  # constants, in capitals, apart
-CHOICES = {"score", "direction", "rule", "value"}  # parameters of the plan
+FULL_DISK = ("No space left on device", "Disk quota exceeded")
+INJECTED = "# Parameters"  # how papermill begins the cell that it injects
+NEAR = 0.8  # similarity from which a variable is taken for a misspelt parameter
 Show = Callable[[str, float, str], None]
 
 
@@ -99,8 +101,6 @@ def notebook_path(name: str) -> Path:
 
 def parameters_of(name: str) -> dict[str, Any]:
     """A notebook's parameters with their defaults, in the order in which it lists them."""
-    import ast
-
     notebook = nbformat.read(notebook_path(name), as_version=4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     assignments = [
@@ -118,46 +118,90 @@ def check_parameters(given: Iterable[str], known: Iterable[str], what: str) -> N
     """Refuse names that a notebook doesn't have.
 
     Raises:
-        RunError: names the stranger and the nearest known name.
+        ParameterError: names the stranger and the nearest known name.
     """
     known = list(known)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known)}."
-            raise RunError(f"{what} has no parameter {name!r}.{hint}")
+            raise ParameterError(f"{what} has no parameter {name!r}.{hint}")
 
 
-def check_choices(given: Mapping[str, Any]) -> None:
-    """Refuse a score, a direction or a rule that no plan can be made by; PlanError says what is near."""
-    score_row(given["score"])
-    check_direction(given["direction"])
-    check_value(given["rule"], given["value"])
+def check_settings(given: Mapping[str, Any], name: str) -> None:
+    """Refuse parameters that a notebook doesn't have, and values that they can't have; ParameterError."""
+    known = parameters_of(name)
+    check_parameters(given, known, f"{name}.ipynb")
+    check_values({**known, **given}, name)
+
+
+def check_stages(given: Mapping[str, Any], stages: Iterable[str]) -> None:
+    """Refuse what these stages don't have, and values that theirs can't have.
+
+    Raises:
+        NotebookError: no such stage.
+        ParameterError: a parameter of another stage would be without effect, and is refused like a wrong one.
+    """
+    stages = tuple(stages)
+    for name in stages:
+        if name not in STAGES:
+            raise NotebookError(f"there is no stage {name!r}; there are {', '.join(STAGES)}.")
+    known = {name: parameters_of(name) for name in STAGES}
+    own = dict.fromkeys(parameter for name in stages for parameter in known[name])
+    what = "The pipeline" if len(stages) == len(STAGES) else ", ".join(stages)
+    for parameter in given:
+        others = [name for name in STAGES if parameter in known[name]]
+        if parameter not in own and others:
+            raise ParameterError(
+                f"{what} has no parameter {parameter!r}: it is {others[0]}'s. "
+                "Leave it out, or run that stage too."
+            )
+    check_parameters(given, own, what)
+    for name in stages:
+        check_values({key: given.get(key, default) for key, default in known[name].items()}, name)
 
 
 def check_given(namespace: Mapping[str, Any], name: str) -> None:
-    """Refuse a plan that can't be made, and what plain papermill put into a notebook beside its parameters.
+    """Refuse values that a parameter can't have, and what plain papermill put in beside the parameters.
 
-    A call in a notebook's first cell: a misspelt score must not end a run after its analysis. papermill runs
-    a notebook with a misspelt parameter to the end, with the default. Where a person works in the notebook
-    their own variables are nobody's business, so names are not checked there.
+    A call in a notebook's first cell: a wrong value must not end a run after its analysis, and papermill runs
+    a notebook with a misspelt parameter to the end, with the default. Variables of a user's own are their
+    business, except where nobody watches and one looks like a misspelt parameter.
 
     Args:
         namespace: the notebook's `globals()`.
         name: the notebook, e.g. "01_analyze".
 
     Raises:
-        PlanError: no such score, direction or rule (with the nearest), or a rule without its number.
-        RunError: names the stranger and the nearest parameter.
+        ParameterError: a value that can't be, or a stranger, with what is nearest.
     """
-    if namespace.keys() >= CHOICES:
-        check_choices(namespace)
+    known = parameters_of(name)
+    check_values({key: namespace[key] for key in known if key in namespace}, name)
     if interactive():
         return
+    check_parameters(_injected(namespace), known, f"{name}.ipynb")
     values = str | int | float | list | dict | None
-    plain = [key for key, value in namespace.items() if isinstance(value, values)]
-    given = [key for key in plain if not key.startswith("_") and not key.isupper() and key not in NOT_GIVEN]
-    check_parameters(given, parameters_of(name), f"{name}.ipynb")
+    own = [key for key, value in namespace.items() if isinstance(value, values) and not key.startswith("_")]
+    for key in own:
+        near = _misspelt(key, known)
+        if near:
+            raise ParameterError(
+                f"{name}.ipynb has no parameter {key!r}. Did you mean {near!r}? If it is a variable of your "
+                "own, give it another name."
+            )
+
+
+def _injected(namespace: Mapping[str, Any]) -> list[str]:
+    """Names that papermill set, by the cells that this kernel has executed."""
+    cells = [cell for cell in namespace.get("In", ()) if str(cell).startswith(INJECTED)]
+    return re.findall(r"^(\w+) = ", "\n".join(cells), flags=re.MULTILINE)
+
+
+def _misspelt(name: str, known: Iterable[str]) -> str:
+    """The parameter for which a name looks misspelt; none for a plural, a singular or a numbered one."""
+    near = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=NEAR)), name)
+    alike = near.rstrip("s0123456789_") == name.rstrip("s0123456789_")
+    return "" if alike else near
 
 
 def execute(
@@ -179,11 +223,18 @@ def execute(
         seconds.
 
     Raises:
-        RunError: an unknown parameter name; nothing has run then.
-        NotebookError: a cell failed, or the kernel died (out of memory).
+        ParameterError: an unknown name or a wrong value; nothing has run then.
+        RunError: `output` can't be written.
+        NotebookError: a cell failed, the kernel died (out of memory), or the disk is full.
     """
-    check_parameters(parameters, parameters_of(name), f"{name}.ipynb")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_settings(parameters, name)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{output.parent} can't be made: {error.strerror}. Choose another `run_dir`, in a folder that "
+            "can be written."
+        ) from error
     started = time.monotonic()
     for attempt in (1, 2):
         code, log = _papermill(notebook_path(name), output, parameters, show)
@@ -219,13 +270,22 @@ def _papermill(
         )
         assert process.stdout is not None
         lines: list[str] = []
-        for line in process.stdout:
-            lines = [*lines[-200:], line]
-            if line.startswith("Traceback"):
-                show = None  # papermill's own; the failing cell's error is raised by name
-            if show is not None and line.strip() and not line.startswith(NOT_THE_NOTEBOOKS):
-                show(line.rstrip())
-        return process.wait(), "".join(lines)
+        try:
+            for line in process.stdout:
+                lines = [*lines[-200:], line]
+                if line.startswith("Traceback"):
+                    show = None  # papermill's own; the failing cell's error is raised by name
+                if show is not None and is_for_readers(line):
+                    show(line.rstrip())
+            return process.wait(), "".join(lines)
+        finally:
+            if process.poll() is None:  # interrupted: a kernel has its own session, and would go on alone
+                end_tree(process.pid)
+
+
+def is_for_readers(line: str) -> bool:
+    """Whether a line of papermill's log says something: not the repr of what only a page can show."""
+    return bool(line.strip()) and not line.startswith(NOT_THE_NOTEBOOKS) and not WIDGET.match(line)
 
 
 def _python_path() -> str:
@@ -236,6 +296,11 @@ def _python_path() -> str:
 
 def _explain(name: str, output: Path, code: int, log: str) -> str:
     error = _first_error(output)
+    if error is None and any(sign in log for sign in FULL_DISK):
+        error = (
+            "the disk is full. Free some space, or choose another `run_dir`; the same call goes on where it "
+            "stopped."
+        )
     if error is None and code in (138, -9, 137):
         error = (
             "the kernel died, most likely out of memory. Use a smaller model, or fewer or shorter windows."
@@ -248,7 +313,10 @@ def _explain(name: str, output: Path, code: int, log: str) -> str:
 def _first_error(output: Path) -> str | None:
     if not output.exists():
         return None
-    notebook = nbformat.read(output, as_version=4)
+    try:
+        notebook = nbformat.read(output, as_version=4)
+    except ValueError:  # NotJSONError: a full disk, or a kill, has cut it
+        return None
     for cell in notebook.cells:
         for item in cell.get("outputs", []):
             if item.output_type == "error":
@@ -271,20 +339,18 @@ def run_stages(
     Args:
         run_dir: the run directory; `parameters["run_dir"]` is set to it.
         parameters: of all stages together; each notebook gets those that it has.
-        only: some of the stages; None is all. Those that come before must have been run.
+        only: some of the stages; None is all. Those that come before must have been run. `parameters` are
+            theirs alone then.
         show: called with (notebook, seconds so far, line) for each line a notebook prints; None shows one
             progress line a stage.
 
     Raises:
-        RunError: a name that no stage has.
+        ParameterError: a name that none of these stages has, or a value that it can't have.
         NotebookError: the first stage that fails, or there is no such stage.
     """
     chosen = STAGES if only is None else tuple(only)
-    for name in chosen:
-        if name not in STAGES:
-            raise NotebookError(f"there is no stage {name!r}; there are {', '.join(STAGES)}.")
-    known = {name: parameters_of(name) for name in STAGES}
-    check_parameters(parameters, {p for names in known.values() for p in names}, "The pipeline")
+    check_stages(parameters, chosen)
+    known = {name: parameters_of(name) for name in chosen}
     done: list[Execution] = []
     for name in sorted(chosen):
         own = {key: value for key, value in parameters.items() if key in known[name]}

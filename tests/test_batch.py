@@ -19,7 +19,8 @@ from spi_utils.__main__ import main
 from spi_utils.batches import leaderboard as board
 from spi_utils.batches import worker
 from spi_utils.batches.grid import Job, expand, read_grid
-from spi_utils.errors import BatchError, PlanError, RunError, SPIError
+from spi_utils.errors import BatchError, RunError, SPIError
+from spi_utils.parameters import from_command_line
 from spi_utils.runs import Run, open_run, run_info, write_text
 from tests.test_report import make_evaluation
 
@@ -169,16 +170,16 @@ def test_two_models_of_one_name_get_folders_of_their_own():
             "no parameter 'double_qant'. Did you mean 'double_quant'",
         ),
         ({"models": ["x"], "parameters": {"windwos": 3}}, "Did you mean 'windows'"),
-        ({"models": ["x"], "parameters": [3]}, r"parameters: expected names with values, found \[3\]"),
-        ({"models": ["x"], "scores": ["alpha_hil"]}, "unknown score 'alpha_hil'. Did you mean 'alpha_hill'"),
-        ({"models": ["x"], "scores": [{"score": "fisher", "direction": "up"}]}, "unknown direction 'up'"),
+        ({"models": ["x"], "parameters": [3]}, r"parameters: expected names with values, found \['3'\]"),
+        ({"models": ["x"], "scores": ["alpha_hil"]}, "score='alpha_hil': .* Did you mean 'alpha_hill'"),
+        ({"models": ["x"], "scores": [{"score": "fisher", "direction": "up"}]}, "direction='up': expected"),
         ({"models": ["x"], "budgets": ["matrix_bits"]}, "'matrix_bits' needs a value"),
         ({"models": ["x"], "budgets": [{"a": 1, "b": 2}]}, "expected a rule, or {rule: value}"),
         ({"models": ["x"], "seeds": [1, 1]}, "stands twice"),
         ({"models": ["x"], "seeds": [1], "parameters": {"seed": 2}}, "'seed' is set twice"),
         ({"models": ["x"], "parameters": {"run_dir": "y"}}, "'run_dir' can't be set for a batch"),
         ({"models": ["x"], "parameters": {"dry_run": False}}, "05_publish"),
-        ({"models": [7]}, "models: expected a name"),
+        ({"models": [[7]]}, "models: expected a name"),
         (["x"], "expected names with values"),
     ],
 )
@@ -187,7 +188,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(grid, said, tmp_path):
     file.write_text(yaml.safe_dump(grid))
     with pytest.raises(SPIError, match=said) as refused:
         read_grid(file)
-    assert isinstance(refused.value, PlanError) or "grid.yaml" in str(refused.value)
+    assert "grid.yaml" in str(refused.value)
 
 
 def test_a_file_that_is_no_grid(tmp_path):
@@ -212,9 +213,13 @@ def test_parameters_survive_the_command_line():
         "rivals": ["x", "y z"],
         "force": True,
     }
-    arguments = batch.arguments_of(["02_visualize"], {**given, "group": None, "revision": ""})
-    assert arguments[:5] == ("-m", "spi_utils", "run", "--only", "02_visualize")
-    read = {arguments[i + 1]: yaml.safe_load(arguments[i + 2]) for i in range(5, len(arguments), 3)}
+    arguments = batch.arguments_of(
+        ["01_analyze", "02_visualize", "04_evaluate"], {**given, "group": None, "revision": ""}
+    )
+    stages = ("--only", "01_analyze", "--only", "02_visualize", "--only", "04_evaluate")
+    assert arguments[:9] == ("-m", "spi_utils", "run", *stages)
+    told = zip(arguments[10::3], arguments[11::3], strict=True)
+    read = {name: from_command_line(name, text) for name, text in told}
     assert read == {**given, "group": None, "revision": ""}
 
 

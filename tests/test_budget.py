@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -88,7 +89,7 @@ def test_the_profiles_work_is_counted():
     assert work_of("full", random_seeds=2) == (2 * 96 * 512, 15)
 
 
-def test_a_run_is_announced_on_a_t4_only_and_refused_where_it_does_not_fit(tiny, monkeypatch, capsys):
+def test_a_run_is_announced_on_a_t4_only_and_warned_of_where_it_does_not_fit(tiny, monkeypatch, capsys):
     from spi_utils.models import resolve
 
     source = resolve(str(tiny("llama")))
@@ -99,8 +100,14 @@ def test_a_run_is_announced_on_a_t4_only_and_refused_where_it_does_not_fit(tiny,
     assert "Budget on Colab, Tesla T4" in capsys.readouterr().out
     assert next(c for c in costs if c.stage == "fetch").disk == 2 * 631_936
     monkeypatch.setattr(budgets, "memory_bytes", lambda: 1)
-    with pytest.raises(PlatformError, match=r"does not fit: fetch needs about 3\.0 GB of memory"):
-        announce(source, "quick")
+    with pytest.raises(PlatformError, match=r"does not fit: fetch needs about 3\.0 GB of memory.*'warn'"):
+        announce(source, "quick", over_budget="stop")
+    capsys.readouterr()
+    assert announce(source, "quick") == costs
+    assert re.search(
+        r"\nWarning: .* does not fit: fetch needs about 3\.0 GB.*factor of two.*goes on; over_budget='stop'",
+        capsys.readouterr().out,
+    )
 
 
 def test_twice_the_windows_cost_no_more_than_twice_the_evaluation():
@@ -146,4 +153,4 @@ def test_a_larger_gpu_is_not_held_to_a_t4s_memory(tiny, monkeypatch, capsys):
     assert "Budget on Colab, NVIDIA A100" in capsys.readouterr().out
     monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("Tesla T4", (7, 5), COLAB.gpu_bytes),))
     with pytest.raises(PlatformError, match=r"analyze needs about .* of GPU memory, Colab, Tesla T4 has"):
-        announce(resolve(str(tiny("llama"))), "quick")
+        announce(resolve(str(tiny("llama"))), "quick", over_budget="stop")

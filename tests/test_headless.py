@@ -9,7 +9,7 @@ import pytest
 
 from spi_utils import headless
 from spi_utils.__main__ import main
-from spi_utils.errors import PlanError, RunError
+from spi_utils.errors import ParameterError
 from spi_utils.runs import open_run, run_info, write_text
 
 IDENTITY = {"id": "a/b", "kind": "local", "revision": None, "sha256": "0" * 64, "storage_dtype": "float16"}
@@ -100,9 +100,9 @@ def test_the_command_ends_with_the_notebooks_own_code(monkeypatch, capsys, code,
 
 def test_unknown_parameters_are_refused_before_anything_runs(toys, tmp_path):
     run = open_run(tmp_path / "run", IDENTITY)
-    with pytest.raises(RunError, match=r"no parameter 'wrod'\. Did you mean 'word'\?"):
+    with pytest.raises(ParameterError, match=r"no parameter 'wrod'\. Did you mean 'word'\?"):
         headless.run_stages(run.path, {"wrod": 1})
-    with pytest.raises(RunError, match="It has run_dir, word, force"):
+    with pytest.raises(ParameterError, match="It has run_dir, word, force"):
         headless.execute("01_analyze", tmp_path / "out.ipynb", {"zzz": 1})
     assert counts(run) == [0, 0, 0]
 
@@ -120,26 +120,41 @@ def test_a_plan_that_can_not_be_made_is_refused_before_the_analysis(monkeypatch,
     monkeypatch.setattr(headless, "interactive", lambda: not alone)
     chosen = {"score": "alpha_hill", "direction": "high", "rule": "claim", "value": None}
     headless.check_given(chosen, "00_run_all")
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(ParameterError, match=words):
         headless.check_given(chosen | wrong, "00_run_all")
 
 
+def injected(**parameters):
+    """A cell as papermill makes it."""
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3"}, "papermill": {}})
+    made = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+    return made.cells[0].source
+
+
 def test_what_plain_papermill_lets_through_is_refused_by_the_notebook(monkeypatch):
-    given = {
-        "In": [],
-        "_x": 1,
-        "exit": print,
-        "SOURCE": "",
-        "FIGURES": {},
-        **headless.parameters_of("02_visualize"),
-    }
-    headless.check_given(given, "02_visualize")
-    with pytest.raises(
-        RunError, match=r"02_visualize\.ipynb has no parameter 'scoer'\. Did you mean 'score'"
-    ):
-        headless.check_given({**given, "scoer": "alpha_pl"}, "02_visualize")
+    monkeypatch.setattr(headless, "interactive", lambda: False)
+    given = {"_x": 1, "exit": print, "SOURCE": "", "FIGURES": {}, **headless.parameters_of("02_visualize")}
+    headless.check_given({**given, "In": ["", injected(score="alpha_pl")]}, "02_visualize")
+    for stranger in ("scoer", "scores", "zzz"):
+        cells = ["", injected(score="alpha_pl", **{stranger: "alpha_pl"})]
+        with pytest.raises(ParameterError, match=rf"02_visualize\.ipynb has no parameter '{stranger}'\."):
+            headless.check_given({**given, "In": cells, stranger: "alpha_pl"}, "02_visualize")
+
+
+def test_a_variable_of_ones_own_is_refused_only_where_it_looks_misspelt(monkeypatch):
+    """Kaggle's "Save & Run All" is as headless as papermill, but its variables are a person's own."""
+    monkeypatch.setattr(headless, "interactive", lambda: False)
+    given = {"In": ["", "mine = 1", "scoer = 2"], **headless.parameters_of("02_visualize")}
+    for name in ("mine", "notes", "scores", "format", "value2", "wheels", "what", "i", "model_2"):
+        headless.check_given({**given, name: 1}, "02_visualize")
+    for name, meant in (("scoer", "score"), ("doubel_quant", "double_quant"), ("run_dri", "run_dir")):
+        with pytest.raises(ParameterError, match=f"'{name}'. Did you mean '{meant}'. If it is a variable of"):
+            headless.check_given({**given, name: 1}, "02_visualize")
     monkeypatch.setattr(headless, "interactive", lambda: True)
-    headless.check_given({**given, "mine": 1}, "02_visualize")
+    headless.check_given({**given, "scoer": 1, "mine": 1}, "02_visualize")
 
 
 def test_every_stage_of_the_project_is_found_and_read():
@@ -152,7 +167,7 @@ def test_every_stage_of_the_project_is_found_and_read():
 def test_the_command_line_reports_and_exits(capsys, tmp_path):
     from spi_utils.__main__ import main
 
-    assert main(["run", "-p", "modle", "bundled"]) == 1
+    assert main(["run", "-p", "modle", "bundled"]) == 2
     assert "Did you mean 'model'?" in capsys.readouterr().err
     assert main(["summary", str(tmp_path)]) == 1
 

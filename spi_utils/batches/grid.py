@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from spi_utils.errors import BatchError
-from spi_utils.headless import ALL, check_choices, check_parameters, parameters_of
+from spi_utils.errors import BatchError, ParameterError
+from spi_utils.headless import ALL, check_parameters, parameters_of
+from spi_utils.parameters import Untyped, check_values, coerce
 from spi_utils.planning.scores import suggest
 from spi_utils.runs import fingerprint, slug
 
@@ -31,6 +32,7 @@ NOT_HERE = {
     "force": "remove a job's folder to do it again",
     "repo_id": "publish the run that you choose with notebook 05_publish",
     "dry_run": "publish the run that you choose with notebook 05_publish",
+    "over_budget": "a batch runs the stages without the budget that notebook 00_run_all makes",
 }
 AXES = ("models", "scores", "budgets", "seeds")
 KEYS = (*AXES, "axes", "parameters")
@@ -62,12 +64,11 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         BatchError: no file, not YAML, an unknown key (with the nearest), an empty list, a setting that stands
             twice.
-        RunError: a parameter that no notebook has (with the nearest).
-        PlanError: no such score, direction or rule, or a rule without its number.
+        ParameterError: a parameter that no notebook has, or a value that it can't have (with the nearest).
     """
     path = Path(path)
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        held = yaml.load(path.read_text(encoding="utf-8"), Untyped)
     except OSError as error:
         advice = "Give a grid such as examples/grid.yaml."
         raise BatchError(f"{path}: can't be read ({error.strerror}). {advice}") from error
@@ -77,7 +78,7 @@ def read_grid(path: str | Path) -> Grid:
 
 
 def expand(held: Any, where: str = "the grid") -> Grid:
-    """The jobs of a grid that is given as a mapping; raises as `read_grid`."""
+    """The jobs of a grid that is given as a mapping, its values typed or as texts; raises as `read_grid`."""
     held = _mapping(held, where)
     for key in held:
         if key not in KEYS:
@@ -128,7 +129,7 @@ def _merged(choice: Sequence[Settings], where: str) -> Settings:
         for name in settings:
             if name in merged:
                 raise BatchError(f"{where}: {name!r} is set twice for one job; leave it in one place.")
-        merged |= settings
+        merged |= {name: coerce(name, value) for name, value in settings.items()}
     return merged
 
 
@@ -140,7 +141,10 @@ def _check(settings: Settings, where: str) -> None:
     check_parameters(settings, defaults, f"{where}: 00_run_all.ipynb")
     if not isinstance(settings.get("model"), str):
         raise BatchError(f"{where}: models: expected a name, or {{model: name, …}}; found {settings!r}.")
-    check_choices({**defaults, **settings})
+    try:
+        check_values({**defaults, **settings}, ALL)
+    except ParameterError as error:
+        raise ParameterError(f"{where}: {error}") from None
 
 
 def _analysis(settings: Settings, seed: int) -> Settings:
