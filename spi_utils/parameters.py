@@ -85,7 +85,8 @@ def _no_checkpoint(text: str) -> str:
     return f"there is no folder {text!r}"
 
 
-def _no_repository(text: str) -> str:
+def repository_problem(text: str) -> str:
+    """What is wrong with a name for a repository on the Hub; "" where nothing is."""
     bad = next((part for part in NOT_IN_A_NAME[:2] if part in text), "")
     bad = bad or next((end for end in NOT_IN_A_NAME[2:] if text.endswith(end)), "")
     if bad:
@@ -189,7 +190,7 @@ TABLE: dict[str, Parameter] = {
     "rivals": Parameter("text", "list", wrong=_no_checkpoint, words="a folder or a Hub id"),
     "lm_eval_tasks": Parameter("text", "list", wrong=_empty, words="a task's name"),
     # 05
-    "repo_id": Parameter("text", wrong=_no_repository, beside=("",), words="'name' or 'owner/name'"),
+    "repo_id": Parameter("text", wrong=repository_problem, beside=("",), words="'name' or 'owner/name'"),
     "dry_run": SWITCH,
     "private": SWITCH,
     "allow_license": TEXT,

@@ -19,14 +19,12 @@ from spi_utils.hub.licences import find_licence
 from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
+from spi_utils.parameters import LONGEST_NAME, repository_problem
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
-NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-FILE_ENDS = (".git", ".ipynb")
 OWNER = "your-name"  # stands for the token's owner while there is no token
 
 
@@ -105,20 +103,15 @@ def _state(run: Run) -> dict[str, Any]:
 
 def check_name(repo_id: str) -> None:
     """Refuse a repository's name that the Hub can't have; PublishError says what it may hold."""
-    given = repo_id if isinstance(repo_id, str) else ""
-    parts = given.split("/")
-    if len(parts) <= 2 and len(given) <= LONGEST_NAME and all(_is_name(part) for part in parts):
+    if isinstance(repo_id, str) and not repository_problem(repo_id):
         return
+    parts = repo_id.split("/") if isinstance(repo_id, str) else []
     advised = "/".join(filter(None, map(_as_name, parts[-2:])))[:LONGEST_NAME].rstrip("-./") or "me/my-model"
     raise PublishError(
         f"repo_id={repo_id!r}: expected `name` or `owner/name` of letters without accents, digits, '-', '_' "
         f"and '.', at most {LONGEST_NAME} characters; no '--' or '..', no '-' or '.' at an end, and no "
         f"'.git' or '.ipynb' as the last part's end, e.g. {advised!r}."
     )
-
-
-def _is_name(part: str) -> bool:
-    return bool(NAME.fullmatch(part)) and not re.search(r"--|\.\.", part) and not part.endswith(FILE_ENDS)
 
 
 def _as_name(text: str) -> str:
