@@ -216,7 +216,8 @@ def _evaluate(job: Job, stage: runs.Stage, proof: Mapping[str, Any] | None) -> E
         rivals=job.rivals,
         samples=samples,
         model_dir=job.run.model_dir,
-        folder=job.run.partial / "evaluate",
+        # Blocks that other code has scored are not mixed with this one's.
+        folder=job.run.partial / "evaluate" / job.hashes["code"][:12],
         device=torch.device(settings["device"]),
         dtype=getattr(torch, settings["dtype"]),
         double_quant=job.plan.double_quant,

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ HUB_NAME = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
 NOT_IN_A_NAME = ("--", "..", ".git", ".ipynb")
 SHARD = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+}  # what backends import
 LARGEST_SEED = 2**32 - 1  # numpy's older generators take no more
 KIND_WORDS = {"text": "a text", "whole": "a whole number", "number": "a number", "switch": "True or False"}
 
@@ -228,6 +233,12 @@ def check_values(values: Mapping[str, Any], notebook: str) -> None:
             raise ParameterError(problem)
     if values.keys() >= {"rule", "value"} and table is TABLE:
         _check_rule(values["rule"], values["value"])
+    backend = values.get("backend")
+    if table is TABLE and backend in PACKAGES and find_spec(PACKAGES[backend]) is None:
+        raise ParameterError(
+            f"backend={backend!r} needs its package, which isn't installed here: run "
+            f"`pip install {backend}` and start the session again; it needs no CUDA."
+        )
 
 
 def problem_of(name: str, value: Any, row: Parameter) -> str:

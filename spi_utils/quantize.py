@@ -302,7 +302,11 @@ def _check_target(run: Run, source: ModelSource) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     plan = folder / "plan.json"
-    owner = read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
+    try:
+        owner = read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
+    except RunError:  # cut or damaged, yet this run's own if its record says that it wrote the folder
+        written = run_info(run)["stages"].get("quantize", {}).get("outputs", {})
+        owner = {"sha256": source.sha256} if "model/plan.json" in written else {}
     if owner.get("sha256") != source.sha256:
         whose = f"a checkpoint of {owner.get('id')}" if owner else "files that this stage did not write"
         raise CheckpointError(f"{folder} holds {whose}. Move it away, or choose another `run_dir`.")

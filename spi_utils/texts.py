@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WIKITEXT_REPOSITORY = "ggml-org/ci"
 WIKITEXT_ARCHIVE = "wikitext-2-raw-v1.zip"
 WIKITEXT_MEMBER = "wikitext-2-raw/wiki.test.raw"
+WIKITEXT_SHA256 = "71fa921e51ba607b4364d8787d05f4513b41b33732dd3504ff1af8952c6e7e77"  # of the joined rows
 HUB_PATIENCE = 5.0  # seconds to wait for a sign of the Hub before the offline text is used
 
 # Long modules of CPython's own library: code, a domain apart from `pydoc`'s prose, present on every machine.
@@ -219,7 +220,14 @@ def _wikitext() -> Text:
             f"({type(error).__name__}: {redacted(str(error) or 'no message').splitlines()[0]}); "
             "use texts='pydoc' or give a file's path."
         ) from None  # a Hub that echoes the request would put its header into the traceback
-    return _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
+    text = _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
+    if text.sha256 != WIKITEXT_SHA256:
+        print(
+            f"WikiText-2 from the Hub has the hash {text.sha256[:12]}, not {WIKITEXT_SHA256[:12]} as before: "
+            "perplexities on it aren't those of other runs. The evaluation records its hash.",
+            flush=True,
+        )
+    return text
 
 
 def join_rows(raw: str) -> str:

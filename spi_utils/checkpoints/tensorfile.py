@@ -9,6 +9,7 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,12 +81,12 @@ class TensorReader:
         """
         entry = self.entries[name]
         data = self._read(name, *entry["data_offsets"])
-        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return data.view(self._dtype(name)).reshape(entry["shape"])
 
     def pieces(self, name: str, values: int = PIECE) -> Iterator[torch.Tensor]:
         """A tensor's values in file order, flat, at most `values` at a time; errors as `get_tensor`."""
         entry = self.entries[name]
-        dtype = DTYPES[entry["dtype"]]
+        dtype = self._dtype(name)
         begin, end = entry["data_offsets"]
         step = values * dtype.itemsize
         for start in range(begin, end, step):
@@ -94,6 +95,14 @@ class TensorReader:
     def get_slice(self, name: str) -> _Slice:
         """A tensor's shape without reading it, as the safetensors library gives it."""
         return _Slice(self.entries[name]["shape"])
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if (held := self.entries[name]["dtype"]) not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is of a type {held!r} that isn't known here. Write or fetch it "
+                "again."
+            )
+        return DTYPES[held]
 
     def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
         data = torch.empty(end - begin, dtype=torch.uint8)
@@ -116,10 +125,12 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]
         header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
     except (json.JSONDecodeError, UnicodeDecodeError):
         header = None
-    if not isinstance(header, dict):
+    entries = header.items() if isinstance(header, dict) else ()
+    if not entries or not all(name == "__metadata__" or _sound(entry) for name, entry in entries):
         raise CheckpointError(
             f"{path}: not a safetensors file, or its head is damaged. Write or fetch it again."
         )
+    assert isinstance(header, dict)
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
@@ -127,6 +138,18 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]
             f"{path}: truncated: {size} bytes, expected {8 + length + end}. Write or fetch it again."
         )
     return header, 8 + length
+
+
+def _sound(entry: Any) -> bool:
+    """Whether a header's entry describes a tensor: its parts are there, and its bytes hold its shape."""
+    try:
+        begin, end = entry["data_offsets"]
+        count = math.prod(entry["shape"])
+        dtype = DTYPES.get(entry["dtype"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    whole = all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"]))
+    return whole and begin <= end and (dtype is None or count * dtype.itemsize == end - begin)
 
 
 class TensorWriter:

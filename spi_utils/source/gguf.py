@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ from spi_utils.progress import progress
 from spi_utils.runs import atomic_path, write_json
 
 SHARD_BYTES = 1_000_000_000
+CONVERTER = 1  # raise it when this module would make other files of the same GGUF
+
+
+def cache_key(sha256: str) -> str:
+    """A folder name for a converted file: its hash, and the versions of what converts it."""
+    return f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
 
 
 def convert_gguf(path: Path, directory: Path, *, extra: tuple[Path, ...] = ()) -> Path:
@@ -41,10 +48,13 @@ def convert_gguf(path: Path, directory: Path, *, extra: tuple[Path, ...] = ()) -
         _convert_into(path, work)
         for file in extra:
             shutil.copy(file, work / file.name)
-        if directory.exists():
-            shutil.rmtree(directory)
         work.chmod(0o755)  # mkdtemp makes it private
-        work.rename(directory)
+        try:
+            work.rename(directory)
+        except OSError:
+            # Another process was first, and may be reading it: theirs stands if it is whole.
+            if not (directory / "config.json").exists():
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory

@@ -21,7 +21,7 @@ from spi_utils.errors import ModelError
 from spi_utils.hub.tokens import hide_token
 from spi_utils.runs import sha256_file, slug
 from spi_utils.source.fetch import PICKLE, download
-from spi_utils.source.gguf import convert_gguf
+from spi_utils.source.gguf import cache_key, convert_gguf
 from spi_utils.source.weights import shard_paths, tensor_dtypes
 
 DEFAULT_ON_GPU = "Qwen/Qwen3.5-4B"
@@ -99,12 +99,12 @@ def resolve(
     path = Path(model).expanduser()
     if model == "bundled":
         file, licence = _bundled_file()
-        directory = convert_gguf(file, cache / "gguf" / BUNDLED_SHA256[:16], extra=licence)
+        directory = convert_gguf(file, cache / "gguf" / cache_key(BUNDLED_SHA256), extra=licence)
         return _source(BUNDLED_ID, "bundled", None, directory, "bundled", trust_remote_code)
     if model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file.")
-        directory = convert_gguf(path, cache / "gguf" / sha256_file(path)[:16])
+        directory = convert_gguf(path, cache / "gguf" / cache_key(sha256_file(path)))
         return _source(path.stem, "gguf", None, directory, str(path.resolve()), trust_remote_code)
     if path.is_dir():
         return _source(path.resolve().name, "local", None, path, str(path.resolve()), trust_remote_code)
@@ -162,8 +162,8 @@ def _source(
     if trust:
         hide_token()  # everything is fetched; from here on the repository's code may run
     config = _read_config(directory)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if held := config.get("quantization_config"):
+        method = held.get("quant_method", "unknown method") if isinstance(held, dict) else held
         raise ModelError(
             f"{directory}: already quantized ({method}). "
             "An analysis needs the original 16-bit or 32-bit weights."
@@ -182,9 +182,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelError(f"{directory}: no config.json here: not a transformers model directory.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, found a {type(config).__name__}. Fetch it again.")
+    return config
 
 
 def weights_hash(directory: Path) -> str:
@@ -196,8 +199,9 @@ def _hash(files: list[Path]) -> str:
     """One hash of all weight files; the Hub's cache already names each file by its SHA-256."""
     total = hashlib.sha256()
     for file in files:
-        name = file.resolve().name
-        digest = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256_file(file)
+        blob = file.resolve()
+        hashed = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+        digest = blob.name if hashed and file.is_symlink() else sha256_file(file)
         total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
 
@@ -220,12 +224,13 @@ def _storage_dtype(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _require_causal(source: ModelSource) -> None:
+    from huggingface_hub.errors import StrictDataclassError as StrictError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictError) as error:
         raise ModelError(
             f"{source.id}: this transformers can't read its config.json ({first_line(error)}). Upgrade "
             "transformers, or set trust_remote_code=True if the repository brings code that you trust."

@@ -146,8 +146,11 @@ def shard_paths(directory: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
+            outside = next((name for name in names if Path(name).name != name), None)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: truncated or not an index ({error}). Fetch it again.") from error
+        if outside is not None:
+            raise ModelError(f"{index}: names {outside!r}, which is no file of this folder. Fetch it again.")
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
