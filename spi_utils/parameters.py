@@ -33,10 +33,7 @@ HUB_NAME = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
 NOT_IN_A_NAME = ("--", "..", ".git", ".ipynb")
 SHARD = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-PACKAGES = {
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors",
-}  # what backends import
+PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}  # backend: module
 LARGEST_SEED = 2**32 - 1  # numpy's older generators take no more
 KIND_WORDS = {"text": "a text", "whole": "a whole number", "number": "a number", "switch": "True or False"}
 
