@@ -99,8 +99,8 @@ class TensorReader:
     def _dtype(self, name: str) -> torch.dtype:
         if (held := self.entries[name]["dtype"]) not in DTYPES:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of a type {held!r} that isn't known here. Write or fetch it "
-                "again."
+                f"{self.path}: tensor {name!r} is of a type {held!r} that isn't known here. Write or fetch "
+                "it again."
             )
         return DTYPES[held]
 

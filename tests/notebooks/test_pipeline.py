@@ -143,7 +143,7 @@ def test_a_second_run_recognises_what_is_done(finished, evaluation_text):
 
 def test_unknown_parameters_are_refused_before_anything_runs(tmp_path):
     refused = run_all(tmp_path / "run", "pydoc", scoer="alpha_hill")
-    assert refused.returncode == 1 and "Did you mean 'score'?" in refused.stderr
+    assert refused.returncode == 2 and "Did you mean 'score'?" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
