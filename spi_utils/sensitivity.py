@@ -25,11 +25,17 @@ from spi_utils.costs.footprint import Footprint, checkpointed, footprints
 from spi_utils.costs.measure import Measure
 from spi_utils.costs.refine import Refinement, most_measurements, refine
 from spi_utils.errors import AnalysisError, RunError
-from spi_utils.models import ModelSource, load_model, load_tokenizer, resolve_device, resolve_dtype
+from spi_utils.models import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    open_weights,
+    resolve_device,
+    resolve_dtype,
+)
 from spi_utils.progress import progress
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
 from spi_utils.scoring import reference_states
-from spi_utils.source.weights import open_weights
 from spi_utils.texts import NAMES, load_text, make_windows, start_token
 from spi_utils.variants import Switch
 

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import RunError
-from spi_utils.runs import Run, existing_run, open_run, run_info, run_path, slug, update_info
-from spi_utils.source.sources import BUNDLED_ID, ModelSource, chosen_model, resolve
+from spi_utils.models import BUNDLED_ID, ModelSource, chosen_model, resolve
+from spi_utils.runs import (
+    Run,
+    existing_run,
+    open_run,
+    require_same_model,
+    run_info,
+    run_path,
+    slug,
+    update_info,
+)
 
 
 def begin_run(
@@ -64,11 +73,7 @@ def continue_run(
     info = run_info(run)
     held: dict[str, Any] = info["model"]
     source = resolve(info.get("location", held["id"]), held["revision"], trust_remote_code=trust_remote_code)
-    if source.sha256 != held["sha256"]:
-        raise RunError(
-            f"{run.path}: the weights of {held['id']} are not those that were analysed "
-            f"({source.sha256[:12]}, expected {held['sha256'][:12]}). Use another `run_dir` for the new ones."
-        )
+    require_same_model(run, held, source.identity())
     return run, source
 
 

@@ -231,7 +231,7 @@ def test_a_known_licence_with_a_restriction_is_not_that_licence(run, text, name,
 
 
 def test_a_local_models_card_is_read_beside_the_model_while_it_is_that_model(tmp_path, monkeypatch):
-    from spi_utils.source.sources import weights_hash
+    from spi_utils.models import weights_hash
 
     run = make_finished_run(tmp_path, kind="local", model_id="source")
     info = json.loads(run.info_json.read_text())

@@ -16,9 +16,8 @@ from spi_utils.checkpoints.wide import widen
 from spi_utils.costs import footprint
 from spi_utils.errors import AnalysisError
 from spi_utils.evaluate import evaluate
-from spi_utils.models import resolve_device, resolve_dtype
+from spi_utils.models import chosen_model, resolve_device, resolve_dtype
 from spi_utils.quantize import _auto_storage
-from spi_utils.source.sources import chosen_model
 from tests.evaluated_run import ready_run
 from tests.test_platforms import GIB, P100, T4, fake_cuda
 from tests.tiny import CONFIGS

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from spi_utils import parameters, texts
 from spi_utils.checkpoints.tensorfile import TensorReader
 from spi_utils.errors import CheckpointError, ModelError, ParameterError
-from spi_utils.models import list_layers, resolve
+from spi_utils.models import cache_key, convert_gguf, list_layers, resolve
 from spi_utils.quantize import quantize
 from spi_utils.runs import open_run
-from spi_utils.source.gguf import cache_key, convert_gguf
 from tests.test_quantize import plan_for
 from tests.tiny import make_tiny
 
@@ -125,7 +124,7 @@ def test_a_backends_missing_package_is_said_before_anything_runs(monkeypatch):
 
 def test_a_conversion_of_another_version_is_made_anew_and_a_readers_folder_stays(monkeypatch, tmp_path):
     first = cache_key("a" * 64)
-    monkeypatch.setattr("spi_utils.source.gguf.version", lambda name: "99")
+    monkeypatch.setattr("spi_utils.models.version", lambda name: "99")
     assert cache_key("a" * 64) != first and cache_key("a" * 64).startswith("a" * 16)
     target = tmp_path / "converted"
 
@@ -134,7 +133,7 @@ def test_a_conversion_of_another_version_is_made_anew_and_a_readers_folder_stays
         target.mkdir()  # another process ends first
         (target / "config.json").write_text("theirs")
 
-    monkeypatch.setattr("spi_utils.source.gguf._convert_into", convert)
+    monkeypatch.setattr("spi_utils.models._convert_into", convert)
     assert convert_gguf(tmp_path / "m.gguf", target) == target
     assert (target / "config.json").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]

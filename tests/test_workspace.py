@@ -32,5 +32,5 @@ def test_changed_weights_are_noticed(tiny, tmp_path):
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    with pytest.raises(RunError, match="not those that were analysed"):
+    with pytest.raises(RunError, match="whose weights have changed since"):
         continue_run(str(tmp_path / "run"))

@@ -19,9 +19,8 @@ from spi_utils.checkpoints.backends import BACKENDS, Backend, backend_of
 from spi_utils.checkpoints.tensorfile import DTYPES, PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import Packed, dequantize, layer_bytes, quantize
-from spi_utils.models import Weights
+from spi_utils.models import Weights, find_recipes, shard_paths
 from spi_utils.runs import read_json
-from spi_utils.source.weights import find_recipes, shard_paths
 
 # Endings of the tensors that stand beside a packed matrix' codes, and what backends call the codes.
 BESIDE = (
@@ -146,7 +145,7 @@ def _count_lost(name: str, value: torch.Tensor, storage: torch.dtype) -> Cast:
 
 def needs_cast(weights: Weights, name: str, storage: torch.dtype) -> bool:
     """Whether the files hold a tensor in another floating dtype than `storage`; nothing is read."""
-    held = {weights.files[part].entries[part]["dtype"] for _, part in weights.recipes[name].sources}
+    held = weights.held_dtypes(name)
     return any(DTYPES[dtype].is_floating_point and DTYPES[dtype] != storage for dtype in held)
 
 
@@ -298,8 +297,8 @@ def saved_weights(
         for path in shard_paths(directory):
             reader = stack.enter_context(TensorReader(path))
             files.update(dict.fromkeys(reader.keys(), reader))
-        named = {_weight_name(name): files[name] for name in files if not name.endswith(BESIDE)}
-        recipes = find_recipes(model, named)
+        held = [name for name in files if not name.endswith(BESIDE)]
+        recipes = find_recipes(model, {_weight_name(n): tuple(files[n].entries[n]["shape"]) for n in held})
         stated = None if backend is None else backend.read_formats(quantization or {})
         names = [name for name in model.state_dict() if name in recipes and name.endswith(".weight")]
         formats = {

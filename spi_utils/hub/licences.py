@@ -138,7 +138,7 @@ def _first_found(identity: Mapping[str, Any], model_dir: Path, location: str | N
 
 def _holds(folder: Path, sha256: str) -> bool:
     """Whether a folder's weights still are those that were analysed: another model lends no licence."""
-    from spi_utils.source.sources import weights_hash
+    from spi_utils.models import weights_hash
 
     try:
         return folder.is_absolute() and weights_hash(folder) == sha256

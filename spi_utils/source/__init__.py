@@ -1,1 +1,0 @@
-"""Where a model comes from, and its weights one at a time."""
