@@ -36,9 +36,7 @@ import torch
 from spi_utils.formats import relative_error
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.parallel import cores, spread
-from spi_utils.spectra import analyze_matrix
-from spi_utils.spectral.decompose import block_eigenvalues, decompose
-from spi_utils.spectral.powerlaw import fit_power_law
+from spi_utils.spectra import analyze_matrix, block_eigenvalues, decompose, fit_power_law
 
 SHAPES = ((576, 1536), (1024, 2560), (2560, 4096))
 PARTS = ("bundled", "shapes", "fit", "memory")

@@ -26,9 +26,7 @@ from spi_utils.models import Layer, ModelSource, list_layers, open_weights, reso
 from spi_utils.parallel import spread
 from spi_utils.progress import progress
 from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage
-from spi_utils.spectra import COLUMNS, INPUTS, LayerSpectrum, analyze_matrix
-from spi_utils.spectral.decompose import choose_precision
-from spi_utils.spectral.weight_scores import alphaq, swan
+from spi_utils.spectra import COLUMNS, INPUTS, LayerSpectrum, alphaq, analyze_matrix, choose_precision, swan
 
 if TYPE_CHECKING:
     from spi_utils.models import Weights

@@ -267,7 +267,7 @@ def test_a_flipped_bit_is_another_model_and_one_in_the_header_is_named(broken, t
     run = open_run(tmp_path / "run", source.identity())
     header = int.from_bytes(file.read_bytes()[:8], "little")
     flip(file, 8 + header + 5000, 3)  # a weight's mantissa: still a number, and nobody could see it
-    with pytest.raises(RunError, match=r"another model|other weights|not of"):
+    with pytest.raises(RunError, match=r"have changed since"):
         open_run(run.path, resolve(str(model)).identity())
     flip(file, 8 + 1, 6)  # the header's JSON
     with pytest.raises(ModelError, match=r"model\.safetensors"):

@@ -7,14 +7,23 @@ import scipy.linalg
 import scipy.stats
 import torch
 
+from spi_utils import spectra as decomposition
 from spi_utils.errors import AnalysisError
-from spi_utils.spectra import COLUMNS, analyze_matrix
-from spi_utils.spectral import decompose as decomposition
-from spi_utils.spectral.decompose import block_eigenvalues, decompose
-from spi_utils.spectral.lapack import symmetric_eigenvalues
-from spi_utils.spectral.nulls import block_hill, choose_blocks, gaussian_hill
-from spi_utils.spectral.powerlaw import decay_alpha, fit_power_law, hill_alpha
-from spi_utils.spectral.weight_scores import alphaq, swan
+from spi_utils.spectra import (
+    COLUMNS,
+    alphaq,
+    analyze_matrix,
+    block_eigenvalues,
+    block_hill,
+    choose_blocks,
+    decay_alpha,
+    decompose,
+    fit_power_law,
+    gaussian_hill,
+    hill_alpha,
+    swan,
+    symmetric_eigenvalues,
+)
 
 
 def with_singular_values(sigma: np.ndarray, rows: int, cols: int, seed: int = 0) -> torch.Tensor:

@@ -8,9 +8,7 @@ import torch
 
 from spi_utils.models import list_layers, open_weights
 from spi_utils.parallel import one_thread
-from spi_utils.spectra import analyze_matrix
-from spi_utils.spectral.decompose import decompose
-from spi_utils.spectral.powerlaw import fit_power_law
+from spi_utils.spectra import analyze_matrix, decompose, fit_power_law
 
 pytest.importorskip("weightwatcher", exc_type=ImportError)
 logging.getLogger("weightwatcher").setLevel(logging.ERROR)
