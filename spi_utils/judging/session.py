@@ -18,7 +18,6 @@ import torch
 
 from spi_utils import runs
 from spi_utils.checkpoints.saved import put_saved
-from spi_utils.errors import EvaluationError
 from spi_utils.judging.controls import Variant
 from spi_utils.judging.rivals import Rival, load_rival
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights
@@ -78,7 +77,7 @@ class Session:
         """Score what is missing; returns {variant: scores on each sample}."""
         keys = [*self.variants, *(rival.key for rival in self.rivals)]
         units = [unit for key in keys for unit in self._units(key)]
-        missing = [unit for unit in units if not unit.file(self.folder).exists()]
+        missing = [unit for unit in units if not _is_whole(unit.file(self.folder))]
         if missing:
             self._score_missing(missing, len(units))
         return {key: self._join(key) for key in keys}
@@ -206,10 +205,16 @@ def _save(path: Path, scores: TokenScores) -> None:
 
 
 def _load(path: Path) -> TokenScores:
+    with np.load(path, allow_pickle=False) as held:
+        return TokenScores(**{name: held[name] for name in held.files})
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a finished block is there and can be read; a damaged one is said and scored again."""
+    if not path.exists():
+        return False
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return TokenScores(**{name: held[name] for name in held.files})
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(
-            f"{path} is truncated or corrupt ({error}). Delete it and run notebook 04_evaluate again."
-        ) from error
+        return len(_load(path).nll) > 0
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        print(f"evaluate: {path.name} is damaged ({error}) and scored again.", flush=True)
+        return False
