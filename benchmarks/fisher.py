@@ -28,19 +28,25 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from spi_utils.costs.fisher import BLOCK, per_block, random_windows, sample_windows, slopes
-from spi_utils.costs.footprint import footprints
-from spi_utils.costs.measure import IN_BLOCK, Measure
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.progress import progress
 from spi_utils.runs import write_json
-from spi_utils.scoring import reference_states
+from spi_utils.scoring import Switch, reference_states
+from spi_utils.sensitivity import (
+    IN_BLOCK,
+    NEIGHBOURS,
+    Measure,
+    all_slopes,
+    per_block,
+    random_windows,
+    sample_windows,
+)
 from spi_utils.texts import load_text, make_windows, start_token
-from spi_utils.variants import Switch
 
 Floats = NDArray[np.float64]
 SHARES = (0.10, 0.30, 0.55)
 BLOCKS = (1, 4, 8, 16, 32, 64)
+BATCH = 4
 COUNTS = (4, 8, 16, 32)  # windows, for the question how few suffice
 
 
@@ -59,22 +65,18 @@ def _depth(name: str) -> int:
     return int(found[2]) if found else 0
 
 
-def all_slopes(switch: Switch, windows: torch.Tensor) -> tuple[NDArray[np.float32], float]:
+def timed_slopes(switch: Switch, windows: torch.Tensor) -> tuple[NDArray[np.float32], float]:
     """Slopes (layers, W, T) in NF4, and their cost in forward passes over the same tokens."""
     switch.restore()
     for name in switch.layers:
         switch.packed(name, "nf4")
-    size = footprints(switch, windows.shape[1], 1)[0].batch
-    draws = torch.Generator().manual_seed(0)
-    parts, ratios = [], []
-    for ids in progress(windows.split(size), -(-len(windows) // size), "gradients"):
-        began = time.monotonic()
-        with torch.inference_mode():
+    began = time.monotonic()
+    with torch.inference_mode():
+        for ids in windows.split(BATCH):
             switch.model(input_ids=ids.to(switch.device), use_cache=False)
-        middle = time.monotonic()
-        parts.append(slopes(switch.model, switch, ids.to(switch.device), ("nf4",), draws)["nf4"])
-        ratios.append((time.monotonic() - middle) / (middle - began))
-    return np.concatenate(parts, axis=1), float(np.median(ratios))
+    middle = time.monotonic()
+    found = all_slopes(switch, windows, ("nf4",), batch=BATCH)["nf4"]
+    return found, (time.monotonic() - middle) / (middle - began)
 
 
 def judge(estimate: Floats, truth: Floats, weights: Floats) -> dict[str, Any]:
@@ -100,10 +102,10 @@ def rows_for(
     values = np.array(list(truth.values()))
     length = found.shape[2]
     settings = [(found.shape[1], block) for block in (*[b for b in BLOCKS if b < length], length)]
-    settings += [(count, BLOCK) for count in COUNTS if count < found.shape[1]]
+    settings += [(count, NEIGHBOURS) for count in COUNTS if count < found.shape[1]]
     return [
         {"text": kind, "windows": count, "length": length, "block": block, "cost": round(cost, 2)}
-        | judge(per_block(found[index, :count], block).value, values, weights[index])
+        | judge(per_block(found[index, :count], block)[0], values, weights[index])
         for count, block in settings
     ]
 
@@ -144,7 +146,7 @@ def main() -> None:
             "random": lambda: random_windows(model, count, length, start, seed=0),
             "text": lambda: cut[~held_out],
         }
-        found = {kind: all_slopes(switch, make()) for kind, make in texts.items()}
+        found = {kind: timed_slopes(switch, make()) for kind, make in texts.items()}
         truth = measured(switch, cut[held_out], every)
     rows = [row for kind, (made, cost) in found.items() for row in rows_for(kind, made, truth, weights, cost)]
     print("\n".join(map(show, rows)))

@@ -32,10 +32,9 @@ from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weigh
 from spi_utils.plan import make_plan, predicted_kl
 from spi_utils.planning.pricing import able, bit_rates
 from spi_utils.runs import open_run, write_json
-from spi_utils.scoring import reference_states
+from spi_utils.scoring import Switch, reference_states
 from spi_utils.stats import estimate
 from spi_utils.texts import load_text, make_windows, start_token
-from spi_utils.variants import Switch
 
 BUDGETS = (4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 ASKED = (

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from spi_utils.costs.fisher import random_windows, sample_windows
 from spi_utils.formats import dequantize, layer_bytes, quantize
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
-from spi_utils.rounding import guided, second_moments
-from spi_utils.scoring import reference_states, token_scores
+from spi_utils.rounding import guided
+from spi_utils.scoring import Switch, reference_states, token_scores
+from spi_utils.sensitivity import BlockPass, random_windows, sample_windows
 from spi_utils.stats import estimate
 from spi_utils.texts import load_text, make_windows, start_token
 
@@ -36,16 +36,21 @@ FORMATS = ("nf4", "int4_g64", "int4_g32")
 BATCH = 4  # windows of one backward pass
 
 
-def moments(
-    model: Any, names: list[str], windows: torch.Tensor, *, guide: bool = True
-) -> dict[str, torch.Tensor]:
-    """H of every layer, summed over batches of windows."""
-    total: dict[str, torch.Tensor] = {}
-    draws = torch.Generator().manual_seed(0)
-    for ids in windows.split(BATCH):
-        for name, h in second_moments(model, names, ids, draws, guide=guide).items():
-            total[name] = total[name] + h if name in total else h
-    return total
+def moments(switch: Switch, windows: torch.Tensor, *, guide: bool = True) -> dict[str, torch.Tensor]:
+    """H of every layer; without `guide` GPTQ's own, Σ x xᵀ."""
+    passing = BlockPass(switch, windows, BATCH, 0, split=len(windows))
+    if not guide:
+        visit = passing._visit
+        passing._visit = (
+            lambda block, k: [  # type: ignore[method-assign]
+                (name, x, torch.ones_like(g[..., :1])) for name, x, g in visit(block, k)
+            ]
+        )
+    found: dict[str, torch.Tensor] = {}
+    for block in reversed(range(len(passing.layers))):
+        found |= passing.moments(block)
+        passing.descend(block)
+    return found
 
 
 class Bench:
@@ -60,6 +65,7 @@ class Bench:
             ]
             self.layers = {layer.name: layer for layer in layers}
             self.weights = {name: weights.read(f"{name}.weight") for name in self.layers}
+        self.switch = Switch(self.model, None, list(self.layers))
         parameters = dict(self.model.named_parameters())
         self.parameters = {name: parameters[f"{name}.weight"] for name in self.layers}
         tokenizer = load_tokenizer(self.source)
@@ -123,7 +129,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args.model, args.text, args.score, args.length)
-    names = list(bench.layers)
     own = sample_windows(bench.model, args.own, args.length, bench.start, seed=0)
     for fmt in FORMATS:
         for base in (fmt, f"{fmt}_absmax") if fmt != "nf4" else (fmt,):
@@ -137,7 +142,7 @@ def main() -> None:
                 values,
             )
     started = time.monotonic()
-    h = moments(bench.model, names, own)
+    h = moments(bench.switch, own)
     spent = time.monotonic() - started
     for fmt in FORMATS:
         t = time.monotonic()
@@ -161,7 +166,7 @@ def main() -> None:
         variants["GPTQ, own text (no gradient)"] = (own, False)
         for label, (windows, guide) in variants.items():
             t = time.monotonic()
-            values = bench.rounded("nf4", moments(bench.model, names, windows, guide=guide))
+            values = bench.rounded("nf4", moments(bench.switch, windows, guide=guide))
             bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
     if args.json:
         args.json.write_text(

@@ -28,24 +28,22 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from spi_utils.analyze import analyze
-from spi_utils.costs.fisher import per_block, per_sequence, per_token, sample_windows, slopes
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.plan import equal_bytes_plan, predicted_kl
 from spi_utils.planning.pricing import price
 from spi_utils.planning.scores import available_scores
 from spi_utils.runs import atomic_path, fingerprint, open_run, run_info, write_json, write_text
-from spi_utils.scoring import Reference, reference_states, token_scores
-from spi_utils.sensitivity import sensitivities
+from spi_utils.scoring import Reference, Switch, reference_states, token_scores
+from spi_utils.sensitivity import NEIGHBOURS, all_slopes, per_block, sample_windows, sensitivities
 from spi_utils.stats import draw_counts, estimate
 from spi_utils.texts import load_text, make_windows, start_token
-from spi_utils.variants import Switch
 
 Floats = NDArray[np.float64]
 SHARES = (0.10, 0.30, 0.55)
 PIECE = 4096  # characters; the text's pieces go to the oracle and to the score in turn
 QUICK = ("alpha_hill", "type_prior", "smallest", "fisher", "refined", "measured")
 FISHER_WINDOWS = (2, 4, 8, 16, 32)
-ESTIMATORS = {"blocks of 8": per_block, "per token": per_token, "per sequence": per_sequence}
+ESTIMATORS = {"blocks of 8": NEIGHBOURS, "per token": 1, "per sequence": 1 << 30}  # positions in a block
 ONE_END = ("type_prior", "first_last", "smallest", "fisher", "refined", "measured")
 
 
@@ -96,14 +94,9 @@ def sampled_slopes(switch: Switch, start: int | None, sizes: Sizes, path: Path) 
         return np.load(path)
     switch.restore()
     windows = sample_windows(switch.model, sizes.fisher, sizes.length, start, seed=0)
-    draws = torch.Generator().manual_seed(0)
-    step = max(1, 1024 // sizes.length)
-    parts = [
-        slopes(switch.model, switch, ids.to(switch.device), ("nf4",), draws)["nf4"]
-        for ids in windows.split(step)
-    ]
+    found = all_slopes(switch, windows, ("nf4",), batch=max(1, 1024 // sizes.length))["nf4"]
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.concatenate(parts, axis=1))
+        np.save(file, found)
     return np.load(path)
 
 
@@ -150,8 +143,8 @@ def how_few(layers: pd.DataFrame, found: NDArray[np.float32]) -> list[dict[str, 
         }
         for count in FISHER_WINDOWS
         if count <= found.shape[1]
-        for name, estimator in ESTIMATORS.items()
-        for score in [estimator(found[:, :count]).value]
+        for name, size in ESTIMATORS.items()
+        for score in [per_block(found[:, :count], min(size, found.shape[2]))[0]]
     ]
 
 
@@ -187,7 +180,7 @@ def choices(
         for direction in ("high",) if score in ONE_END else ("high", "low"):
             plan = equal_bytes_plan(layers, total_bytes=total, score=score, direction=direction)
             yield score, direction, dict(plan.formats)
-    sequence = layers.assign(fisher_nf4=layers["fisher_seq_nf4"])
+    sequence = layers.assign(fisher_nf4=layers["fisher_seq_nf4"])  # added by `budget_rows`
     yield "fisher_seq", "high", dict(equal_bytes_plan(sequence, total_bytes=total, score="fisher").formats)
     for seed in range(seeds):
         plan = equal_bytes_plan(layers, total_bytes=total, score="random", seed=seed)
@@ -214,7 +207,9 @@ def budget_rows(
     names = list(layers["name"][layers["quantizable"]])
     low, high = (price(layers, dict.fromkeys(names, fmt))["total"] for fmt in ("nf4", "16bit"))
     total = round(low + share * (high - low))
-    chosen = list(choices(layers, scores, total, seeds))
+    whole = pd.Series(per_block(found, found.shape[2])[0], layers["name"][layers["quantizable"]])
+    with_sequence = layers.assign(fisher_seq_nf4=layers["name"].map(whole))
+    chosen = list(choices(with_sequence, scores, total, seeds))
     chosen.append(("fisher_pairs", "high", with_pairs(layers, found, total - low)))
     nf4 = judge.kl(dict.fromkeys(names, "nf4"), "all NF4")
     best = next(formats for score, _, formats in chosen if score == "measured")

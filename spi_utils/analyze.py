@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from spi_utils import formats as number_formats
+from spi_utils import sensitivity
 from spi_utils.errors import AnalysisError
 from spi_utils.models import Layer, ModelSource, list_layers, open_weights, resolve_device
 from spi_utils.parallel import spread
@@ -72,6 +74,7 @@ def analyze(
     min_tail: int | None = None,
     formats: Sequence[str] = ("nf4", "int8", "int4_g64"),
     sensitivity: str = "self",
+    rounding: str = "guided",
     refine_at: Sequence[float] = (),
     windows: int | None = None,
     length: int | None = None,
@@ -99,6 +102,7 @@ def analyze(
         min_tail: floor under the fitted tail of alpha_pl, see `fit_power_law`.
         formats: whose bytes, errors and sensitivities are wanted beside 16-bit.
         sensitivity: "self", "random", a text file, "measured" or "none", see `spi_utils.sensitivity`.
+        rounding: of the 4-bit formats: "guided" writes the codes to `rounded/`, or "nearest".
         refine_at: matrix bits at whose cut the sensitivities are measured layer by layer.
         windows, length: of the sensitivities, and tokens in each; None takes their defaults.
         text: what all layers together are measured on, see `spi_utils.texts`.
@@ -114,6 +118,7 @@ def analyze(
     listed = list_layers(source)
     pieces = _spectra(run, source, _chosen(listed, layers, include_embeddings), options, how, force)
     costs: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
+    costs["rounding"] = rounding
     costs |= {"windows": windows, "length": length, "dtype": dtype, "seed": seed, "device": str(place)}
     return _table(run, source, listed, pieces, formats, costs, force)
 
@@ -130,18 +135,16 @@ def _table(
     """The `analyze` stage: the layer table, sensitivities joined on, as `layers.csv`."""
     files = [sha256_file(name) for name in (costs["sensitivity"], costs["text"]) if Path(name).is_file()]
     inputs = {**costs, "formats": formats, "spectra": sha256_file(run.spectra), "files": files}
-    if costs["sensitivity"] != "none":
-        from spi_utils import sensitivity
-
-        inputs["engine"] = sensitivity.ENGINE
-    with stage(run, "analyze", inputs, [run.layers_csv.name], force=force) as current:
+    inputs |= {"engine": sensitivity.ENGINE} if costs["sensitivity"] != "none" else {}
+    guided = run.rounded.name if costs["sensitivity"] != "none" and costs["rounding"] == "guided" else None
+    outputs = [run.layers_csv.name, *([guided] if guided else [])]
+    with stage(run, "analyze", inputs, outputs, force=force) as current:
         if current.finished:
             return read_layers(run)
+        run.rounded.mkdir(exist_ok=True) if guided else shutil.rmtree(run.rounded, ignore_errors=True)
         table = layer_table(listed, pieces, formats, source.storage_dtype)
-        if costs["sensitivity"] != "none" and _can_run(pieces):
-            from spi_utils.sensitivity import sensitivities
-
-            found = sensitivities(run, source, table, formats=formats, force=force, **costs)
+        if costs["sensitivity"] != "none" and _can_run(source, pieces):
+            found = sensitivity.sensitivities(run, source, table, formats=formats, force=force, **costs)
             table = table.join(found, on="name")
             current.record(sensitivity=found.attrs["sensitivity"])
         with atomic_path(run.layers_csv) as path:
@@ -150,12 +153,20 @@ def _table(
     return read_layers(run)
 
 
-def _can_run(pieces: dict[str, Piece]) -> bool:
-    """Whether every analysed weight is finite; says which is not."""
-    broken = [name for name, piece in pieces.items() if not len(piece.spectrum.singular_values)]
-    if broken:
-        print(f"{broken[0]} holds NaN or Inf: the model can't run, so no sensitivities are computed.")
-    return not broken
+def _can_run(source: ModelSource, pieces: dict[str, Piece]) -> bool:
+    """Whether every weight is finite, norms and embeddings among them; says which is not."""
+    broken = next((name for name, piece in pieces.items() if not len(piece.spectrum.singular_values)), None)
+    if broken is None:
+        with open_weights(source) as weights:
+            others = (n for n in weights.names if n not in pieces and n.removesuffix(".weight") not in pieces)
+            broken = next((name for name in others if not weights.read_source(name).isfinite().all()), None)
+    if broken is not None:
+        print(
+            f"{broken} holds NaN or Inf in the source model itself: the model can't run, so no sensitivities "
+            "are computed. Fetch the model again, or ask those who made it.",
+            flush=True,
+        )
+    return broken is None
 
 
 # --- the spectra stage ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,14 @@ class Packed:
     scales: torch.Tensor | None = None
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     zeros: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same with every tensor on a device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        nested = None if self.nested is None else tuple(part.to(device) for part in self.nested)
+        moved = replace(self, codes=self.codes.to(device), scales=scales, zeros=zeros)
+        return replace(moved, nested=nested)  # type: ignore[arg-type]
 
 
 # --- the public functions -------------------------------------------------------------------------------
@@ -271,12 +279,19 @@ def _pack_nf4(weight: torch.Tensor, double_quant: bool) -> Packed:
         check_finite(absmax)
     else:
         codes, absmax = nf4_codes(weight)
-    if not double_quant:
-        return Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
+    packed = Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
+    return double_quantized(packed) if double_quant else packed
+
+
+def double_quantized(packed: Packed) -> Packed:
+    """An nf4 matrix whose absmaxes are 8-bit codes themselves, as bitsandbytes makes them."""
+    from bitsandbytes import functional
+
+    assert packed.scales is not None
     with one_thread():  # the mean's last bit would depend on the number of threads
-        offset = absmax.mean()
-    scales, second = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    return Packed("nf4", _shape(weight), weight.dtype, codes, scales, (second.absmax, second.code, offset))
+        offset = packed.scales.mean()
+    scales, second = functional.quantize_blockwise(packed.scales - offset, blocksize=NESTED_BLOCK)
+    return replace(packed, scales=scales, nested=(second.absmax, second.code, offset))
 
 
 def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:

@@ -679,7 +679,7 @@ class Weights:
 
         def from_file(part: str) -> torch.Tensor:
             with _opened(self.files[part][0]) as file:
-                return file.get_tensor(part)
+                return file.get_tensor(part).clone()  # a mapped file that another process cuts is a bus error
 
         return self.recipes[name].apply(from_file, self.model)[name].contiguous()
 

@@ -9,26 +9,37 @@ where x_t is the layer's input and g_t the gradient of the sequence's log-likeli
 of positions dropped, the output's components treated alike: GuidedQuant, arXiv 2505.07004, one group). GPTQ
 (arXiv 2210.17323) minimises that column by column: what a column's rounding breaks, the columns to its right
 mend. Both come from one pass over text that the model writes itself, so no data is used.
-
-The notebooks don't use this yet; benchmarks/rounding.py measures what it is worth.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from spi_utils.checkpoints.integers import HIGHEST, LOWEST
 from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nearest_level, nf4_levels
-from spi_utils.costs.fisher import inputs_need_gradient, label_gradient
-from spi_utils.errors import AnalysisError
+from spi_utils.errors import AnalysisError, RunError
 from spi_utils.formats import Packed, format_row
-from spi_utils.scoring import Head, final_hidden
+from spi_utils.runs import atomic_path
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
 SHARES = tuple(round(1 - 0.02 * step, 2) for step in range(13))  # of the block's absmax: 1 … .76
+
+
+def guidable(fmt: str, cols: int) -> bool:
+    """Whether guided rounding makes codes for a format and a width; others are rounded to nearest."""
+    row = format_row(fmt)
+    if fmt == "nf4":
+        return cols % BLOCK == 0
+    return row.bits == 4 and row.symmetric and row.group is not None and cols % row.group == 0
 
 
 def guided(
@@ -141,37 +152,67 @@ def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, absmax: torch.T
     return Packed(fmt, shape, weight.dtype, codes, int4_scale(absmax, weight.dtype))
 
 
-def second_moments(
-    model: Any, layers: list[str], windows: torch.Tensor, generator: torch.Generator, *, guide: bool = True
-) -> dict[str, torch.Tensor]:
-    """H of every layer from one forward and one backward pass: name -> (in, in) float32.
+# --- codes on disk ----------------------------------------------------------------------------------------
 
-    Args:
-        model: a causal LM in float32 or bfloat16, its 16-bit weights in place, no gradients on parameters.
-        layers: module names; nn.Linear, or Conv1D.
-        windows: LongTensor (B, T).
-        generator: CPU generator of the labels, which the model's own predictions give.
-        guide: weigh a position by ‖g_t‖²; False is GPTQ's plain Σ x xᵀ.
+
+class Codes(Mapping[tuple[str, str], Packed]):
+    """The codes in a folder, by (layer, format); read one at a time.
+
+    Raises:
+        RunError: a file in it is cut or damaged.
     """
-    found: dict[str, torch.Tensor] = {}
 
-    def forward(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        output.register_hook(partial(backward, name, inputs[0].detach()))
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[tuple[str, str], tuple[Path, list[int], str]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, fmt, shape, dtype in read_mark(path)[1]:
+                self.files[name, fmt] = (path, shape, dtype)
 
-    @torch.no_grad()
-    def backward(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        size = gradient.flatten(0, -2).float().norm(dim=1, keepdim=True) if guide else 1.0
-        scaled = x * size
-        found[name] = found.get(name, 0) + scaled.T @ scaled
+    def __getitem__(self, key: tuple[str, str]) -> Packed:
+        path, (rows, cols), dtype = self.files[key]
+        with _opened(path) as file:
+            codes, scales = (
+                file.get_tensor(f"{key[0]}|{key[1]}|{part}").clone() for part in ("codes", "scales")
+            )
+        return Packed(key[1], (rows, cols), getattr(torch, dtype), codes, scales)
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(forward, name)) for name in layers]
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed], mark: str) -> None:
+    """Write codes and scales by (layer, format), atomically; `mark` says what they were made from."""
+    tensors: dict[str, torch.Tensor] = {}
+    rows = []
+    for (name, fmt), packed in chosen.items():
+        assert packed.scales is not None
+        tensors |= {f"{name}|{fmt}|codes": packed.codes.cpu(), f"{name}|{fmt}|scales": packed.scales.cpu()}
+        rows.append([name, fmt, list(packed.shape), str(packed.dtype).removeprefix("torch.")])
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"mark": mark, "packed": json.dumps(rows)})
+
+
+def read_mark(path: Path) -> tuple[str, list[Any]]:
+    """What a file of codes was made from, and [layer, format, shape, dtype] of each matrix in it.
+
+    Raises:
+        RunError: cut or damaged.
+    """
+    with _opened(path) as file:
+        held = file.metadata() or {}
+        return held["mark"], json.loads(held["packed"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        with torch.enable_grad(), inputs_need_gradient(model):
-            hidden = final_hidden(model, windows)
-            pull = label_gradient(Head(model), hidden.detach().flatten(0, 1), generator)
-            hidden.backward(pull.view_as(hidden))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{path} is cut or damaged ({error}): the codes that guided rounding chose. Run notebook "
+            "01_analyze again; it makes this block's again."
+        ) from error

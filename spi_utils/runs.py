@@ -73,6 +73,7 @@ class Run:
     publish = property(lambda self: self.path / "publish")
     notebooks = property(lambda self: self.path / "notebooks")
     partial = property(lambda self: self.path / "partial")
+    rounded = property(lambda self: self.path / "rounded")
     info_json = property(lambda self: self.path / "run.json")
 
 

@@ -1,6 +1,6 @@
 """A loaded model, its variants and a text -> what each token costs, and how far each variant strays.
 
-One model is loaded, once; `variants.Switch` changes its layers in place. `reference_states` keeps the 16-bit
+One model is loaded, once; `Switch` changes its layers in place. `reference_states` keeps the 16-bit
 model's final hidden states (a few KB a token, where logits would need a megabyte), and `token_scores`
 recomputes both models' logits through the shared head, a few rows at a time, in float32 log-softmax. A
 vocabulary of 248k costs well under 1 GB above the model.
@@ -8,6 +8,7 @@ vocabulary of 248k costs well under 1 GB above the model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 
 from spi_utils.errors import EvaluationError
-from spi_utils.variants import Switch
+from spi_utils.formats import Packed, dequantize, double_quantized, fits, quantize
 
 LOGIT_BYTES = 100_000_000  # of one buffer of logits; at most two are alive
 SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
 COLUMNS = {"nll": torch.float32, "kl": torch.float32, "same_top1": torch.bool, "dp": torch.float32}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # measured: larger batches are no faster on 2 cores
+NEAREST = "_nearest"  # behind a format's name: rounded to nearest, where others are guided
 
 
 @dataclass(frozen=True)
@@ -375,3 +377,133 @@ def mean_kl(
     scores = token_scores(switch.model, windows, reference, label=label)
     assert scores.kl is not None
     return float(scores.kl.mean(dtype=np.float64))
+
+
+# --- a model switched between formats -------------------------------------------------------------------
+
+
+class Switch:
+    """Changes a loaded model's layers in place between 16-bit and what a format makes of them.
+
+    Every variant starts from the weights in storage dtype, as they lie in the checkpoint. A format's values
+    are the format's own (for NF4, bitsandbytes'), rounded to storage dtype and then put into the model's
+    compute dtype: the numbers don't depend on which 4-bit kernel a machine would pick. Codes are made once a
+    layer and format and kept on the CPU (0.5 to 0.6 bytes a weight for 4-bit formats, 1 for int8).
+
+    "noise" adds Gaussian noise whose Frobenius norm is exactly the layer's NF4 error, seeded by layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: Any,
+        layers: Sequence[str],
+        *,
+        double_quant: bool = False,
+        seed: int = 0,
+        codes: Mapping[tuple[str, str], Packed] | None = None,
+    ) -> None:
+        """Prepare switching.
+
+        Args:
+            model: a causal LM holding the 16-bit weights.
+            weights: an open `models.Weights`: `read(name)` in storage dtype on the CPU.
+            layers: module names that may be switched.
+            double_quant: quantize NF4's scales as well.
+            seed: of the noise.
+            codes: by layer and format, what guided rounding chose; others are rounded to nearest.
+        """
+        self.model, self.weights, self.double_quant, self.seed = model, weights, double_quant, seed
+        self.layers = tuple(layers)
+        self.state = dict.fromkeys(self.layers, "16bit")
+        self.codes = {} if codes is None else codes
+        self._packed: dict[tuple[str, str], Packed] = {}
+
+    def to(self, formats: Mapping[str, str]) -> None:
+        """Put each named layer into its format, and every other one back into 16-bit.
+
+        Raises:
+            EvaluationError: a name that is not among `layers`.
+        """
+        unknown = [name for name in formats if name not in self.state]
+        if unknown:
+            raise EvaluationError(
+                f"The model has no layer {unknown[0]!r} to switch; expected names like {self.layers[0]!r}."
+            )
+        for name, held in self.state.items():
+            fmt = formats.get(name, "16bit")
+            if fmt != held:
+                self._put(name, self.values(name, fmt))
+                self.state[name] = fmt
+
+    def restore(self) -> None:
+        """Put every layer back into 16-bit."""
+        self.to({})
+
+    def renew(self) -> None:
+        """Put every layer's own weights back, whatever was written into the model beside this switch."""
+        for name in self.layers:
+            self._put(name, self.original(name))
+            self.state[name] = "16bit"
+
+    def values(self, name: str, fmt: str) -> torch.Tensor:
+        """What `fmt` makes of a layer: (out, in), storage dtype."""
+        if fmt == "16bit":
+            return self.original(name)
+        if fmt == "noise":
+            return self._noise(name)
+        packed = self.packed(name, fmt)
+        return dequantize(packed.to(self.device), packed.dtype)
+
+    def packed(self, name: str, fmt: str) -> Packed:
+        """The codes of a layer in a format, made or read at the first call and kept on the CPU.
+
+        "nf4_nearest" and the like are the format rounded to nearest, whatever `codes` holds.
+        """
+        if (name, fmt) not in self._packed:
+            base = fmt.removesuffix(NEAREST)
+            double = self.double_quant and base == "nf4"
+            chosen = self.codes.get((name, fmt))
+            if chosen is None:
+                made = quantize(self.original(name), base, double_quant=double)
+            else:
+                made = double_quantized(chosen) if double else chosen
+            self._packed[name, fmt] = made.to("cpu")
+        return self._packed[name, fmt]
+
+    def able(self, name: str, fmt: str) -> bool:
+        """Whether a format can hold a layer: its groups must divide the columns."""
+        return fits(fmt.removesuffix(NEAREST), self.live(name).shape[1])
+
+    def live(self, name: str) -> torch.Tensor:
+        """The layer's weight as the model holds it now: (out, in), compute dtype, a view."""
+        weight = self.model.get_submodule(name).weight.detach()
+        return weight.t() if self._transposed(name) else weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's layers lie."""
+        return self.model.get_submodule(self.layers[0]).weight.device
+
+    def original(self, name: str) -> torch.Tensor:
+        """The layer's own weight: (out, in), storage dtype, on the model's device."""
+        weight = self.weights.read(f"{name}.weight").to(self.device)
+        return weight.t().contiguous() if self._transposed(name) else weight
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        weight = self.model.get_submodule(name).weight
+        with torch.no_grad():
+            weight.copy_(values.t() if self._transposed(name) else values)
+
+    def _transposed(self, name: str) -> bool:
+        """transformers' Conv1D holds (in, out)."""
+        return type(self.model.get_submodule(name)).__name__ == "Conv1D"
+
+    def _noise(self, name: str) -> torch.Tensor:
+        original = self.original(name)
+        error = torch.linalg.vector_norm(self.values(name, "nf4").float() - original.float())
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        noise = torch.randn(original.shape, generator=generator).to(original.device)
+        noise *= error / torch.linalg.vector_norm(noise)
+        return (original.float() + noise).to(original.dtype)

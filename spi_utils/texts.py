@@ -145,7 +145,7 @@ def make_windows(
     """
     import torch
 
-    _check_shape(n, length, start, config)
+    check_windows(n, length, start, config)
     ids = tokenizer(_plain(text), add_special_tokens=False, verbose=False)["input_ids"]
     _check_vocabulary(ids, tokenizer, config)
     body = length - (start is not None)
@@ -307,7 +307,12 @@ def _checked_id(value: str | int, config: Any) -> int:
     return int(text)
 
 
-def _check_shape(n: int, length: int, start: int | None, config: Any) -> None:
+def check_windows(n: int, length: int, start: int | None, config: Any) -> None:
+    """Refuse windows that a model can't be run on.
+
+    Raises:
+        EvaluationError: none, too short to predict a token, or longer than the model's limit.
+    """
     least = 2 if start is None else 3
     if n < 1 or length < least:
         raise EvaluationError(f"{n} windows of {length} tokens can't be scored: expected ≥ 1 of ≥ {least}.")

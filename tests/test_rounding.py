@@ -7,10 +7,7 @@ import torch
 
 from spi_utils.errors import AnalysisError
 from spi_utils.formats import dequantize, quantize
-from spi_utils.models import load_model, resolve
-from spi_utils.rounding import guided, second_moments
-from spi_utils.scoring import final_hidden
-from tests.tiny import make_tiny
+from spi_utils.rounding import guided
 
 FORMATS = ("nf4", "int4_g64", "int4_g32")
 
@@ -129,35 +126,3 @@ def test_zero_blocks_stay_zero_and_widths_that_do_not_divide_are_refused():
     weight[0, 0] = float("inf")
     with pytest.raises(AnalysisError, match="NaN or infinity"):
         guided(weight, h, "nf4")
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, tmp_path):
-    """Against autograd's own gradients of the sampled log-likelihood, position by position."""
-    model = load_model(resolve(str(make_tiny(arch, tmp_path))), device="cpu", dtype=torch.float32)
-    name = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[arch]
-    ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
-    uniform = torch.rand(18, 1, generator=torch.Generator().manual_seed(5))
-    found = second_moments(model, [name], ids, torch.Generator().manual_seed(5))[name]
-    plain = second_moments(model, [name], ids, torch.Generator().manual_seed(5), guide=False)[name]
-
-    kept = {}
-
-    def keep(module, inputs, output):
-        output.retain_grad()
-        kept["x"], kept["y"] = inputs[0].detach(), output
-
-    handle = model.get_submodule(name).register_forward_hook(keep)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    logits = model.get_output_embeddings()(final_hidden(model, ids)).flatten(0, 1).float()
-    total = torch.softmax(logits.detach(), -1).cumsum(-1)
-    labels = torch.searchsorted(total, uniform * total[:, -1:], right=True).clamp_(max=total.shape[1] - 1)
-    torch.log_softmax(logits, -1).gather(1, labels).sum().backward()
-    handle.remove()
-    expected = torch.zeros_like(found)
-    for x, g in zip(kept["x"].flatten(0, 1), kept["y"].grad.flatten(0, 1), strict=True):
-        expected += g.square().sum() * torch.outer(x, x)
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * expected.abs().max().item())
-    x = kept["x"].flatten(0, 1)
-    assert torch.allclose(plain, x.T @ x, rtol=1e-4, atol=1e-5)

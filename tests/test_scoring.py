@@ -14,8 +14,8 @@ from spi_utils import scoring
 from spi_utils.costs.measure import Measure
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
-from spi_utils.variants import Originals, Switch
-from tests.tiny import make_tiny
+from spi_utils.scoring import Switch
+from tests.tiny import Originals, make_tiny
 
 
 def load(directory, dtype=torch.float32):

@@ -8,11 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spi_utils.checkpoints.wide import WideLinear, widen
-from spi_utils.costs import fisher
 from spi_utils.models import load_model, resolve
-from spi_utils.scoring import Head, final_hidden, reference_states
-from spi_utils.variants import Originals, Switch
-from tests.tiny import make_tiny
+from spi_utils.scoring import Head, Switch, final_hidden, reference_states
+from spi_utils.sensitivity import all_slopes
+from tests.tiny import Originals, make_tiny
 
 IDS = (torch.arange(48) * 5)[None]
 
@@ -71,7 +70,7 @@ def test_scores_and_slopes_of_a_model_that_float16_cannot_hold(arch, tmp_path):
         names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n]
         switch = Switch(model, Originals(model, names, torch.float16), names)
         nll = reference_states(model, windows).nll
-        slopes = fisher.slopes(model, switch, windows, ("nf4",), torch.Generator().manual_seed(1))["nf4"]
+        slopes = all_slopes(switch, windows, ("nf4",))["nf4"]
         found[model.dtype] = (nll, np.sqrt((slopes**2).mean((1, 2))))
         assert final_hidden(model, windows).dtype == Head(model).weight.dtype
     (nll, size), (half_nll, half_size) = found[torch.float32], found[torch.float16]

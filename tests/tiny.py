@@ -118,3 +118,14 @@ def _as_multimodal(directory: Path) -> None:
         "dtype": "float16",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+
+class Originals:
+    """16-bit copies of a model's own weights, with the `read` of `models.Weights`."""
+
+    def __init__(self, model: Any, layers: list[str], dtype: Any) -> None:
+        held = {f"{name}.weight": model.get_submodule(name).weight for name in layers}
+        self._held = {name: weight.detach().to("cpu", dtype, copy=True) for name, weight in held.items()}
+
+    def read(self, name: str) -> Any:
+        return self._held[name]

@@ -22,10 +22,9 @@ from spi_utils.judging.controls import Variant
 from spi_utils.judging.rivals import Rival, load_rival
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights
 from spi_utils.progress import progress
-from spi_utils.scoring import Head, Reference, TokenScores, reference_states, token_scores
+from spi_utils.scoring import Head, Reference, Switch, TokenScores, reference_states, token_scores
 from spi_utils.texts import Text, make_windows, window_texts
 from spi_utils.texts import start_token as find_start
-from spi_utils.variants import Switch
 
 BLOCK = 8  # windows that are scored and saved together
 

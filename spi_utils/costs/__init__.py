@@ -1,1 +1,0 @@
-"""What quantizing a layer costs: the parts of `sensitivity`."""
