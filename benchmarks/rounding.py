@@ -41,11 +41,11 @@ def moments(switch: Switch, windows: torch.Tensor, *, guide: bool = True) -> dic
     passing = BlockPass(switch, windows, BATCH, 0, split=len(windows))
     if not guide:
         visit = passing._visit
-        passing._visit = (
-            lambda block, k: [  # type: ignore[method-assign]
-                (name, x, torch.ones_like(g[..., :1])) for name, x, g in visit(block, k)
-            ]
-        )
+
+        def plain(block: int, k: int) -> Any:
+            return [(name, x, torch.ones_like(g[..., :1])) for name, x, g in visit(block, k)]
+
+        passing.__dict__["_visit"] = plain
     found: dict[str, torch.Tensor] = {}
     for block in reversed(range(len(passing.layers))):
         found |= passing.moments(block)

@@ -149,6 +149,7 @@ def _table(
             current.record(sensitivity=found.attrs["sensitivity"])
         with atomic_path(run.layers_csv) as path:
             table.to_csv(path, index=False, lineterminator="\n")
+        current.record(rounding=costs["rounding"])
         current.record(layers=len(table), statuses=table["status"].value_counts().to_dict())
     return read_layers(run)
 

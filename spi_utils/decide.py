@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ from spi_utils.errors import PlanError
 from spi_utils.plan import ProtectionPlan, check_writer, make_plan
 from spi_utils.planning.rules import RULES
 from spi_utils.planning.scores import score_row, suggest
-from spi_utils.runs import Run, layers_fingerprint, read_layers, run_info
+from spi_utils.runs import Run, layers_fingerprint, read_layers, run_info, run_rounding
 
 # What a layer may become: with a score that only orders layers, and with one whose costs add up.
 TIERS = {
@@ -66,6 +67,7 @@ def decide(
     choices["formats"] = tuple(formats) or default_formats(backend, **choices)
     choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
     plan = make_plan(read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
+    plan = replace(plan, rounding=run_rounding(run))
     plan.write(run.plan_json)
     return plan
 

@@ -184,12 +184,14 @@ def _hashes(
     """SHA-256 of everything that the numbers depend on."""
     from spi_utils.checkpoints.saved import weight_files
 
+    codes = list(run.rounded.glob("*.safetensors"))
     return {
         "weights": source.sha256,
         "layers": runs.layers_fingerprint(run),
         "plan": runs.sha256_file(run.plan_json),
         "checkpoint": runs.checkpoint_hash(weight_files(run.model_dir)),
         "code": runs.code_hash(),
+        **({"rounded": runs.checkpoint_hash(codes)} if codes else {}),
         **{f"text:{text.name}": text.sha256 for text in texts},
         **{rival.key: runs.checkpoint_hash(weight_files(rival.directory)) for rival in rivals},
     }
@@ -201,6 +203,7 @@ def _evaluate(job: Job, stage: runs.Stage, proof: Mapping[str, Any] | None) -> E
 
     from spi_utils.judging.session import Session, make_samples
     from spi_utils.judging.stock import score_stock
+    from spi_utils.rounding import Codes
 
     settings = job.settings
     samples = make_samples(
@@ -222,6 +225,7 @@ def _evaluate(job: Job, stage: runs.Stage, proof: Mapping[str, Any] | None) -> E
         dtype=getattr(torch, settings["dtype"]),
         double_quant=job.plan.double_quant,
         seed=settings["seed"],
+        codes=Codes(job.run.rounded) if job.plan.rounding == "guided" else {},
     )
     scores = session.score()
     evaluation = assemble(job, session, scores)

@@ -283,6 +283,14 @@ def _pack_nf4(weight: torch.Tensor, double_quant: bool) -> Packed:
     return double_quantized(packed) if double_quant else packed
 
 
+def in_dtype(packed: Packed, dtype: torch.dtype) -> Packed:
+    """The same codes for a checkpoint in another 16-bit dtype; integer formats' scales are rounded to it."""
+    if packed.dtype == dtype:
+        return packed
+    scales = packed.scales if packed.fmt == "nf4" or packed.scales is None else packed.scales.to(dtype)
+    return replace(packed, dtype=dtype, scales=scales)
+
+
 def double_quantized(packed: Packed) -> Packed:
     """An nf4 matrix whose absmaxes are 8-bit codes themselves, as bitsandbytes makes them."""
     from bitsandbytes import functional

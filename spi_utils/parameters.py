@@ -160,6 +160,7 @@ TABLE: dict[str, Parameter] = {
     "sensitivity": Parameter(
         "text", choices=("self", "random", "measured", "none", *NAMES), wrong=_no_file, words=TEXT_NAME
     ),
+    "rounding": Parameter("text", choices=("guided", "nearest")),
     "sensitivity_windows": COUNT,
     "sensitivity_length": LENGTH,
     "refine_at": Parameter(

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,19 @@ from spi_utils.models import (
 )
 from spi_utils.plan import check_plan, check_writer
 from spi_utils.progress import progress
-from spi_utils.runs import NOTEBOOKS, Run, atomic_path, read_json, run_info, stage, write_json, write_text
+from spi_utils.rounding import Codes, guidable
+from spi_utils.runs import (
+    NOTEBOOKS,
+    Run,
+    atomic_path,
+    checkpoint_hash,
+    read_json,
+    run_info,
+    stage,
+    write_json,
+    write_text,
+)
+from spi_utils.sensitivity import make_codes
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan
@@ -117,6 +129,9 @@ def quantize(
     inputs = {"plan": plan.fingerprint, "max_shard_size": max_shard_size, "overflow": overflow}
     inputs |= {"storage_dtype": storage, "compute_dtype": compute}
     inputs |= {"device": place.type, backend: metadata.version(backend)}
+    if plan.rounding == "guided":
+        saving = replace(saving, codes=_guided_codes(run, source, plan, place))
+        inputs["rounded"] = checkpoint_hash(run.rounded.glob("*.safetensors"))
     with stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
@@ -166,6 +181,20 @@ def proof_by_use(record: Mapping[str, Any]) -> str:
         f"proven by use: transformers {proof['transformers']}, {proof['dtype']} on {proof['device']}, "
         f"finite logits at all {proof['tokens']} tokens of {proof['text']}, answers {answer['text'][:60]!r}"
     )
+
+
+def _guided_codes(run: Run, source: ModelSource, plan: ProtectionPlan, place: torch.device) -> Codes:
+    """The codes that notebook 01 chose for this plan; what is missing is made here, and said."""
+    codes = Codes(run.rounded)
+    cols = {layer.name: layer.cols for layer in list_layers(source)}
+    wanted = {(name, fmt) for name, fmt in plan.formats.items() if guidable(fmt, cols[name])}
+    if missing := sorted({fmt for name, fmt in wanted - set(codes)}):
+        print(
+            f"quantize: no guided codes in {', '.join(missing)} in this run yet; they are made now",
+            flush=True,
+        )
+        codes = make_codes(run, source, sorted({fmt for _, fmt in wanted}), device=str(place))
+    return codes
 
 
 def _dtypes(source: ModelSource, place: torch.device, storage: str, compute: str) -> tuple[str, str]:

@@ -281,6 +281,11 @@ def _held_record(run: Run) -> dict[str, Any] | None:
         return None
 
 
+def run_rounding(run: Run) -> str:
+    """How notebook 01_analyze chose the 4-bit codes of this run: "guided" or "nearest"."""
+    return str(run_info(run)["stages"].get("analyze", {}).get("rounding", "nearest"))
+
+
 def existing_run(run_dir: str | Path) -> Run:
     """Open a run directory that an analysis made.
 

@@ -48,6 +48,7 @@ from spi_utils.errors import AnalysisError, RunError
 from spi_utils.formats import Packed
 from spi_utils.models import (
     ModelSource,
+    list_layers,
     load_model,
     load_tokenizer,
     open_weights,
@@ -157,6 +158,26 @@ def sensitivities(
     table = pd.DataFrame(columns, index=pd.Index(names, name="name"))
     table.attrs["sensitivity"] = work.notes
     return table
+
+
+def make_codes(
+    run: Run, source: ModelSource, formats: Sequence[str], *, device: str = "auto", seed: int = 0
+) -> Codes:
+    """Guided codes of every quantizable layer in these formats, on the model's own text, without costs.
+
+    Raises:
+        AnalysisError: not enough memory.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype("auto", place)
+    names = [layer.name for layer in list_layers(source) if layer.quantizable]
+    settings = {"sensitivity": "measured", "formats": list(formats), "rounding": "guided", "seed": seed}
+    settings |= {"refine_at": [], "windows": WINDOWS, "length": LENGTH, "text": "auto", "dtype": str(kind)}
+    mark = fingerprint([ENGINE, source.identity(), settings, names])
+    with open_weights(source) as weights:
+        switch = Switch(load_model(source, device=place, dtype=kind), weights, names)
+        Work(run, mark, switch, load_tokenizer(source), settings, force=False).slopes()
+    return Codes(run.rounded)
 
 
 def _check(sensitivity: str, refine_at: Sequence[float]) -> None:
@@ -469,7 +490,9 @@ def _readable(path: Path, sound: Callable[[], bool]) -> bool:
 def _save(path: Path, tensors: Mapping[str, Any], **notes: str) -> None:
     with atomic_path(path) as temporary:
         save_file(
-            {name: torch.as_tensor(value) for name, value in tensors.items()}, temporary, metadata=notes
+            {name: torch.as_tensor(value) for name, value in tensors.items()},
+            temporary,
+            metadata={"format": "pt", **notes},
         )
 
 

@@ -35,7 +35,8 @@ class Backend:
 
     `suffixes(fmt, double_quant)` are the names of a packed matrix' tensors behind its module's, the codes
     first; `parts(packed)` are these tensors and `packed(fmt, parts)` is the way back. `library(weight, fmt,
-    double_quant)` is what the backend's own package makes of a weight, to verify a file by. `config(model,
+    double_quant)` is what the backend's own package makes of a weight, to verify a file by;
+    `check_values(packed)` refuses codes that it reads as other values than were meant. `config(model,
     formats, double_quant, compute)` goes into config.json; `read_formats(config)` reads the planned modules
     back from it: {module: format}, None if the file's tensors tell. `package` must be installed.
     """
@@ -46,6 +47,7 @@ class Backend:
     parts: Callable[[Packed], Parts]
     packed: Callable[[str, Mapping[str, torch.Tensor]], Packed]
     library: Callable[[torch.Tensor, str, bool], Parts]
+    check_values: Callable[[Packed], None]
     config: Callable[[Any, Mapping[str, str], bool, torch.dtype], Any]
     read_formats: Callable[[Mapping[str, Any]], dict[str, str] | None]
 
@@ -53,11 +55,11 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "bitsandbytes": Backend(
         "bitsandbytes", "bitsandbytes", bnb_parts.suffixes, bnb_parts.parts, bnb_parts.packed,
-        bnb_parts.library, bnb_parts.config, lambda config: None,
+        bnb_parts.library, bnb_parts.check_values, bnb_parts.config, lambda config: None,
     ),
     "compressed-tensors": Backend(
         "compressed-tensors", "compressed_tensors", ct_parts.suffixes, ct_parts.parts, ct_parts.packed,
-        ct_parts.library, ct_parts.config, ct_parts.read_formats,
+        ct_parts.library, ct_parts.check_values, ct_parts.config, ct_parts.read_formats,
     ),
 }  # fmt: skip
 

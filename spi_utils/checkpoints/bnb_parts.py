@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spi_utils.checkpoints.nf4 import BLOCK, map_parts, one_thread
-from spi_utils.formats import NESTED_BLOCK, Packed, bitsandbytes_state
+from spi_utils.checkpoints.nf4 import BLOCK, map_parts, nf4_levels, one_thread
+from spi_utils.errors import CheckpointError
+from spi_utils.formats import NESTED_BLOCK, Packed, bitsandbytes_state, dequantize
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +63,26 @@ def library(weight: torch.Tensor, fmt: str, double_quant: bool) -> dict[str, tor
         state.nested = True
     rest = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {"weight": torch.cat([part[0] for part in made]), **rest}
+
+
+def check_values(packed: Packed) -> None:
+    """Refuse codes that bitsandbytes dequantizes to anything but level times absmax."""
+    from bitsandbytes import functional
+
+    absmax = packed.scales
+    assert absmax is not None
+    if packed.nested is not None:
+        second, levels, offset = packed.nested
+        absmax = functional.dequantize_blockwise(absmax, absmax=second, code=levels, blocksize=NESTED_BLOCK)
+        absmax = absmax + offset
+    codes = packed.codes.view(-1)
+    index = torch.stack([codes >> 4, codes & 15], dim=1).view(-1).int()
+    meant = nf4_levels(codes.device).index_select(0, index).view(-1, BLOCK) * absmax[:, None]
+    if not torch.equal(dequantize(packed, packed.dtype), meant.view(packed.shape).to(packed.dtype)):
+        raise CheckpointError(
+            f"bitsandbytes dequantizes a {packed.shape} matrix to other values than were chosen for it. "
+            "Please report this with the version of bitsandbytes."
+        )
 
 
 def config(model: nn.Module, formats: Mapping[str, str], double_quant: bool, compute: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from spi_utils.checkpoints.backends import BACKENDS, Backend, backend_of
 from spi_utils.checkpoints.tensorfile import DTYPES, PIECE, TensorReader
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import Packed, dequantize, layer_bytes, quantize
+from spi_utils.formats import Packed, dequantize, double_quantized, in_dtype, layer_bytes, quantize
 from spi_utils.models import Weights, find_recipes, shard_paths
 from spi_utils.runs import read_json
 
@@ -56,6 +56,7 @@ class Saving:
     overflow: str
     device: torch.device
     backend: str = "bitsandbytes"
+    codes: Mapping[tuple[str, str], Packed] = field(default_factory=dict)  # by guided rounding
 
 
 @dataclass(frozen=True)
@@ -206,10 +207,20 @@ def file_tensors(
         # A stack of experts becomes one tensor an expert, as published checkpoints have it.
         yield from revert_weight_conversion(weights.model, {item.name: value}).items()
         return
-    packed = quantize(in_linear_order(value, item), item.fmt, double_quant=saving.double_quant)
+    packed = packed_item(value, item, saving)
     stem = file_names(item, weights, saving)[0].removesuffix(_codes(saving.backend, item.fmt))
     for part, tensor in BACKENDS[saving.backend].parts(packed).items():
         yield stem + part, tensor
+
+
+def packed_item(value: torch.Tensor, item: Item, saving: Saving) -> Packed:
+    """A matrix as it is saved: by the codes that were chosen for it, or rounded to nearest."""
+    double = saving.double_quant and item.fmt == "nf4"
+    chosen = saving.codes.get((item.module, item.fmt))
+    if chosen is None:
+        return quantize(in_linear_order(value, item), item.fmt, double_quant=double)
+    chosen = in_dtype(chosen, saving.storage).to(saving.device)
+    return double_quantized(chosen) if double else chosen
 
 
 def _codes(backend: str, fmt: str) -> str:

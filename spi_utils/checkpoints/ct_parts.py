@@ -79,17 +79,22 @@ def library(weight: torch.Tensor, fmt: str, double_quant: bool) -> dict[str, tor
     Codes and scales are ours (no library searches them); what they decompress to must be bit-equal to our own
     dequantized values, or CheckpointError.
     """
+    made = quantize(weight, fmt)
+    check_values(made)
+    return {name: tensor.cpu() for name, tensor in parts(made).items()}
+
+
+def check_values(packed: Packed) -> None:
+    """Refuse codes that compressed-tensors decompresses to other values than ours."""
     from compressed_tensors.compressors import PackedQuantizationCompressor
 
-    made = quantize(weight, fmt)
-    expected = {name: tensor.cpu() for name, tensor in parts(made).items()}
-    theirs = PackedQuantizationCompressor.decompress(dict(expected), scheme(fmt, []))["weight"]
-    if not torch.equal(theirs, dequantize(made, weight.dtype).cpu()):
+    held = {name: tensor.cpu() for name, tensor in parts(packed).items()}
+    theirs = PackedQuantizationCompressor.decompress(held, scheme(packed.fmt, []))["weight"]
+    if not torch.equal(theirs, dequantize(packed, packed.dtype).cpu()):
         raise CheckpointError(
-            f"compressed-tensors decompresses {fmt} to other values than were chosen for a "
-            f"{tuple(weight.shape)} matrix. Please report this with the version of compressed-tensors."
+            f"compressed-tensors decompresses {packed.fmt} to other values than were chosen for a "
+            f"{packed.shape} matrix. Please report this with the version of compressed-tensors."
         )
-    return expected
 
 
 def scheme(fmt: str, targets: list[str]) -> Any:

@@ -33,6 +33,7 @@ from spi_utils.checkpoints.checkpoint import (
     file_names,
     file_tensors,
     in_linear_order,
+    packed_item,
     plain,
     read_saved,
     saved_weights,
@@ -116,7 +117,7 @@ def check_bits(
         elif item.fmt != "16bit":
             same = saved.formats[item.module] == item.fmt and _same_parts(
                 saved.parts(item.module),
-                BACKENDS[saving.backend].library(in_linear_order(value, item), item.fmt, saving.double_quant),
+                _expected_parts(value, item, saving),
             )
         else:
             same = _same_16bit(saved, item, dict(file_tensors(value, item, weights, saving)))
@@ -130,6 +131,16 @@ def check_bits(
         )
     counts = Counter(item.fmt for item in items)
     return {**dict(sorted(counts.items())), "against": f"{saving.backend} and the source"}
+
+
+def _expected_parts(value: torch.Tensor, item: Item, saving: Saving) -> Mapping[str, torch.Tensor]:
+    """What the file must hold: the chosen codes, read by the library as planned, or the library's own."""
+    backend = BACKENDS[saving.backend]
+    if (item.module, item.fmt) not in saving.codes:
+        return backend.library(in_linear_order(value, item), item.fmt, saving.double_quant)
+    packed = packed_item(value, item, saving)
+    backend.check_values(packed)
+    return backend.parts(packed)
 
 
 def _same_parts(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
@@ -305,9 +316,12 @@ def _stem(item: Item, weights: Weights, saving: Saving) -> str:
 
 def _fits(folder: Path, weights: Weights, saving: Saving) -> bool:
     """Whether the checkpoint can be loaded and run here; compressed-tensors unpacks it to 16 bits."""
-    size, device = sum(path.stat().st_size for path in shard_paths(folder)), saving.device
-    if saving.backend == "compressed-tensors":
-        size += 2 * sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    device = saving.device
+    size = 2 * sum(
+        torch.Size(shape).numel() for shape in weights.shapes.values()
+    )  # the model to compare with
+    if saving.backend == "compressed-tensors":  # unpacked to 16 bits beside the packed file
+        size += sum(path.stat().st_size for path in shard_paths(folder))
     need = MEMORY_FACTOR * size + INTERPRETER
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what this process keeps is not free for another

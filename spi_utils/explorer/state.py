@@ -30,7 +30,15 @@ from spi_utils.planning.chooser import Chooser
 from spi_utils.planning.frontier import Field, Standing
 from spi_utils.planning.pricing import nominal_bits
 from spi_utils.planning.scores import SCORES, available_scores, score_row
-from spi_utils.runs import Run, existing_run, layers_fingerprint, read_layers, read_spectra, run_info
+from spi_utils.runs import (
+    Run,
+    existing_run,
+    layers_fingerprint,
+    read_layers,
+    read_spectra,
+    run_info,
+    run_rounding,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,7 +289,9 @@ class ExplorerState:
             origin="slider",
             **self._options,
         )
-        return replace(plan, reason=" ".join(filter(None, (plan.reason, self.wishes.failures()))))
+        rounding = run_rounding(self.run) if self.run else "nearest"
+        reason = " ".join(filter(None, (plan.reason, self.wishes.failures())))
+        return replace(plan, reason=reason, rounding=rounding)
 
     def save(self) -> Path:
         """Write the present choice as the run's plan.json, and return its path.

@@ -127,8 +127,13 @@ def _saving(evaluation: Evaluation) -> Claim:
 # --- rows: quality ---------------------------------------------------------------------------------------
 
 
+def _as_stated(evaluation: Evaluation) -> str:
+    """The variant that the claim is about: the plan as bitsandbytes rounds it."""
+    return "plan_nearest" if "plan_nearest" in evaluation.variants else "plan"
+
+
 def _better(evaluation: Evaluation) -> Claim:
-    plan, reference = evaluation.variants["plan"], evaluation.variants["reference"]
+    plan, reference = evaluation.variants[_as_stated(evaluation)], evaluation.variants["reference"]
     delta = stats.Estimate.from_dict(plan["delta"])
     return Claim(
         "better",
@@ -141,7 +146,7 @@ def _better(evaluation: Evaluation) -> Claim:
 
 def _gain(evaluation: Evaluation) -> Claim:
     stated = math.log(STATED_PPL[1] / STATED_PPL[0])
-    delta = stats.Estimate.from_dict(evaluation.variants["plan"]["delta"])
+    delta = stats.Estimate.from_dict(evaluation.variants[_as_stated(evaluation)]["delta"])
     text = f"{STATED_PPL[0]} → {STATED_PPL[1]}, −{-stated:.3f} nats a token"
     verdict = value_verdict(delta, stated) if is_original(evaluation) else NEEDS_ORIGINAL
     return Claim("gain", text, f"{_interval(delta)} nats a token", verdict, original=True)
@@ -160,8 +165,9 @@ def _noise(evaluation: Evaluation) -> Claim:
     stated = "NF4 acts as noise cancelling: it does better than noise of the same size"
     if "noise" not in evaluation.variants:
         return Claim("noise", stated, "the control `noise` was not run (profile full)", NOT_RUN)
-    loss = _difference(evaluation, "noise", "window_nll")
-    kl = _difference(evaluation, "noise", "window_kl")
+    ours = _as_stated(evaluation)
+    loss = _difference(evaluation, "noise", "window_nll", ours)
+    kl = _difference(evaluation, "noise", "window_kl", ours)
     measured = f"NF4 − noise: loss {_interval(loss)}, KL {_interval(kl)} nats a token"
     return Claim("noise", stated, measured, stats.verdict(loss, "lower"))
 
@@ -198,7 +204,8 @@ def _texts(evaluation: Evaluation) -> Claim:
     stated = "the gain holds beyond one text"
     texts = [(evaluation.text["name"], evaluation.variants)]
     texts += [(other["text"]["name"], other["variants"]) for other in evaluation.other_texts]
-    deltas = [(name, stats.Estimate.from_dict(numbers["plan"]["delta"])) for name, numbers in texts]
+    ours = _as_stated(evaluation)
+    deltas = [(name, stats.Estimate.from_dict(numbers[ours]["delta"])) for name, numbers in texts]
     measured = "; ".join(f"{name}: {_interval(delta)}" for name, delta in deltas)
     if len(deltas) < 2:
         return Claim("texts", stated, f"{measured} (one text only; profile full has two)", NOT_RUN)
@@ -259,14 +266,20 @@ ROWS: tuple[Callable[[Evaluation], Claim], ...] = (
     _against("direction", "other_direction", "the score's protected end is the better one", "the other end"),
     _against("int8", "int8", "at these bytes a 16-bit/NF4 hybrid is the better trade", "int8 everywhere"),
     _against("fisher", "fisher", "no better layers could be kept at these bytes", "Fisher's choice"),
+    _against(
+        "rounding",
+        "plan_nearest",
+        "guided rounding brings the plan nearer to its 16-bit self",
+        "nearest levels",
+    ),
     _texts,
     _verified,
 )
 
 
-def _difference(evaluation: Evaluation, control: str, field: str) -> stats.Estimate:
+def _difference(evaluation: Evaluation, control: str, field: str, plan: str = "plan") -> stats.Estimate:
     """Plan minus a control on the same windows."""
-    ours, theirs = (np.array(evaluation.variants[key][field]) for key in ("plan", control))
+    ours, theirs = (np.array(evaluation.variants[key][field]) for key in (plan, control))
     return stats.paired(ours, theirs, seed=evaluation.settings["seed"])
 
 

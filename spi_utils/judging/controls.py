@@ -23,6 +23,7 @@ from spi_utils.planning.scores import available_scores, score_values
 QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
 FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
 INT4 = "int4_g64"  # the uniform 4-bit rival, and the low tier of the mixes for vLLM
+NEAREST = "_nearest"  # behind a format: rounded to nearest in a run whose rounding is guided
 EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total bytes
 
 
@@ -30,11 +31,11 @@ EQUAL_BYTES = 0.005  # "equal bytes": within this share of the model's total byt
 class Variant:
     """A choice of formats over the planned layers.
 
-    `formats` {module: a row of `formats.FORMATS`, or "noise"}; `bytes` as the saved file would hold it
-    (`noise` counts as the NF4 it stands for); `bits_per_weight` over all weights, `matrix_bits` over the
-    planned matrices; `predicted_kl` in nats a token, None without sensitivity; `equal_bytes` marks the plan
-    and the controls that share its budget, `bytes_miss` their distance from it, a share of the 16-bit model's
-    bytes.
+    `formats` {module: a row of `formats.FORMATS`, the same with "_nearest", or "noise"}; `bytes` as the saved
+    file would hold it (`noise` counts as the NF4 it stands for); `bits_per_weight` over all weights,
+    `matrix_bits` over the planned matrices; `predicted_kl` in nats a token, None without sensitivity;
+    `equal_bytes` marks the plan and the controls that share its budget, `bytes_miss` their distance from it,
+    a share of the 16-bit model's bytes.
     """
 
     key: str
@@ -86,7 +87,8 @@ def make_variants(
     unknown = [key for key in controls if key not in FULL]
     if unknown:
         raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
-    rows = {**ENDS, **{key: CONTROLS[key] for key in FULL if key in controls and key != "random"}}
+    ends = ENDS if plan.rounding == "guided" else {k: v for k, v in ENDS.items() if not k.endswith(NEAREST)}
+    rows = {**ends, **{key: CONTROLS[key] for key in FULL if key in controls and key != "random"}}
     seeds = range(seed, seed + random_seeds) if "random" in controls else ()
     rows |= {f"random_{index}": _random(number) for index, number in enumerate(seeds)}
     found: dict[str, Variant] = {}
@@ -110,7 +112,7 @@ def _priced(
     layers: pd.DataFrame, plan: ProtectionPlan, key: str, control: Control, formats: dict[str, str]
 ) -> Variant:
     """A variant with its bytes, bit rates and predicted KL."""
-    stored = {name: "nf4" if fmt == "noise" else fmt for name, fmt in formats.items()}
+    stored = {name: stored_as(fmt) for name, fmt in formats.items()}
     cost = price(layers, stored, plan.double_quant)
     overall, matrix = bit_rates(layers, stored, plan.double_quant)
     return Variant(
@@ -120,8 +122,8 @@ def _priced(
         bytes=cost["total"],
         bits_per_weight=overall,
         matrix_bits=matrix,
-        # Noise costs no less than NF4 by the quadratic rule, but no prediction was ever made for it.
-        predicted_kl=None if "noise" in formats.values() else predicted_kl(layers, stored),
+        # Predictions speak of the run's own rounding; none was ever made for noise.
+        predicted_kl=predicted_kl(layers, stored) if stored == formats else None,
         equal_bytes=control.equal_bytes,
         bytes_miss=(cost["total"] - plan.bytes["total"]) / cost["total_16bit"]
         if control.equal_bytes
@@ -133,7 +135,12 @@ def _label(control: Control, formats: Mapping[str, str]) -> str:
     """A control's label, told by the formats that it holds: what was on its menu may not have been chosen."""
     uniform = control.label.endswith("everywhere") and len(set(formats.values())) > 1
     label = control.label.replace("everywhere", "where it fits") if uniform else control.label
-    return label.format(held=held_words(set(formats.values()) - {"noise"}))
+    return label.format(held=held_words({stored_as(fmt) for fmt in formats.values() if fmt != "noise"}))
+
+
+def stored_as(fmt: str) -> str:
+    """The row of `FORMATS` behind a variant's format: noise stands for NF4, and rounding is no format."""
+    return "nf4" if fmt == "noise" else fmt.removesuffix(NEAREST)
 
 
 def in_plans_formats(
@@ -181,7 +188,7 @@ def in_plans_formats(
 def _everything(fmt: str) -> Choose:
     def choose(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
         planned = layers["quantizable"].to_numpy(bool)
-        held = able(layers, fmt)
+        held = able(layers, fmt.removesuffix(NEAREST))
         return {
             name: fmt if fits else "16bit"
             for name, fits in zip(layers.loc[planned, "name"], held[planned], strict=True)
@@ -236,6 +243,10 @@ def _patterns(plan: ProtectionPlan) -> dict[str, Any]:
     return {name: plan.options.get(name) for name in ("force_16bit", "forbid_16bit")}
 
 
+def _nearest(plan: ProtectionPlan) -> dict[str, str]:
+    return {name: fmt if fmt == "16bit" else fmt + NEAREST for name, fmt in plan.formats.items()}
+
+
 def _noise(layers: pd.DataFrame, plan: ProtectionPlan, seed: int) -> Mapping[str, str]:
     if "nf4" not in plan.formats.values():
         raise PlanError("the plan has no NF4 layer that noise could stand for.")
@@ -250,6 +261,11 @@ ENDS: dict[str, Control] = {
     "reference": Control("16-bit reference", _everything("16bit"), equal_bytes=False),
     "nf4": Control("pure NF4", _everything("nf4"), equal_bytes=False),
     "plan": Control("the plan", lambda layers, plan, seed: plan.formats),
+    # What bitsandbytes would have made of the same weights: the claim as stated.
+    "nf4_nearest": Control("pure NF4, nearest", _everything("nf4" + NEAREST), equal_bytes=False),
+    "plan_nearest": Control(
+        "the plan, nearest", lambda layers, plan, seed: _nearest(plan), equal_bytes=False
+    ),
 }
 CONTROLS: dict[str, Control] = {
     "other_direction": Control("the score's other end", _by_score("", flip=True)),

@@ -18,6 +18,7 @@ import torch
 
 from spi_utils import runs
 from spi_utils.checkpoints.saved import put_saved
+from spi_utils.formats import Packed
 from spi_utils.judging.controls import Variant
 from spi_utils.judging.rivals import Rival, load_rival
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights
@@ -57,7 +58,8 @@ class Session:
     """What scoring needs, and what it notes on the way.
 
     `variants` are switched from `source`'s weights, `plan` read from `model_dir`, `rivals` loaded one by one;
-    scores are kept in `folder`; `seconds` {variant: time spent in this process} is filled in.
+    scores are kept in `folder`; `codes` are those that guided rounding chose; `seconds` {variant: time spent
+    in this process} is filled in.
     """
 
     source: ModelSource
@@ -70,6 +72,7 @@ class Session:
     dtype: torch.dtype
     double_quant: bool
     seed: int
+    codes: Mapping[tuple[str, str], Packed] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def score(self) -> dict[str, list[TokenScores]]:
@@ -115,7 +118,8 @@ class Session:
     def _load(self, weights: Any) -> _Loaded:
         model = load_model(self.source, device=self.device, dtype=self.dtype)
         planned = list(self.variants["reference"].formats)
-        switch = Switch(model, weights, planned, double_quant=self.double_quant, seed=self.seed)
+        double = self.double_quant
+        switch = Switch(model, weights, planned, double_quant=double, seed=self.seed, codes=self.codes)
         return _Loaded(self, switch, weights, Head(model))
 
     def _join(self, key: str) -> list[TokenScores]:

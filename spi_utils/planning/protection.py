@@ -30,6 +30,7 @@ class ProtectionPlan:
     `formats`: module -> format, in model order. `protected`: those in 16-bit. `bytes`: see `pricing.price`;
     a plan made for a budget also holds `budget` and `miss` (budget − total). `predicted_kl`: nats a token,
     None without sensitivity. `options`: group, force_16bit, forbid_16bit, seed. `reason`: one sentence.
+    `rounding`: how 4-bit codes were or will be chosen, "guided" or "nearest".
     """
 
     model: Mapping[str, Any]
@@ -48,13 +49,14 @@ class ProtectionPlan:
     origin: str = "parameters"
     reason: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    rounding: str = "nearest"
     schema: int = SCHEMA
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the checkpoint: the model's weights, the formats, double quantization."""
+        """SHA-256 of what decides the checkpoint: weights, formats, double quantization, rounding."""
         parts = {"model": self.model.get("sha256"), "formats": dict(self.formats), "dq": self.double_quant}
-        return fingerprint(parts)
+        return fingerprint(parts | ({"rounding": self.rounding} if self.rounding == "guided" else {}))
 
     @property
     def writers(self) -> frozenset[str]:
@@ -242,9 +244,10 @@ ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "schema": (lambda value: value == SCHEMA, str(SCHEMA)),
     "origin": (lambda value: isinstance(value, str), "a text"),
     "reason": (lambda value: isinstance(value, str), "a text"),
+    "rounding": (lambda value: value in ("guided", "nearest"), "'guided' or 'nearest'"),
     "options": (_options, "an object of group, force_16bit, forbid_16bit and seed"),
 }
-OPTIONAL = ("origin", "reason", "options")  # an older version's plans lack them
+OPTIONAL = ("origin", "reason", "options", "rounding")  # an older version's plans lack them
 
 
 def _check_entries(path: str | Path, held: Mapping[str, Any]) -> None:
