@@ -24,7 +24,7 @@ def qwen35_4b() -> Model:
     full = [(8192, hidden), (1024, hidden), (1024, hidden), (hidden, 4096)]
     mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
     shapes = (*(24 * linear), *(8 * full), *(32 * mlp))
-    return Model(shapes, other=248_320 * hidden, vocabulary=248_320, hidden=hidden)
+    return Model(shapes, other=248_320 * hidden, vocabulary=248_320, hidden=hidden, blocks=32)
 
 
 def table(model: Model, machine: Machine, profile: str, run: Path | None) -> tuple[list[Cost], str]:

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
     from spi_utils.models import ModelSource
 
-SENSITIVITY_TOKENS = 32 * 256
-BACKWARD = 4  # a forward pass, again for checkpointing, and a backward pass, in forward passes
+MOMENT_TOKENS, SLOPE_TOKENS = 32 * 256, 8 * 256  # of the pass in spi_utils.sensitivity
+BACKWARD = 4  # a forward pass, each block's again, and a backward pass, in forward passes
 CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
+GUIDED = 2  # formats that are rounded under guidance: NF4 and int4
+BATCH_WINDOWS = 4  # in one pass through a block
 LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
 FARMS = 0.2  # seconds a matrix: its 128 × 128 blocks on one host core (0.09 measured here)
 INTERPRETER = 3_000_000_000  # bytes of memory: Python, torch, CUDA's context
 SPEED_TOKENS = 2 * 6 * 64  # timed generations of two models
 NOTEBOOK_SECONDS = 12  # kernel start and imports of a stage
 # What a graph keeps, in 16-bit units of its layers' inputs and outputs: 4.6 to 5.3 for Qwen3.5-4B with
-# float32 activations and its recurrence in torch (transformers 5.23, 5.15). footprint.kept_bytes counts it.
+# float32 activations and its recurrence in torch (transformers 5.23, 5.15).
 KEPT = 5.3
-CHECKPOINTED = 0.1  # of that, where blocks recompute it
 LOGITS = 200_000_000  # bytes of two pieces of them
 ACTIVATIONS = 1_000_000_000  # bytes that one block needs for a batch of scoring, in float32
-SHARE = 0.85  # as in footprint.py, which imports torch
 GIB = 2**30
 
 
@@ -81,13 +81,14 @@ class Model:
     """Shapes that the costs are counted from.
 
     `shapes` (rows, cols) of the matrices that can be quantized; `other` all other parameters; `vocabulary`
-    and `hidden` of the head.
+    and `hidden` of the head; `blocks` that the matrices are shared among.
     """
 
     shapes: tuple[tuple[int, int], ...]
     other: int
     vocabulary: int
     hidden: int
+    blocks: int = 1
 
     @classmethod
     def of_layers(cls, layers: pd.DataFrame) -> Model:
@@ -104,7 +105,9 @@ class Model:
             )
         head = wide.iloc[-1]
         shapes = tuple(zip(layers[planned]["rows"].tolist(), layers[planned]["cols"].tolist(), strict=True))
-        return cls(shapes, int(layers[~planned]["numel"].sum()), int(head["rows"]), int(head["cols"]))
+        blocks = int(layers.loc[planned, "depth"].nunique()) if "depth" in layers else 1
+        other = int(layers[~planned]["numel"].sum())
+        return cls(shapes, other, int(head["rows"]), int(head["cols"]), max(blocks, 1))
 
     @property
     def planned(self) -> int:
@@ -152,7 +155,10 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
     largest = 4 * max([rows * cols for rows, cols in model.shapes])
     streamed = INTERPRETER + max(largest, 2 * model.vocabulary * model.hidden)
     scoring = size + 3 * largest + ACTIVATIONS
-    analyze = (_analyze(model, machine), _gradients(model, machine), max(streamed, _codes(model)), 0.05e9)
+    inputs = (MOMENT_TOKENS + SLOPE_TOKENS) * 2 * model.hidden * model.blocks  # of every block, on the host
+    codes = model.packed("nf4") + model.packed("int4_g64")
+    ram = max(streamed + inputs, _codes(model))
+    analyze = (_analyze(model, machine), _gradients(model), ram, 0.05e9 + codes)
     seconds = {
         "fetch": (size / machine.download, 0.0, INTERPRETER, size),
         "analyze": analyze,
@@ -164,13 +170,14 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
     return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in seconds.items()]
 
 
-def _gradients(model: Model, machine: Machine) -> float:
-    """Bytes of a backward pass over as many windows at once as fit, else over three with checkpointing."""
-    window = 256 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes)
-    base = model.bytes_16bit + 12 * max(rows * cols for rows, cols in model.shapes) + LOGITS
-    ways = [base + windows * window for windows in (3, 2, 1)]
-    fitting = (need for need in ways if need < SHARE * machine.gpu_bytes)
-    return next(fitting, base + 3 * CHECKPOINTED * window)
+def _gradients(model: Model) -> float:
+    """Bytes of the pass through one block: its graph for a batch of windows, its second moments, the factors
+    of the largest of them, and the logits at the top."""
+    graph = BATCH_WINDOWS * 256 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes) / model.blocks
+    moments = 4 * sum(cols**2 for _, cols in model.shapes) / model.blocks
+    factors = 4 * 4 * max(cols for _, cols in model.shapes) ** 2
+    change = 12 * max(rows * cols for rows, cols in model.shapes)
+    return model.bytes_16bit + max(graph + moments, moments + factors) + change + LOGITS
 
 
 def _codes(model: Model) -> float:
@@ -179,12 +186,21 @@ def _codes(model: Model) -> float:
 
 
 def _analyze(model: Model, machine: Machine) -> float:
-    """Seconds: every matrix' eigenvalues, then one backward pass over text that the model wrote."""
+    """Seconds: every matrix' eigenvalues, then one pass over the model's own text, rounding on the way."""
     solve = sum(FARMS + _eigenvalues(rows, cols, machine) for rows, cols in model.shapes)
     write = 256 * model.bytes_16bit / machine.gpu_bandwidth  # all windows at once, token after token
-    passes = BACKWARD * model.forward + CHANGES * 2.0 * model.planned
+    passes = (
+        MOMENT_TOKENS + SLOPE_TOKENS
+    ) * BACKWARD * model.forward + SLOPE_TOKENS * CHANGES * 2.0 * model.planned
+    guided = sum(_rounding(rows, cols, machine) for rows, cols in model.shapes)
     read = 2 * model.bytes_16bit / machine.disk  # once for the spectra, once for the model
-    return solve + write + SENSITIVITY_TOKENS * passes / machine.half + read
+    return solve + write + passes / machine.half + guided + read
+
+
+def _rounding(rows: int, cols: int, machine: Machine) -> float:
+    """Seconds for a matrix' second moment, its inverse's factor, and the columns one by one in a format."""
+    work = 2.0 * MOMENT_TOKENS * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
+    return work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
 
 
 def _eigenvalues(rows: int, cols: int, machine: Machine) -> float:

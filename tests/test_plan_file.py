@@ -31,6 +31,7 @@ WRONG = {
     "schema": [None, "1", 2, [1]],
     "origin": [None, 5],
     "reason": [None, []],
+    "rounding": [None, "near", 4],
     "options": [
         None,
         [],
@@ -56,9 +57,8 @@ CASES = [
 
 
 def test_every_entry_is_tried():
-    assert (
-        {*REQUIRED, "origin", "reason", "options"} == set(ProtectionPlan.__dataclass_fields__) == set(WRONG)
-    )
+    optional = {"origin", "reason", "options", "rounding"}
+    assert {*REQUIRED, *optional} == set(ProtectionPlan.__dataclass_fields__) == set(WRONG)
 
 
 @pytest.mark.parametrize(("said", "spoil"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spi_utils import scoring
-from spi_utils.costs.measure import Measure
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
 from spi_utils.scoring import Switch
+from spi_utils.sensitivity import Measure
 from tests.tiny import Originals, make_tiny
 
 

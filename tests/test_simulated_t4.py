@@ -9,12 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from benchmarks.budget import qwen35_4b
-from spi_utils.budget import KEPT, MACHINES, budget, work_of
+from spi_utils.budget import KEPT, MACHINES, budget
 from spi_utils.checkpoints import verify
 from spi_utils.checkpoints.checkpoint import Saving
 from spi_utils.checkpoints.wide import widen
-from spi_utils.costs import footprint
-from spi_utils.errors import AnalysisError
 from spi_utils.evaluate import evaluate
 from spi_utils.models import chosen_model, resolve_device, resolve_dtype
 from spi_utils.quantize import _auto_storage
@@ -82,50 +80,41 @@ def test_on_a_p100_auto_is_the_bundled_model_in_float32_on_the_cpu(monkeypatch):
     assert chosen_model("auto") == "bundled"
 
 
-def test_what_qwens_recurrence_keeps_is_counted(qwen):
-    """Four to five times what the layers' inputs and outputs would be in float16, and the budget knows."""
+def test_what_a_graph_of_qwen_keeps_is_what_the_budget_says(qwen):
+    """Counted by autograd's own saved tensors, on shapes alone: 256 tokens through every kind of block."""
+    held = (*qwen.model.parameters(), *qwen.model.buffers())
+    seen = {tensor.untyped_storage()._cdata: tensor for tensor in held}
+    kept = [0]
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = tensor  # alive, so that no storage is counted twice
+            kept[0] += storage.nbytes()
+        return tensor
+
+    def starts(module, inputs, output):
+        return output.requires_grad_(True)
+
+    handle = qwen.model.get_input_embeddings().register_forward_hook(starts)
+    ids = torch.zeros((1, 256), dtype=torch.long, device="meta")
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        qwen.model.base_model(input_ids=ids, use_cache=False)
+    handle.remove()
     wide = sum(sum(qwen.live(name).shape) for name in qwen.layers)
-    kept = footprint.kept_bytes(qwen, 256)
-    assert 4 < kept.total / (256 * 2 * wide) < KEPT
-    states = 256 * 4 * 32 * 128  # float32 values of one block: 32 heads of 128
-    assert kept.block > 5 * states
+    assert 3 < kept[0] / (256 * 2 * wide) < KEPT
 
 
-def test_the_sensitivity_of_qwen_fits(t4, qwen):
-    t4(WEIGHTS + GIB)  # the model itself, and what CUDA and its libraries take
-    plans = footprint.footprints(qwen, 256, 3)
-    assert all(WEIGHTS < plan.bytes < footprint.SHARE * T4.memory_bytes for plan in plans)
-    assert plans[0].checkpoint and plans[0].batch == 3  # without, three windows would take 24 GB, one 14
-    assert plans[-1].checkpoint and plans[-1].batch == 1
-
-
-def test_the_budget_promises_no_less_than_the_sensitivity_takes(t4, qwen):
-    t4(WEIGHTS)
-    tokens, variants = work_of("quick")
-    costs = {
-        one.stage: one for one in budget(qwen35_4b(), MACHINES["colab"], tokens=tokens, variants=variants)
-    }
-    taken = footprint.footprints(qwen, 256, 3)[0].bytes
-    assert taken < costs["analyze"].gpu < T4.memory_bytes
+def test_the_pass_through_qwen_fits_a_t4_with_the_rounding():
+    costs = {one.stage: one for one in budget(qwen35_4b(), MACHINES["colab"], tokens=6144, variants=16)}
+    assert WEIGHTS + GIB < costs["analyze"].gpu < 0.85 * T4.memory_bytes
     assert all(one.gpu < T4.memory_bytes for one in costs.values())
-
-
-def test_another_process_on_the_gpu_is_noticed_before_the_work_begins(t4, qwen):
-    t4(T4.memory_bytes - GIB)
-    with pytest.raises(AnalysisError, match=r"on cuda:0, .*; 1\.1 GB are free.*length=128"):
-        footprint.footprints(qwen, 256, 3)
 
 
 def test_a_checkpoint_made_on_a_t4_is_float16_for_it(t4):
     source = SimpleNamespace(storage_dtype="bfloat16")
     assert _auto_storage(source, torch.device("cuda:0")) == "float16"
     assert _auto_storage(source, torch.device("cpu")) == "bfloat16"
-
-
-def test_longer_windows_recompute_their_activations_instead_of_running_out(t4, qwen):
-    t4(WEIGHTS)
-    plan = footprint.footprints(qwen, 2048, 3)[0]
-    assert plan.checkpoint and plan.bytes < footprint.SHARE * T4.memory_bytes
 
 
 def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
