@@ -325,10 +325,10 @@ def this_session(machine: Machine, gpu: Gpu) -> Machine:
 
 
 def work_of(profile: str, random_seeds: int = 5) -> tuple[int, int]:
-    """Tokens scored and variants scored (reference, nf4 and plan among them) of an evaluation's profile."""
+    """Tokens scored and variants scored (reference, nf4 and plan twice among them) of an evaluation's profile."""
     from spi_utils.evaluate import PROFILES
 
     chosen = PROFILES[profile]
     named = [control for control in chosen.controls if control != "random"]
     randoms = random_seeds if "random" in chosen.controls else 0
-    return chosen.windows * chosen.length * chosen.texts, 3 + len(named) + randoms
+    return chosen.windows * chosen.length * chosen.texts, 5 + len(named) + randoms

@@ -47,8 +47,10 @@ class Look(NamedTuple):
 LOOKS = {
     "reference": Look(BLACK, "*", 11, ":"),
     "nf4": Look(BLACK, "s"),
+    "nf4_nearest": Look(BLACK, "s", line="--", hollow=True),
     "int8": Look(ORANGE, "D"),
     "plan": Look(VERMILLION, "o", 10),
+    "plan_nearest": Look(VERMILLION, "o", 10, "--", hollow=True),
     "other_direction": Look(PURPLE, "v", 11, "--", hollow=True),
     "fisher": Look(GREEN, "^", 9),
     "fisher_int8": Look(GREEN, "P", 7, "--"),
@@ -60,6 +62,7 @@ LOOKS = {
     "smallest_first": Look(BLUE, ">", line=":"),
     "type_prior": Look(BLUE, "h", line="-."),
 }
+WINDOWED = ("nf4", "plan", "plan_nearest", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
 RANDOM = Look(GREY, "o", 4.5)
 RIVAL = Look(SKY, "p", 9)
 JITTER = 0.013  # of the range of sizes, about a millimetre: the most that a random draw is moved sideways
@@ -192,7 +195,16 @@ def window_differences(evaluation: Evaluation) -> Figure:
     reference = np.array(evaluation.variants["reference"]["window_nll"])
     differences = {
         key: np.sort(np.array(evaluation.variants[key]["window_nll"]) - reference)
-        for key in ("nf4", "plan", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
+        for key in (
+            "nf4",
+            "plan",
+            "plan_nearest",
+            "other_direction",
+            "fisher",
+            "fisher_int8",
+            "fisher_int4",
+            "int8",
+        )
         if key in evaluation.variants
     }
     widest = max(np.abs(difference).max() for difference in differences.values())

@@ -19,7 +19,9 @@ from spi_utils.stats import Estimate, verdict
 ROWS = {
     "reference": "16-bit (the base)",
     "nf4": "NF4 everywhere",
+    "nf4_nearest": "NF4 everywhere, rounded to nearest as bitsandbytes does",
     "plan": "**this model**",
+    "plan_nearest": "this model's layers, rounded to nearest as bitsandbytes does",
     "other_direction": "the score's other end, equal bytes",
     "fisher": "chosen by Fisher information, equal bytes",
     "fisher_int8": "chosen by Fisher information from NF4, 8-bit and 16-bit, equal bytes",

@@ -18,8 +18,23 @@ MIXES = {
 
 
 def headline_of(evaluation: Evaluation) -> str:
-    """Size, perplexity, what the selection is worth, and a better mix if any."""
-    return " ".join(filter(None, (_gist(evaluation), _worth(evaluation), mix_sentence(evaluation))))
+    """Size, perplexity, what rounding and selection are worth, and a better mix if any."""
+    parts = (_gist(evaluation), _rounding(evaluation), _worth(evaluation), mix_sentence(evaluation))
+    return " ".join(filter(None, parts))
+
+
+def _rounding(evaluation: Evaluation) -> str:
+    """What guided rounding changes at the same bytes, where the run has it."""
+    variants = evaluation.variants
+    if "plan_nearest" not in variants:
+        return ""
+    plan, nearest = variants["plan"], variants["plan_nearest"]
+    paired = stats.paired(plan["window_kl"], nearest["window_kl"], seed=evaluation.settings["seed"])
+    return (
+        f"Guided rounding makes its KL {plan['kl_mean']:.4f} nats a token; bitsandbytes' nearest levels give "
+        f"{nearest['kl_mean']:.4f} in the same bytes (difference {paired.mean:+.4f}, 95 % interval "
+        f"{paired.low:+.4f} … {paired.high:+.4f})."
+    )
 
 
 def _gist(evaluation: Evaluation) -> str:
