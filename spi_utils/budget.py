@@ -325,7 +325,7 @@ def this_session(machine: Machine, gpu: Gpu) -> Machine:
 
 
 def work_of(profile: str, random_seeds: int = 5) -> tuple[int, int]:
-    """Tokens scored and variants scored (reference, nf4 and plan twice among them) of an evaluation's profile."""
+    """Tokens and variants scored (reference, nf4 and plan twice among them) of an evaluation's profile."""
     from spi_utils.evaluate import PROFILES
 
     chosen = PROFILES[profile]

@@ -15,9 +15,8 @@ writes itself, so no data is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from spi_utils.checkpoints.integers import HIGHEST, LOWEST
-from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nearest_level, nf4_levels
+from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nf4_levels
 from spi_utils.errors import AnalysisError, RunError
 from spi_utils.formats import Packed, format_row
 from spi_utils.runs import atomic_path
@@ -63,59 +62,60 @@ def guided(
     Raises:
         AnalysisError: a format or a width that can't be rounded so, or a weight that isn't finite.
     """
-    group, to_levels = _grid(fmt, weight.dtype)
     rows, cols = weight.shape
+    group, levels, stored = _grid(fmt, weight)
     if cols % group:
         raise AnalysisError(f"{fmt} has blocks of {group} weights, which don't divide {cols} columns.")
+    middles = (levels[1:] + levels[:-1]) / 2
     w = weight.float().clone()
     check_finite(w.abs().amax(dim=1))
     upper, used = _inverse_factor(moment, damping)
-    index = torch.empty(rows, cols, dtype=torch.uint8, device=w.device)
-    values = torch.empty_like(w)
-    scales = torch.empty(rows, cols // group, device=w.device)
+    index = torch.empty(cols, rows, dtype=torch.int32, device=w.device)
+    absmax = torch.empty(rows, cols // group, device=w.device)
     for first in range(0, cols, group):
         block = slice(first, first + group)
         corner = upper[block, block]
-        scale = _best_scale(w[:, block], corner.diagonal(), to_levels)
-        errors, made = torch.empty(2, rows, group, device=w.device)
+        peak = absmax[:, first // group] = _best_absmax(
+            w[:, block], corner.diagonal(), levels, middles, stored
+        )
+        scale = stored(peak)
+        x = (w[:, block] / scale[:, None]).T.contiguous()  # (group, rows), in units of the scale
+        errors = torch.empty_like(x)
         for j in range(group):
-            column = w[:, first + j]
-            index[:, first + j], rounded = to_levels(column[:, None], scale)
-            made[:, j] = rounded[:, 0]
-            errors[:, j] = (column - made[:, j]) / corner[j, j]
-            w[:, first + j + 1 : first + group] -= errors[:, j, None] * corner[j, j + 1 :]
-        w[:, first + group :] -= errors @ upper[block, first + group :]
-        scales[:, first // group] = scale
-        values[:, block] = made
+            index[first + j] = torch.bucketize(x[j], middles, out_int32=True)
+            errors[j] = (x[j] - levels[index[first + j]]) / corner[j, j]
+            x[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
+        w[:, first + group :] -= (errors * scale).T @ upper[block, first + group :]
     if used is not None:
         for _ in range(sweeps):
-            _sweep(weight.float(), moment, used, group, to_levels, index, scales, values)
-    return _packed(fmt, weight, index, scales), used
+            _sweep(weight, moment, used, group, levels, stored(absmax), index)
+    return _packed(fmt, weight, index.T.to(torch.uint8).contiguous(), absmax), used
 
 
 def _sweep(
-    w: torch.Tensor,
+    weight: torch.Tensor,
     moment: torch.Tensor,
     damping: float,
     group: int,
-    to_levels: Any,
-    index: torch.Tensor,
+    levels: torch.Tensor,
     scales: torch.Tensor,
-    values: torch.Tensor,
+    index: torch.Tensor,
 ) -> None:
     """Coordinate descent over the columns, scales kept: each code becomes the best one given all others."""
     h = (moment / moment.diagonal().mean()).float()
     h.diagonal().add_(damping)
+    middles = (levels[1:] + levels[:-1]) / 2
+    w = weight.float()
+    error = levels[index].T * scales.repeat_interleave(group, dim=1) - w
     for first in range(0, w.shape[1], group):
         block = slice(first, first + group)
-        pull = (values - w) @ h[:, block]  # half the gradient by each code's value
-        corner, scale = h[block, block], scales[:, first // group]
+        scale, corner = scales[:, first // group], h[block, block]
+        pull = (error @ h[:, block] / scale[:, None]).T.contiguous()  # half the gradient
         for j in range(group):
-            column = values[:, first + j]
-            target = column - pull[:, j] / corner[j, j]
-            index[:, first + j], better = to_levels(target[:, None], scale)
-            pull += (better - column[:, None]) * corner[j]
-            values[:, first + j] = better[:, 0]
+            held = levels[index[first + j]]
+            index[first + j] = torch.bucketize(held - pull[j] / corner[j, j], middles, out_int32=True)
+            pull.addr_(corner[j], levels[index[first + j]] - held)
+        error[:, block] = (levels[index[block]] * scale).T - w[:, block]
 
 
 def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float | None]:
@@ -134,39 +134,30 @@ def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     return torch.eye(len(h), device=h.device), None  # no feedback: nearest levels, searched scales
 
 
-def _best_scale(block: torch.Tensor, diagonal: torch.Tensor, to_levels: Any) -> torch.Tensor:
+def _best_absmax(
+    block: torch.Tensor, diagonal: torch.Tensor, levels: torch.Tensor, middles: torch.Tensor, stored: Any
+) -> torch.Tensor:
     """For each row of a (rows, group) block the absmax of `SHARES` with the least weighted error, 1/U_jj²."""
     peak = block.abs().amax(dim=1)
     weights = diagonal.square().reciprocal()
     best, least = peak, torch.full_like(peak, torch.inf)
     for share in SHARES:
-        error = ((to_levels(block, peak * share)[1] - block).square() * weights).sum(dim=1)
+        scale = stored(peak * share)[:, None]
+        values = levels[torch.bucketize(block / scale, middles, out_int32=True)] * scale
+        error = values.sub_(block).square_() @ weights
         best, least = torch.where(error < least, peak * share, best), torch.minimum(error, least)
     return best
 
 
-def _grid(fmt: str, dtype: torch.dtype) -> tuple[int, Any]:
-    """A format's block, and its rounding: (rows, n) weights, (rows,) absmax -> codes, values as loaded."""
+def _grid(fmt: str, weight: torch.Tensor) -> tuple[int, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """A format's block, its levels in units of the scale, and the stored scale of an absmax, as float32."""
     if fmt == "nf4":
-        return BLOCK, partial(_to_nf4, dtype=dtype)
+        return BLOCK, nf4_levels(weight.device), lambda absmax: absmax.clamp(min=TINY)
     row = format_row(fmt)
     if row.bits != 4 or not row.symmetric or row.group is None:
         raise AnalysisError(f"{fmt} has no guided rounding; nf4 and the symmetric int4 formats have.")
-    return row.group, partial(_to_int4, dtype=dtype)
-
-
-def _to_nf4(w: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = absmax[:, None]
-    code = nearest_level((w / scale.clamp(min=TINY)).clamp_(-1, 1).reshape(-1)).view(w.shape)
-    values = (nf4_levels(w.device)[code.long()] * scale).to(dtype).float()
-    return (code[:, 0] if w.shape[1] == 1 else code), values
-
-
-def _to_int4(w: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = int4_scale(absmax, dtype).float()[:, None]
-    code = (w / scale).round_().clamp_(LOWEST, HIGHEST)
-    held = (code - LOWEST).to(torch.uint8)
-    return (held[:, 0] if w.shape[1] == 1 else held), (code * scale).to(dtype).float()
+    levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float32, device=weight.device)
+    return row.group, levels, lambda absmax: int4_scale(absmax, weight.dtype).float()
 
 
 def int4_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -211,7 +211,7 @@ def test_points_stand_at_their_true_size_and_draws_beside_it_in_order_of_seeds(e
 def test_no_two_variants_look_alike():
     looks = [*LOOKS.values(), RIVAL, RANDOM]
     assert len({(one.colour, one.line) for one in looks}) == len(looks)
-    assert len({(one.colour, one.marker) for one in looks}) == len(looks)
+    assert len({(one.colour, one.marker, one.hollow) for one in looks}) == len(looks)
 
 
 def test_the_predictions_finding_names_the_plans_own_error():
