@@ -5,10 +5,11 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from spi_utils.errors import AnalysisError, PlanError, RunError
+from spi_utils.errors import AnalysisError, PlanError, RunError, SPIError
 from spi_utils.explorer.charts import chart_specs
 from spi_utils.explorer.page import explorer_html, page_data, write_explorer
 from spi_utils.explorer.picture import ChoicePicture, encode_png
@@ -395,6 +396,65 @@ def test_a_run_without_analysis_names_the_notebook(tmp_path):
         explore(tmp_path)
     with pytest.raises(RunError, match="no run directory to save to"):
         ExplorerState(layer_table(7)).save()
+
+
+def cell(column, value):
+    def damage(run):
+        table = pd.read_csv(run.layers_csv, dtype=str)
+        table.loc[5, column] = value
+        table.to_csv(run.layers_csv, index=False)
+
+    return damage
+
+
+def lines(change):
+    return lambda run: run.layers_csv.write_text("".join(change(run.layers_csv.read_text().splitlines(True))))
+
+
+def halve(name):
+    return lambda run: (run.path / name).write_bytes(
+        (run.path / name).read_bytes()[: len((run.path / name).read_bytes()) // 2]
+    )
+
+
+def entry(name, key, value):
+    def damage(run):
+        held = json.loads((run.path / name).read_text())
+        (run.path / name).write_text(json.dumps(held | {key: value}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "notebook"),
+    [
+        *(
+            (cell(column, value), "layers.csv", "01_analyze")
+            for value, columns in {
+                "seven": ("alpha_hill", "numel", "quantizable"),
+                None: ("name", "type", "depth", "numel"),
+                "inf": ("depth",),
+            }.items()
+            for column in columns
+        ),
+        (lines(lambda rows: rows[:9] + rows[10:]), "layers.csv", "01_analyze"),
+        (lines(lambda rows: [*rows, rows[9]]), "layers.csv", "01_analyze"),
+        (lines(lambda rows: []), "layers.csv", "01_analyze"),
+        (halve("layers.csv"), "layers.csv", "01_analyze"),
+        (halve("spectra.safetensors"), "spectra.safetensors", "01_analyze"),
+        (halve("plan.json"), "plan.json", "02_visualize"),
+        (entry("plan.json", "formats", None), "plan.json", "02_visualize"),
+        (halve("run.json"), "run.json", "01_analyze"),
+        (entry("run.json", "stages", None), "run.json", "01_analyze"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_told_in_one_sentence(tmp_path, damage, file, notebook):
+    run = make_run(tmp_path / "run", 21)
+    make_plan(read_layers(run), rule="top_k", value=9, model={"sha256": "0" * 64}).write(run.plan_json)
+    damage(run)
+    with pytest.raises(SPIError, match=rf"{file}: .*{notebook}") as told:
+        ExplorerState.open(run.path)
+    assert "\n" not in str(told.value)
 
 
 # --- the picture -----------------------------------------------------------------------------------------

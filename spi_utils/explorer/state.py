@@ -97,14 +97,20 @@ class ExplorerState:
         """Start from a run directory, at the plan it holds if there is one.
 
         Raises:
-            RunError: no analysis there; says which notebook to run.
+            RunError: no analysis there, or a damaged one; says which notebook to run.
         """
         run = run_dir if isinstance(run_dir, Run) else existing_run(run_dir)
         layers = read_layers(run)
         held = held_plan(run)
         if held is not None:
             options = {**start_of(held, options, layers), **options}
-        return cls(layers, run=run, spectra=read_spectra(run), **options)
+        spectra = read_spectra(run)
+        if lost := sorted(spectra.keys() - set(layers["name"])):
+            raise RunError(
+                f"{run.layers_csv}: no row for {', '.join(lost[:3])}, yet {run.spectra.name} holds its "
+                "spectrum: rows were lost. Run notebook 01_analyze again with force=True."
+            )
+        return cls(layers, run=run, spectra=spectra, **options)
 
     # --- what can be chosen ------------------------------------------------------------------------------
 
