@@ -18,8 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' made-up layer table
 
-from spi_utils.explorer.state import ExplorerState
-from spi_utils.explorer.widgets import Explorer
+from spi_utils.explorer import Explorer, ExplorerState
 from tests.synthetic import layer_table
 
 COUNTS = (250, 2000, 10_000)

@@ -7,6 +7,7 @@ with a number in it is made from the run's own files.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -22,7 +23,7 @@ from spi_utils.figures.evaluation_figures import (
 from spi_utils.figures.plotting import save_figure
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import headline_of, stock_sentence, switching_sentence
+from spi_utils.judging.sentences import headline_of, switching_sentence
 from spi_utils.quantize import proof_by_use
 from spi_utils.report_html import (
     Html,
@@ -64,7 +65,8 @@ def figures(run: runs.Run) -> dict[str, Path]:
         RunError: the run has no evaluation.
     """
     evaluation = Evaluation.read(run.evaluation_json)
-    drawn = {name: draw(evaluation) for name, draw in FIGURES.items()}
+    with _evaluated(run):
+        drawn = {name: draw(evaluation) for name, draw in FIGURES.items()}
     for name, figure in drawn.items():
         if figure is None:  # what an earlier evaluation could show is not this one's
             for kind in ("png", "svg"):
@@ -74,12 +76,21 @@ def figures(run: runs.Run) -> dict[str, Path]:
 
 def headline_figure(run: runs.Run) -> Path:
     """The PNG of quality against bytes, drawn from the evaluation as it is now."""
-    return save_figure(quality_by_bytes(Evaluation.read(run.evaluation_json)), run, HEADLINE)
+    evaluation = Evaluation.read(run.evaluation_json)
+    with _evaluated(run):
+        figure = quality_by_bytes(evaluation)
+    return save_figure(figure, run, HEADLINE)
 
 
 def headline(run: runs.Run) -> str:
     """The run in a few sentences: size, perplexity, what the selection is worth, and a better mix if any."""
-    return headline_of(Evaluation.read(run.evaluation_json))
+    evaluation = Evaluation.read(run.evaluation_json)
+    with _evaluated(run):
+        return headline_of(evaluation)
+
+
+def _evaluated(run: runs.Run) -> AbstractContextManager[None]:
+    return runs.believing(run.evaluation_json, "evaluation", runs.NOTEBOOKS["evaluate"])
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -94,25 +105,31 @@ def write_report(run: runs.Run) -> Path:
     evaluation = Evaluation.read(run.evaluation_json)
     info = runs.run_info(run)
     figures(run)
-    stage = info["stages"].get("evaluate", {})
-    speed = stage.get("speed")
-    parts = [
-        _top(evaluation, proof_by_use(info["stages"].get("quantize", {}))),
-        _quality(run, evaluation),
-        _selection(evaluation),
-        _details(run),
-        _claims(evaluation, speed),
-        _other_texts(evaluation),
-        other_runs(run),
-        _speed_table(speed),
-        _answer(info["stages"].get("quantize", {}).get("proof")),
-        _tasks(evaluation),
-        _analysis(run),
-        _method(evaluation),
-        _environment(info, evaluation),
-    ]
+    with _evaluated(run):
+        title, _ = f"{evaluation.model['id']}: what the hybrid is worth", evaluation.model["kind"]
+    stages = {"quantize": {}, "evaluate": {}} | info["stages"]
+    with runs.believing(run.info_json, "record of the stage quantize", runs.NOTEBOOKS["quantize"]):
+        proof, answer = _proof(stages["quantize"]), _answer(stages["quantize"].get("proof"))
+    with runs.believing(run.info_json, "record of the stage evaluate", runs.NOTEBOOKS["evaluate"]):
+        speed = stages["evaluate"].get("speed")
+        timed, environment = _speed_table(speed), _environment(stages["evaluate"], evaluation)
+    with _evaluated(run):
+        parts = [
+            _top(evaluation, proof),
+            _quality(run, evaluation),
+            _selection(evaluation),
+            _details(run),
+            _claims(evaluation, speed),
+            _other_texts(evaluation),
+            other_runs(run),
+            timed,
+            answer,
+            _tasks(evaluation),
+            _analysis(run),
+            _method(evaluation),
+            environment,
+        ]
     page = Template(resources.files("spi_utils").joinpath("report_page.html").read_text(encoding="utf-8"))
-    title = f"{evaluation.model['id']}: what the hybrid is worth"
     body = "\n".join(filter(None, parts))
     runs.write_text(run.report, page.substitute(title=text(title), body=body))
     return run.report
@@ -124,7 +141,7 @@ def _top(evaluation: Evaluation, proof: str) -> str:
         "weights on disk": size(plan["bytes_on_disk"]),
         "bits a weight, all · planned matrices": f"{plan['bits_per_weight']:.2f} · {plan['matrix_bits']:.2f}",
         "perplexity against 16-bit": f"×{one['perplexity_ratio'][0]:.3f}",
-        "mean KL to 16-bit, nats a token": f"{one['kl_mean']:.4f}",
+        "mean KL to 16-bit, nats a token, float32 from the file's tensors": f"{one['kl_mean']:.4f}",
         "tokens whose first choice stays": f"{one['same_top1']:.1%}",
     }
     tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
@@ -133,10 +150,34 @@ def _top(evaluation: Evaluation, proof: str) -> str:
         f'<p class="lead">{text(headline_of(evaluation))}</p>'
         f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
         f'<div class="facts">{"".join(tiles)}</div>'
-        f'<p class="note">{text(proof[0].upper() + proof[1:])}. Figures of quality are float32, from the '
-        f"file's tensors. {text(stock_sentence(evaluation.stock))}</p>"
+        f"{_handed_over(evaluation, proof)}"
         f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
     )
+
+
+def _proof(stage: Mapping[str, Any]) -> str:
+    if stage.get("proof"):
+        return proof_by_use(stage)
+    notebook = runs.NOTEBOOKS["quantize"]
+    return f"not proven: run notebook {notebook} where stock transformers can run the checkpoint"
+
+
+def _handed_over(evaluation: Evaluation, proof: str) -> str:
+    """The report's first table: is the file that is handed over the one that was measured?"""
+    stock, one = evaluation.stock, evaluation.variants["plan"]
+    rows = [["proof by use", proof]]
+    if stock.get("agrees") is None:
+        why = stock.get("reason", "this evaluation is older than that check: run 04_evaluate again")
+        rows.append(["KL, stock as loaded", f"not measured: {why}"])
+    else:
+        where = f"the first {stock['windows']} windows of {stock['text']}"
+        half = "not a number" if stock["kl_16bit"] is None else f"{stock['kl_16bit']:.4f}"
+        said = f"{stock['kl']:.4f} on {where}; the 16-bit model loaded likewise: {half}"
+        rows.append([f"KL, stock as loaded ({stock['dtype']} on {stock['device']})", said])
+        rows.append(["KL, float32 from the file's tensors", f"{stock['kl_file']:.4f} on {where}"])
+    shape = f"all {evaluation.text['windows']} windows of {evaluation.text['name']}"
+    rows.append(["KL, float32 from the file's tensors", f"{one['kl_mean']:.4f} on {shape}"])
+    return table(["the file that is handed over", "nats a token, to the 16-bit model"], rows, words=(0, 1))
 
 
 def _gguf_note(evaluation: Evaluation) -> str:
@@ -157,7 +198,8 @@ LOSS_MEANINGS = {
     "matrix bits": "bits a weight over the matrices that a plan decides on, the formats' overhead included",
     "Δ loss": "loss minus the 16-bit reference's on the same windows; above zero is worse",
     "p (Holm)": "how often chance alone would give a Δ loss this far from zero, corrected for all rows",
-    "KL": "how far the predictions are from the 16-bit model's; zero is the same model",
+    "KL": "how far the predictions are from the 16-bit model's; zero is the same model. In float32 from the "
+    "file's tensors, as all numbers here; the table at the top has the plan's as stock loads it",
 }
 DIVERGENCE_MEANINGS = {
     "KL median, 99 %, 99.9 %": "of single tokens: half, and all but 1 % or 0.1 % of them, lie below",
@@ -179,9 +221,9 @@ def _quality(run: runs.Run, evaluation: Evaluation) -> str:
     variants = evaluation.variants.values()
     return section(
         "Quality against bytes",
-        "Loss and KL are in nats a token, with 95 % intervals over windows below them. Δ loss is paired with "
-        "the 16-bit reference, window by window; p is corrected for all rows. A lower perplexity with a high "
-        "KL is a different model, not a better one.",
+        "Loss and KL are in nats a token, float32 from the file's tensors, with 95 % intervals over windows "
+        "below them. Δ loss is paired with the 16-bit reference, window by window; p is corrected for all "
+        "rows. A lower perplexity with a high KL is a different model, not a better one.",
         picture(run.figures / f"{HEADLINE}.png"),
         table(LOSS_HEADS, [_loss_row(one) for one in variants], _marks(evaluation)),
         legend(LOSS_MEANINGS),
@@ -355,8 +397,8 @@ def _convention(held: Mapping[str, Any]) -> str:
     )
 
 
-def _environment(info: Mapping[str, Any], evaluation: Evaluation) -> str:
-    found = info["stages"].get("evaluate", {}).get("environment", {})
+def _environment(stage: Mapping[str, Any], evaluation: Evaluation) -> str:
+    found = stage.get("environment", {})
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
     facts = {
         "model": f"{evaluation.model['id']} ({evaluation.model['kind']})",

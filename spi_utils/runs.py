@@ -44,6 +44,7 @@ NOTEBOOKS = {
     "publish": "05_publish",
 }
 LAYER_KEYS = ("name", "type", "depth", "role", "rows", "cols", "numel", "quantizable", "status")
+COUNTS = ("depth", "rows", "cols", "numel")
 WORDS = ("name", "type", "role", "status")  # the layer table's columns of text; all others are numbers
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
 OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
@@ -179,6 +180,25 @@ def read_json(
         held = value.get("schema")
         raise RunError(f"{path}: this {what} has schema {held!r}, this version reads {schema}.{again}")
     return value
+
+
+@contextlib.contextmanager
+def believing(path: Path, what: str, stage: str) -> Iterator[None]:
+    """Use a file's content as it should be; where it isn't, say so instead of a traceback.
+
+    Args:
+        path, what, stage: the file, what it is, and the notebook that makes it again.
+
+    Raises:
+        RunError: an entry that the body asked for is missing, or is of another kind than it should be.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        fault = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(
+            f"{path}: this {what} is damaged: {fault}. Run notebook {stage} again with force=True."
+        ) from error
 
 
 def sha256_file(path: str | Path) -> str:
@@ -385,6 +405,9 @@ def read_layers(run: Run) -> pd.DataFrame:
     words = [x for x in layers if x not in WORDS and not pd.api.types.is_numeric_dtype(layers[x])]
     if not pd.api.types.is_bool_dtype(layers["quantizable"]):
         words.append("quantizable")
+    words += [column for column in COUNTS if column not in words and not np.isfinite(layers[column]).all()]
+    if layers[["name", "type"]].isna().any(axis=None) or layers["name"].duplicated().any():
+        words.append("name or type")
     if words:
         raise RunError(
             f"{run.layers_csv}: column {words[0]} holds something else than it should. "

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spi_utils.errors import RunError
-from spi_utils.explorer import page
-from spi_utils.explorer.state import ExplorerState
-from spi_utils.explorer.widgets import explore
+from spi_utils.explorer import ExplorerState, explore, write_explorer
 from spi_utils.figures.plan_figures import frontier_figure, plan_map
 from spi_utils.figures.plotting import save_figure
 from spi_utils.figures.score_figures import planned_layers, planned_values, score_by_depth, score_histogram
@@ -21,7 +19,7 @@ from spi_utils.figures.sensitivity_figures import score_against_sensitivity, sen
 from spi_utils.figures.spectrum_figures import rank_decay, spectra_figure
 from spi_utils.plan import ProtectionPlan
 from spi_utils.planning.frontier import frontier
-from spi_utils.runs import add_outputs, layers_fingerprint, read_layers, read_spectra, run_info, stage
+from spi_utils.runs import layers_fingerprint, read_layers, read_spectra, run_info, stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,13 +72,6 @@ def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
         saved = {name: save_figure(figure, run, name) for name, figure in figures.items()}
         outputs += [f"figures/{name}{suffix}" for name in saved for suffix in (".png", ".svg")]
     return saved
-
-
-def write_explorer(run: Run, **options: Any) -> Path:
-    """Write the run's explorer.html, an output of this stage: `explorer.page.write_explorer`."""
-    path = page.write_explorer(run, **options)
-    add_outputs(run, "visualize", [path.name])
-    return path
 
 
 def all_figures(

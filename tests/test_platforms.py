@@ -19,7 +19,6 @@ REQUIREMENTS = [line for line in (ROOT / "requirements.txt").read_text().splitli
 # What the platforms' images held in 2026-08, as far as is known, and the rest as fresh as their date.
 COMMON = {
     "accelerate": "1.10.0",
-    "altair": "5.5.0",
     "ipykernel": "6.30.1",
     "joblib": "1.5.2",
     "matplotlib": "3.10.0",
@@ -28,6 +27,7 @@ COMMON |= {
     "nbclient": "0.10.2",
     "nbformat": "5.10.4",
     "pandas": "2.3.3",
+    "pillow": "11.3.0",
     "psutil": "7.0.0",
     "pyyaml": "6.0.2",
 }

@@ -3,6 +3,7 @@
 import base64
 import html
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
@@ -143,6 +144,91 @@ def test_the_report_is_whole_and_fetches_nothing(run, evaluation):
     assert not re.search(r"(?<![\w.])-\d", seen)
     for head in ("p (Holm)", "Δp mean, Δp RMS", "KL beats", "miss in bytes"):
         assert f"<dt>{html.escape(head, quote=True)}</dt>" in report.write_report(run).read_text("utf-8")
+
+
+PROOF = {
+    **{"dtype": "bfloat16", "device": "cpu", "transformers": "5.1", "text": "pydoc", "tokens": 1024},
+    "generation": {"prompt": "Why?", "chat_template": True, "text": "Because <b>.", "tokens": 3},
+}
+STOCK = {
+    **{"dtype": "bfloat16", "device": "cpu", "text": "pydoc", "windows": 4, "agrees": True},
+    **{"kl": 0.1234, "kl_file": 0.1212, "kl_16bit": None},
+}
+
+
+def first_table(run):
+    page = report.write_report(run).read_text(encoding="utf-8")
+    return " ".join(" ".join(Page(page[page.index("<table") : page.index("</table>")]).words).split())
+
+
+def test_the_first_table_is_about_the_file_that_is_handed_over(run, evaluation):
+    unknown = first_table(run)
+    assert "not proven: run notebook 03_quantize" in unknown and "not measured: this evaluation is" in unknown
+    with runs.stage(run, "quantize", {}, []) as stage:
+        stage.record(proof=PROOF)
+    make_evaluation(stock=STOCK).write(run.evaluation_json)
+    known = first_table(run)
+    assert "proven by use: transformers 5.1, bfloat16 on cpu" in known and "not proven" not in known
+    assert "stock as loaded (bfloat16 on cpu)" in known and "0.1234 on the first 4 windows" in known
+    assert "float32 from the file's tensors 0.1212" in known and "likewise: not a number" in known
+    whole = f"{evaluation.variants['plan']['kl_mean']:.4f} on all 24 windows"
+    assert f"float32 from the file's tensors {whole}" in known
+    make_evaluation(stock={"agrees": None, "reason": "no GPU"}).write(run.evaluation_json)
+    assert "not measured: no GPU" in first_table(run)
+
+
+def test_numbers_of_kl_say_which_arithmetic_they_are(run):
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    seen = " ".join(" ".join(page.words).split())
+    assert seen.count("float32") >= 3 and "KL are in nats a token, float32 from the file's tensors" in seen
+
+
+def without(*path):
+    def damage(held):
+        for key in path[:-1]:
+            held = held[key]
+        del held[path[-1]]
+
+    return damage
+
+
+def with_value(value, *path):
+    def damage(held):
+        for key in path[:-1]:
+            held = held[key]
+        held[path[-1]] = value
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "notebook"),
+    [
+        ("evaluation.json", without("variants", "plan"), "04_evaluate"),
+        ("evaluation.json", without("variants", "reference", "bytes"), "04_evaluate"),
+        ("evaluation.json", without("variants", "plan", "kl_mean"), "04_evaluate"),
+        ("evaluation.json", with_value("seven", "variants", "nf4", "perplexity"), "04_evaluate"),
+        ("evaluation.json", with_value(None, "variants", "int8", "window_nll"), "04_evaluate"),
+        ("evaluation.json", without("plan", "score"), "04_evaluate"),
+        ("evaluation.json", without("text", "windows"), "04_evaluate"),
+        ("evaluation.json", without("model", "id"), "04_evaluate"),
+        ("evaluation.json", without("settings"), "04_evaluate"),
+        ("run.json", with_value(None, "stages"), "01_analyze"),
+        ("run.json", without("model"), "01_analyze"),
+        ("run.json", without("stages", "evaluate", "speed", "plan", "decode"), "04_evaluate"),
+        ("run.json", with_value("seven", "stages", "evaluate", "environment"), "04_evaluate"),
+        ("run.json", without("stages", "quantize", "proof", "generation"), "03_quantize"),
+    ],
+)
+def test_damaged_files_are_told_in_one_sentence(run, file, damage, notebook):
+    with runs.stage(run, "quantize", {}, []) as stage:
+        stage.record(proof=PROOF)
+    held = json.loads((run.path / file).read_text())
+    damage(held)
+    (run.path / file).write_text(json.dumps(held))
+    with pytest.raises(RunError, match=rf"{file}: .*{notebook}") as told:
+        report.write_report(run)
+    assert "\n" not in str(told.value) and not run.report.exists()
 
 
 def test_speed_says_in_which_dtype_it_was_timed(run):

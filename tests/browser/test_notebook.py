@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from spi_utils.decide import read_plan
-from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer import ExplorerState
 from spi_utils.headless import notebook_path
 from tests.synthetic import make_run
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from spi_utils.explorer.page import write_explorer
-from spi_utils.explorer.state import ExplorerState
+from spi_utils.explorer import ExplorerState, write_explorer
 from spi_utils.plan import make_plan
 from spi_utils.runs import read_layers
 from tests.synthetic import layer_table, make_run
@@ -147,7 +146,7 @@ def test_layers_that_share_a_value_are_counted(opened, run):
     assert page.inner_text("#notes") == ""
     state.set_score("smallest")
     page.select_option("#score", "smallest")
-    assert page.inner_text("#notes") == state.ties() != ""
+    assert page.inner_text("#notes") == state.say("ties") != ""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
