@@ -3,11 +3,13 @@
     python benchmarks/rounding.py                        # the bundled model (its weights were 4-bit once)
     python benchmarks/rounding.py --model DIRECTORY      # another, such as one of small_models.py
     python benchmarks/rounding.py --text FILE            # of the evaluation; default as in the notebooks
+    python benchmarks/rounding.py --curve                # tokens, their source, damping
+    python benchmarks/rounding.py --beyond               # what was tried on top of it
     python benchmarks/rounding.py --json out.json
 
 Second moments come from windows that the model writes itself (or random tokens); every matrix is rounded, the
-rest stays 16-bit. All numbers are float32, from the codes, not a stock checkpoint as loaded. Intervals: 95 %,
-over windows.
+rest stays 16-bit. `kl_own` is the KL on further own windows, held out: what a default may be chosen by. All
+numbers are float32, from the codes, not a stock checkpoint as loaded. Intervals: 95 %, over windows.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from spi_utils.formats import dequantize, layer_bytes, quantize
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
-from spi_utils.rounding import guided
+from spi_utils.rounding import DAMPING, _inverse_factor, guided
 from spi_utils.scoring import Switch, reference_states, token_scores
 from spi_utils.sensitivity import BlockPass, random_windows, sample_windows
 from spi_utils.stats import estimate
@@ -38,19 +41,23 @@ BATCH = 4  # windows of one backward pass
 
 def moments(switch: Switch, windows: torch.Tensor, *, guide: bool = True) -> dict[str, torch.Tensor]:
     """H of every layer; without `guide` GPTQ's own, Σ x xᵀ."""
-    passing = BlockPass(switch, windows, BATCH, 0, split=len(windows))
-    if not guide:
-        visit = passing._visit
-
-        def plain(block: int, k: int) -> Any:
-            return [(name, x, torch.ones_like(g[..., :1])) for name, x, g in visit(block, k)]
-
-        passing.__dict__["_visit"] = plain
     found: dict[str, torch.Tensor] = {}
-    for block in reversed(range(len(passing.layers))):
-        found |= passing.moments(block)
-        passing.descend(block)
+    for passing, block in backwards(switch, windows):
+        if guide:
+            found |= passing.moments(block)
+        for k in () if guide else passing.guiding:
+            for name, inputs, _ in passing._visit(block, k):
+                x = inputs.flatten(0, -2).float()
+                found[name] = found[name].addmm_(x.T, x) if name in found else x.T @ x
     return found
+
+
+def backwards(switch: Switch, windows: torch.Tensor) -> Iterator[tuple[BlockPass, int]]:
+    """The pass with the block whose turn it is, last to first."""
+    passing = BlockPass(switch, windows, BATCH, 0, split=len(windows))
+    for block in reversed(range(len(passing.layers))):
+        yield passing, block
+        passing.descend(block)
 
 
 class Bench:
@@ -74,6 +81,8 @@ class Bench:
         windows = make_windows(self.text, tokenizer, score, length, self.start, config=self.model.config)
         self.reference = reference_states(self.model, windows)
         self.windows, self.length = windows, length
+        self.held = sample_windows(self.model, score, length, self.start, seed=1)
+        self.held_reference = reference_states(self.model, self.held)
         self.rows: list[dict[str, Any]] = []
 
     def put(self, values: dict[str, torch.Tensor]) -> None:
@@ -86,7 +95,9 @@ class Bench:
         """Score one variant and print its row."""
         self.put(values)
         scores = token_scores(self.model, self.windows, self.reference)
+        own = token_scores(self.model, self.held, self.held_reference).kl
         self.put(self.weights)
+        assert own is not None
         assert scores.kl is not None  # there is a reference
         kl = estimate(scores.kl.mean(axis=1))
         bits = sum(layer_bytes(fmt, x.rows, x.cols) for x in self.layers.values()) * 8
@@ -97,6 +108,7 @@ class Bench:
             "matrix_bits": bits / sum(x.numel for x in self.layers.values()),
             "kl": kl.mean,
             "kl_ci": [kl.low, kl.high],
+            "kl_own": float(own.mean()),
             "delta_loss": float((scores.nll - np.asarray(self.reference.nll)).mean()),
             "seconds": round(seconds, 1),
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
@@ -105,7 +117,7 @@ class Bench:
         self.rows.append(row)
         print(
             f"{fmt:10} {rounding:34} {row['matrix_bits']:.2f} bits"
-            f"  KL {kl.mean:.4f} ({kl.low:.4f}-{kl.high:.4f})"
+            f"  KL {kl.mean:.4f} ({kl.low:.4f}-{kl.high:.4f})  own {row['kl_own']:.4f}"
             f"  Δ {row['delta_loss']:+.4f}  {seconds:.1f} s",
             flush=True,
         )
@@ -113,6 +125,135 @@ class Bench:
     def rounded(self, fmt: str, h: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Every layer's values under guided rounding."""
         return {n: dequantize(guided(w, h[n], fmt, **options)[0]) for n, w in self.weights.items()}
+
+
+# --- what was tried on top ---------------------------------------------------------------------------------
+
+
+def output_factor(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], fmt: str) -> dict[str, Any]:
+    """Feedback across rows as well (YAQA, arXiv 2505.22988): the second moments as H ⊗ G, G of the outputs.
+
+    G = Σ_t (x_tᵀ H x_t) g_t g_tᵀ, one step of the power iteration for the nearest Kronecker product. Rows go
+    in blocks of 64; what a block's rounding breaks, the rows below it mend.
+    """
+    outer: dict[str, torch.Tensor] = {}
+    for passing, block in backwards(bench.switch, own):
+        for k in passing.guiding:
+            for name, inputs, gradient in passing._visit(block, k):
+                x = inputs.flatten(0, -2).float()
+                scaled = (
+                    gradient.flatten(0, -2) * ((x @ h[name]) * x).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
+                )
+                outer[name] = outer[name].addmm_(scaled.T, scaled) if name in outer else scaled.T @ scaled
+    values = {}
+    for name, weight in bench.weights.items():
+        upper, _ = _inverse_factor(outer[name], DAMPING)
+        w, made = weight.float().clone(), []
+        for first in range(0, len(w), 64):
+            rows, below = slice(first, first + 64), slice(first + 64, None)
+            made.append(dequantize(guided(w[rows].to(weight.dtype), h[name], fmt)[0]))
+            error = torch.linalg.solve_triangular(
+                upper[rows, rows].T, w[rows] - made[-1].float(), upper=False
+            )
+            w[below] -= upper[rows, below].T @ error
+        values[name] = torch.cat(made)
+    return values
+
+
+def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -> dict[str, Any]:
+    """Inputs as the rounded blocks below give them, first block to last; gradients of the 16-bit model.
+
+    `asymmetric` also moves the target, W C (H')⁻¹ with C = Σ ‖g‖² x x'ᵀ, so that what the blocks below
+    broke is mended (GPTAQ, arXiv 2504.02692).
+    """
+    norms: dict[tuple[str, int], torch.Tensor] = {}
+    passing = BlockPass(bench.switch, own, BATCH, 0, split=len(own))
+    clean = [passing.inputs[0][k] for k in passing.guiding]
+    for block in reversed(range(len(passing.layers))):
+        for k in passing.guiding:
+            for name, _, g in passing._visit(block, k):
+                norms[name, k] = g.flatten(0, -2).square().sum(dim=1)
+        passing.descend(block)
+    broken, values = list(clean), {}
+    for block, names in enumerate(passing.layers):
+        second: dict[str, torch.Tensor] = {}
+        cross: dict[str, torch.Tensor] = {}
+        for k in passing.guiding:
+            seen: list[dict[str, torch.Tensor]] = []
+            for stream in (clean, broken):
+                inputs: dict[str, torch.Tensor] = {}
+                handles = [
+                    bench.model.get_submodule(name).register_forward_pre_hook(
+                        lambda module, args, name=name, inputs=inputs: inputs.update(
+                            {name: args[0].flatten(0, -2)}
+                        )
+                    )
+                    for name in names
+                ]
+                with torch.no_grad():
+                    out = passing._call(block, k, stream[k])
+                for handle in handles:
+                    handle.remove()
+                seen.append(inputs)
+                if stream is clean:
+                    clean[k] = out[0] if isinstance(out, tuple) else out
+            for name in names:
+                scaled = seen[1][name] * norms[name, k][:, None]
+                second[name] = second.get(name, 0) + scaled.T @ seen[1][name]
+                cross[name] = cross.get(name, 0) + seen[0][name].T @ scaled
+        for name in names:
+            weight, h = bench.weights[name], second[name]
+            target = weight.float()
+            if asymmetric:
+                damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h))
+                target = target + torch.linalg.solve(damped, (target @ (cross[name] - h)).T).T
+            values[name] = dequantize(guided(target.to(weight.dtype), h, fmt)[0])
+        bench.put({name: values[name] for name in names})
+        with torch.no_grad():
+            for k in passing.guiding:
+                out = passing._call(block, k, broken[k])
+                broken[k] = out[0] if isinstance(out, tuple) else out
+    bench.put(bench.weights)
+    return values
+
+
+def curve(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], real: torch.Tensor) -> None:
+    """Damping; how many tokens; where they come from."""
+    for damping in (0.01, 0.1, 0.2):
+        t = time.monotonic()
+        values = bench.rounded("nf4", h, damping=damping)
+        bench.measure("nf4", f"guided, damping {damping}", own.numel(), time.monotonic() - t, values)
+    variants = {f"guided, {k} own windows": (own[:k], True) for k in (2, 4, 8, 16) if k < len(own)}
+    more = sample_windows(bench.model, 128, bench.length, bench.start, seed=2)
+    variants["guided, 128 own windows"] = (more, True)
+    variants[f"guided, {len(own)} windows of random tokens"] = (
+        random_windows(bench.model, len(own), bench.length, bench.start, 0),
+        True,
+    )
+    variants[f"guided, {len(real)} windows of real text"] = (real, True)
+    variants["GPTQ, own text (no gradient)"] = (own, False)
+    for label, (windows, guide) in variants.items():
+        t = time.monotonic()
+        values = bench.rounded("nf4", moments(bench.switch, windows, guide=guide))
+        bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
+
+
+def beyond(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor]) -> None:
+    """What was tried on top of guided rounding, in both formats."""
+    for fmt in FORMATS[:2]:
+        tried: dict[str, Any] = {
+            "guided, no sweep": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=0),
+            "guided, 4 sweeps": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=4),
+            "guided, output factor": lambda fmt=fmt: output_factor(bench, own, h, fmt),
+            "guided, rounded inputs": lambda fmt=fmt: sequential(bench, own, fmt, asymmetric=False),
+            "guided, rounded inputs, moved target": lambda fmt=fmt: sequential(
+                bench, own, fmt, asymmetric=True
+            ),
+        }
+        for label, make in tried.items():
+            t = time.monotonic()
+            values = make()
+            bench.measure(fmt, label, own.numel(), time.monotonic() - t, values)
 
 
 def main() -> None:
@@ -126,6 +267,7 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--curve", action="store_true", help="also few tokens, random tokens, other dampings")
+    parser.add_argument("--beyond", action="store_true", help="also what was tried on top")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args.model, args.text, args.score, args.length)
@@ -149,25 +291,12 @@ def main() -> None:
         values = bench.rounded(fmt, h)
         bench.measure(fmt, "guided", own.numel(), spent + time.monotonic() - t, values)
     if args.curve:
-        for damping in (0.01, 0.2):
-            t = time.monotonic()
-            bench.measure(
-                "nf4",
-                f"guided, damping {damping}",
-                own.numel(),
-                time.monotonic() - t,
-                bench.rounded("nf4", h, damping=damping),
-            )
-        variants = {f"guided, {k} windows": (own[:k], True) for k in (2, 4, 8, 16) if k < args.own}
-        variants["guided, random tokens"] = (
-            random_windows(bench.model, args.own, args.length, bench.start, 0),
-            True,
+        real = make_windows(
+            load_text("pydoc"), load_tokenizer(bench.source), args.own, args.length, bench.start
         )
-        variants["GPTQ, own text (no gradient)"] = (own, False)
-        for label, (windows, guide) in variants.items():
-            t = time.monotonic()
-            values = bench.rounded("nf4", moments(bench.switch, windows, guide=guide))
-            bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
+        curve(bench, own, h, real)
+    if args.beyond:
+        beyond(bench, own, h)
     if args.json:
         args.json.write_text(
             json.dumps(
