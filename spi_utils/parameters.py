@@ -24,6 +24,7 @@ from spi_utils.formats import FORMATS
 from spi_utils.planning.choice import GROUPS
 from spi_utils.planning.rules import RULES, check_value
 from spi_utils.planning.scores import DIRECTIONS, SCORES
+from spi_utils.presets import DEFAULT, PRESETS, resolve
 from spi_utils.texts import NAMES
 
 LAB = "06_compactness_lab"  # has names of its own, and other meanings of `layers`, `windows` and `seed`
@@ -147,6 +148,7 @@ TABLE: dict[str, Parameter] = {
     "dtype": Parameter("text", choices=("auto", "float32", "float16", "bfloat16")),
     "seed": Parameter("whole", low=0, high=LARGEST_SEED),
     "force": SWITCH,
+    "preset": Parameter("text", choices=PRESETS),
     # 00
     "over_budget": Parameter("text", choices=("warn", "stop")),
     # 01
@@ -160,7 +162,7 @@ TABLE: dict[str, Parameter] = {
     "sensitivity": Parameter(
         "text", choices=("self", "random", "measured", "none", *NAMES), wrong=_no_file, words=TEXT_NAME
     ),
-    "rounding": Parameter("text", choices=("guided", "nearest")),
+    "rounding": Parameter("text", choices=("guided", "nearest"), beside=(None,)),
     "sensitivity_windows": COUNT,
     "sensitivity_length": LENGTH,
     "refine_at": Parameter(
@@ -170,12 +172,12 @@ TABLE: dict[str, Parameter] = {
         words="a number of matrix bits between 4 and 16",
     ),
     # 02
-    "score": Parameter("text", choices=SCORES),
-    "direction": Parameter("text", choices=DIRECTIONS),
-    "rule": Parameter("text", choices=RULES),
+    "score": Parameter("text", choices=SCORES, beside=(None,)),
+    "direction": Parameter("text", choices=DIRECTIONS, beside=(None,)),
+    "rule": Parameter("text", choices=RULES, beside=(None,)),
     "value": Parameter("number", beside=(None,)),
-    "backend": Parameter("text", choices=TIERS),
-    "formats": FORMAT_LIST,
+    "backend": Parameter("text", choices=TIERS, beside=(None,)),
+    "formats": replace(FORMAT_LIST, beside=(None,)),
     "double_quant": SWITCH,
     "group": Parameter("text", choices=("auto", *filter(None, GROUPS)), beside=(None,)),
     "force_16bit": replace(PATTERN, many="either"),
@@ -229,10 +231,13 @@ def check_values(values: Mapping[str, Any], notebook: str) -> None:
     for name, value in values.items():
         if name in table and (problem := problem_of(name, value, table[name])):
             raise ParameterError(problem)
-    if values.keys() >= {"rule", "value"} and table is TABLE:
-        _check_rule(values["rule"], values["value"])
-    backend = values.get("backend")
-    if table is TABLE and backend in PACKAGES and find_spec(PACKAGES[backend]) is None:
+    if table is not TABLE:
+        return
+    chosen = resolve(values.get("preset", DEFAULT), values)
+    if chosen.keys() >= {"rule", "value"} and chosen["rule"] is not None:
+        _check_rule(chosen["rule"], chosen["value"])
+    backend = chosen.get("backend")
+    if backend in PACKAGES and find_spec(PACKAGES[backend]) is None:
         raise ParameterError(
             f"backend={backend!r} needs its package, which isn't installed here: run "
             f"`pip install {backend}` and start the session again; it needs no CUDA."

@@ -25,7 +25,8 @@ TEXTS_ONLY = (
     "direction",
 )
 TEXTS_ONLY += ("rule", "backend", "max_shard_size", "storage_dtype", "overflow", "profile", "repo_id")
-TEXTS_ONLY += ("allow_license", "over_budget")
+TEXTS_ONLY += ("allow_license", "over_budget", "preset")
+SET_BY_A_PRESET = ("score", "direction", "rule", "backend", "formats")  # None is "not given" there
 SWITCHES = ("force", "trust_remote_code", "include_embeddings", "double_quant", "dry_run", "private")
 COUNTS = ("seed", "min_tail", "workers", "sensitivity_windows", "sensitivity_length", "windows", "length")
 COUNTS += ("random_seeds",)
@@ -34,7 +35,8 @@ LISTS = ("cost_formats", "refine_at", "formats", "rivals", "lm_eval_tasks")
 # Parameter, a wrong value as a notebook may hold it, and a piece of what must be said beside name and value.
 WRONG = [
     *((name, 5, "") for name in TEXTS_ONLY),
-    *((name, None, "") for name in (*TEXTS_ONLY, *SWITCHES, *COUNTS, *LISTS)),
+    *((name, None, "") for name in (*TEXTS_ONLY, *SWITCHES, *COUNTS, *LISTS) if name not in SET_BY_A_PRESET),
+    ("preset", "smal", "Did you mean 'small'?"),
     *((name, "maybe", "True or False") for name in SWITCHES),
     *((name, 1, "True or False") for name in SWITCHES),
     *((name, wrong, "a whole number") for name in COUNTS for wrong in ("abc", 2.5, -1, True, [8])),

@@ -24,6 +24,7 @@ from spi_utils.errors import BatchError, ParameterError
 from spi_utils.headless import ALL, check_parameters, parameters_of
 from spi_utils.parameters import Untyped, check_values, coerce
 from spi_utils.planning.scores import suggest
+from spi_utils.presets import DEFAULT, PRESETS, resolve
 from spi_utils.runs import fingerprint, slug
 
 # What a batch decides itself, or what makes no sense for many jobs at once.
@@ -149,7 +150,10 @@ def _check(settings: Settings, where: str) -> None:
 
 def _analysis(settings: Settings, seed: int) -> Settings:
     """The parameters of the analysis that a job shares: its own of notebook 01, but one seed for all."""
-    return {name: settings[name] for name in parameters_of("01_analyze") if name in settings} | {"seed": seed}
+    own = {name: settings[name] for name in parameters_of("01_analyze") if name in settings} | {"seed": seed}
+    preset = own.pop("preset", DEFAULT)  # of an analysis it sets the rounding alone
+    rounding = resolve(preset, {"rounding": own.pop("rounding", None)})["rounding"]
+    return own if rounding == PRESETS[DEFAULT]["rounding"] else own | {"rounding": rounding}
 
 
 def _names(chosen: Sequence[Settings], extra: Sequence[str], where: str) -> list[str]:
@@ -159,7 +163,8 @@ def _names(chosen: Sequence[Settings], extra: Sequence[str], where: str) -> list
         BatchError: two jobs are the same.
     """
     defaults = parameters_of(ALL)
-    labels = [_label({**defaults, **settings}, extra) for settings in chosen]
+    every = [{**defaults, **settings} for settings in chosen]
+    labels = [_label(one | resolve(one["preset"], one), extra) for one in every]
     marks = [fingerprint(settings) for settings in chosen]
     for mark, label in zip(marks, labels, strict=True):
         if marks.count(mark) > 1:

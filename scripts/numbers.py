@@ -1,0 +1,206 @@
+"""The numbers in README and docs/results.md, written from the runs that printed them.
+
+    python scripts/numbers.py claim=RUN small=RUN …   read finished runs, their figures too, and write
+    python scripts/numbers.py                         write the blocks from docs/results.json
+    python scripts/numbers.py --check                 say what would change; exit 1 if anything would
+
+A block stands between `<!-- numbers:NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+FIGURES = ("quality_by_bytes", "sensitivity")  # of the run `claim`
+NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "same_top1", "window_kl")
+# What a preset is for, in README's order; the command's other half is the model.
+PRESETS = {
+    "claim": "the post's choice of layers, to see it for yourself",
+    "small": "the smallest: NF4, a few layers in 16-bit",
+    "balanced": "int4, int8 and 16-bit, mixed for the least damage",
+    "near-lossless": "a model that answers as its 16-bit self does",
+}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the pages say of one run."""
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    variants = {}
+    for key, one in evaluation["variants"].items():
+        variants[key] = {name: one[name] for name in NUMBERS if name in one and name != "window_kl"}
+        variants[key] |= {"kl": [one["kl"][x] for x in ("mean", "low", "high")]} if "kl" in one else {}
+        variants[key] |= (
+            {"delta": [one["delta"][x] for x in ("mean", "low", "high")]} if "delta" in one else {}
+        )
+    versus = evaluation["variants"]["plan"].get("vs_random", {}).get("kl")
+    stages = info["stages"]
+    return {
+        "model": evaluation["model"]["id"],
+        "text": {key: evaluation["text"][key] for key in ("name", "windows", "window_length")},
+        "plan": {
+            key: evaluation["plan"][key] for key in ("protected", "planned", "matrix_bits", "bytes_on_disk")
+        },
+        "reason": evaluation["plan"]["reason"],
+        "better": next(row for row in evaluation["claims"] if row["key"] == "better"),
+        "vs_random": versus and [versus[x] for x in ("mean", "low", "high")],
+        "stock": evaluation["stock"],
+        "variants": variants,
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "peak_gb": max(stage.get("peak_rss_gb") or 0 for stage in stages.values()),
+        "versions": stages["evaluate"]["environment"]["versions"],
+    }
+
+
+# --- blocks ------------------------------------------------------------------------------------------------
+
+
+def interval(values: list[float], digits: int, sign: str = "+") -> str:
+    """A mean with its interval: "+0.107 (+0.092 … +0.125)"."""
+    mean, low, high = (f"{value:{sign}.{digits}f}".replace("-", "−") for value in values)
+    return f"{mean} ({low} … {high})"
+
+
+def size(count: float) -> str:
+    """Bytes as the pages tell them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def where(held: dict[str, Any], run: dict[str, Any]) -> str:
+    """Model, text, windows, machine."""
+    text = run["text"]
+    return (
+        f"{run['model']}, {text['windows']} windows × {text['window_length']} tokens of {text['name']}, "
+        f"{held['machine']}, 95 % intervals over windows, float32 from the file's tensors"
+    )
+
+
+def verdict(held: dict[str, Any]) -> str:
+    """Three lines: the claim as stated, the choice of layers, what rounding gives."""
+    run = held["runs"]["claim"]
+    v = run["variants"]
+    nearest, nf4 = v["plan_nearest"], v["nf4_nearest"]
+    randoms = [one["kl_mean"] for key, one in v.items() if key.startswith("random_")]
+    return "\n".join(
+        (
+            f"- **A hybrid better than its 16-bit self: {run['better']['verdict']}.** As the post rounds it, "
+            f"perplexity goes from {v['reference']['perplexity']:.2f} to {nearest['perplexity']:.2f} "
+            f"({interval(nearest['delta'], 3)} nats a token); pure NF4 is at {nf4['perplexity']:.2f}.",
+            f"- **The choice by α beats random layers of the same size**, a little: KL "
+            f"{v['plan']['kl_mean']:.3f} against {sum(randoms) / len(randoms):.3f} (difference "
+            f"{interval(run['vs_random'], 4)}). Predicted cost does better, "
+            f"{v['fisher']['kl_mean']:.3f}; int8 everywhere is smaller still "
+            f"({size(v['int8']['bytes'])} against {size(run['plan']['bytes_on_disk'])}) at "
+            f"{v['int8']['kl_mean']:.3f}.",
+            f"- **Rounding matters more than choosing.** Guided rounding takes NF4's KL from "
+            f"{nf4['kl_mean']:.3f} to **{v['nf4']['kl_mean']:.3f}** and the claim's "
+            f"plan from {nearest['kl_mean']:.3f} to {v['plan']['kl_mean']:.3f}: the same bytes, the same "
+            "loaders.",
+            "",
+            f"({where(held, run)}.)",
+        )
+    )
+
+
+def presets(held: dict[str, Any]) -> str:
+    """What you want · what to type · size · KL."""
+    rows = [
+        "| preset | what you get | size | matrix bits | KL | of first choices kept |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, meaning in PRESETS.items():
+        if name in held["runs"]:
+            plan = held["runs"][name]["variants"]["plan"]
+            rows.append(
+                f"| `{name}` | {meaning} | {size(plan['bytes'])} | {plan['matrix_bits']:.2f} | "
+                f"{interval(plan['kl'], 4, '')} | {plan['same_top1']:.1%} |"
+            )
+    first = next(iter(held["runs"].values()))
+    reference = first["variants"]["reference"]
+    rows += [
+        "",
+        f"(16-bit: {size(reference['bytes'])}. {where(held, first)}. Type "
+        "`spi-utils run --preset small -p model …`, or set `preset` in notebook 00.)",
+    ]
+    return "\n".join(rows)
+
+
+def run_table(held: dict[str, Any]) -> str:
+    """Every variant of the run `claim`."""
+    run = held["runs"]["claim"]
+    rows = [
+        f"{where(held, run)}. Every window begins with the start token. Δ loss is paired, in nats a "
+        "token; KL is KL(16-bit ‖ variant). " + run["reason"],
+        "",
+        "| weights | MB | matrix bits | perplexity | Δ loss to 16-bit | mean KL | same top token |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, one in run["variants"].items():
+        delta = interval(one["delta"], 4) if "delta" in one else "0"
+        mark = "**" if key == "plan" else ""
+        rows.append(
+            f"| {mark}{one['label']}{mark} | {one['bytes'] / 1e6:.0f} | {one['matrix_bits']:.2f} "
+            f"| {one['perplexity']:.2f} | {delta} | {one['kl_mean']:.4f} | {one['same_top1']:.1%} |"
+        )
+    stock = run["stock"]
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run["seconds"].items())
+    rows += [
+        "",
+        f"Stock, as loaded ({stock['dtype']} on {stock['device']}), the checkpoint's KL is "
+        f"{stock['kl']:.4f} on the first {stock['windows']} windows; from the file's tensors it "
+        f"is {stock['kl_file']:.4f} there. Stages took {times}; the largest process "
+        f"peaked at {run['peak_gb']:.1f} GB.",
+    ]
+    return "\n".join(rows)
+
+
+BLOCKS = {"verdict": verdict, "presets": presets, "run": run_table}
+
+
+def pages(held: dict[str, Any]) -> dict[Path, str]:
+    """Page -> its text with every block written anew, for pages that change."""
+    found = {}
+    for path in PAGES:
+        old = path.read_text(encoding="utf-8")
+        new = re.sub(
+            r"(<!-- numbers:(\w+) -->\n).*?(<!-- end -->)",
+            lambda match: f"{match[1]}{BLOCKS[match[2]](held)}\n{match[3]}",
+            old,
+            flags=re.DOTALL,
+        )
+        if new != old:
+            found[path] = new
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Read runs, write pages, or check."""
+    named = dict(one.split("=", 1) for one in arguments if "=" in one)
+    if named:
+        held = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU", "runs": {}}
+        if RESULTS.exists():
+            held["runs"] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+        held["runs"] |= {name: read_run(Path(folder)) for name, folder in named.items()}
+        RESULTS.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in FIGURES if "claim" in named else ():
+            shutil.copy(Path(named["claim"]) / "figures" / f"{name}.png", ROOT / "docs" / f"{name}.png")
+    found = pages(json.loads(RESULTS.read_text(encoding="utf-8")))
+    for path, text in found.items():
+        print(f"{'would change' if '--check' in arguments else 'wrote'} {path.relative_to(ROOT)}")
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+    return int(bool(found) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

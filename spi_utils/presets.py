@@ -1,0 +1,52 @@
+"""Presets: one word for what people want. Each sets the parameters that stand as None; what is given wins.
+
+No torch here: the command line answers from it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_COST = {"score": "fisher", "direction": "high", "rule": "matrix_bits", "formats": [], "rounding": "guided"}
+# 8.1 bits are int8 everywhere with the dearest layers in 16-bit; 4.6 are NF4 with one or two of them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "claim": {
+        "score": "alpha_hill",
+        "direction": "high",
+        "rule": "claim",
+        "value": None,
+        "backend": "bitsandbytes",
+        "formats": [],
+        "rounding": "guided",
+    },
+    "small": _COST | {"value": 4.6, "backend": "bitsandbytes"},
+    "balanced": _COST | {"value": 5.5, "backend": "compressed-tensors"},
+    "near-lossless": _COST | {"value": 8.1, "backend": "compressed-tensors"},
+}
+DEFAULT = "claim"
+
+
+def resolve(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of `given` that a preset knows, None replaced by what the preset sets.
+
+    A rule that is given brings its own value, and a score its own direction ("high" unless given): half of
+    a preset's pair would mean something else.
+
+    Args:
+        preset: a key of `PRESETS`.
+        given: parameter -> value; None is "not given". Names that no preset sets are left out.
+    """
+    row = dict(PRESETS[preset])
+    if given.get("rule") not in (None, row["rule"]):
+        row["value"] = None
+    if given.get("score") not in (None, row["score"]):
+        row["direction"] = "high"
+    chosen = {name: given[name] for name in row if name in given}
+    return {name: row[name] if value is None else value for name, value in chosen.items()}
+
+
+def told(preset: str, given: Mapping[str, Any]) -> str:
+    """What a preset and the parameters beside it come to, in a line."""
+    parts = (f"{name}={value!r}" for name, value in resolve(preset, given).items() if value not in (None, []))
+    return f"preset {preset!r}: {', '.join(parts)}"
