@@ -46,6 +46,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+gpu-check: $(INSTALLED)  ## every CUDA path and a T4's limits on Qwen3.5-4B's shapes (needs a CUDA GPU, 9 minutes on an H100)
+	@$(PY) scripts/gpu_check.py $(GPU_ARGS)
+
 bench: $(INSTALLED)  ## the benchmarks behind README's tables (about three hours), into bench-out/
 	@mkdir -p bench-out
 	@for name in explorer evaluate safe_linear quantize spectra fisher selection formats rounding compactness; do \

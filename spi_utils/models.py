@@ -13,6 +13,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -628,6 +629,9 @@ class Recipe:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
+PIECE = 64_000_000  # weights that are read at once
+
+
 @dataclass(frozen=True)
 class Weights:
     """Lazy access to a checkpoint's tensors under the names that transformers gives them.
@@ -678,8 +682,21 @@ class Weights:
             raise ModelError(f"{type(self.model).__name__} has no tensor {name!r}.")
 
         def from_file(part: str) -> torch.Tensor:
-            with _opened(self.files[part][0]) as file:
-                return file.get_tensor(part).clone()  # a mapped file that another process cuts is a bus error
+            path, _, shape = self.files[part]
+            with _opened(path) as file:
+                if math.prod(shape) <= PIECE:
+                    return file.get_tensor(part).clone()  # a mapped file that is cut meanwhile is a bus error
+            rows = max(PIECE // math.prod(shape[1:]), 1)
+            pieces = (slice(first, first + rows) for first in range(0, shape[0], rows))
+            whole: torch.Tensor | None = None
+            for piece in pieces:  # closed between them: what is mapped counts as memory until then
+                with _opened(path) as file:
+                    values = file.get_slice(part)[piece]
+                    whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
+                    whole[piece] = values
+                    del values
+            assert whole is not None
+            return whole
 
         return self.recipes[name].apply(from_file, self.model)[name].contiguous()
 

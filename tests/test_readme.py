@@ -10,7 +10,7 @@ from spi_utils.headless import ALL, parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-spec = importlib.util.spec_from_file_location("numbers", ROOT / "scripts" / "numbers.py")
+spec = importlib.util.spec_from_file_location("readme_numbers", ROOT / "scripts" / "readme_numbers.py")
 numbers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(numbers)
 

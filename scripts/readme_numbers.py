@@ -1,8 +1,8 @@
 """The numbers in README and docs/results.md, written from the runs that printed them.
 
-    python scripts/numbers.py claim=RUN small=RUN …   read finished runs, their figures too, and write
-    python scripts/numbers.py                         write the blocks from docs/results.json
-    python scripts/numbers.py --check                 say what would change; exit 1 if anything would
+    python scripts/readme_numbers.py claim=RUN small=RUN …   read finished runs, their figures too, and write
+    python scripts/readme_numbers.py                         write the blocks from docs/results.json
+    python scripts/readme_numbers.py --check                 say what would change; exit 1 if anything would
 
 A block stands between `<!-- numbers:NAME -->` and `<!-- end -->`.
 """
