@@ -33,7 +33,8 @@ def share_analysis(analysis: Run, run: Run) -> None:
                 f"{run.path} holds a run of {held['model']['id']} (weights {held['model']['sha256'][:12]}), "
                 f"not of {made['model']['id']} (weights {made['model']['sha256'][:12]}). Remove the folder."
             )
-    for path in (analysis.layers_csv, analysis.spectra, analysis.notebooks / "01_analyze.ipynb"):
+    made_of_it = (analysis.layers_csv, analysis.spectra, analysis.notebooks / "01_analyze.ipynb")
+    for path in (*made_of_it, *sorted(analysis.rounded.glob("*.safetensors"))):
         target = run.path / path.relative_to(analysis.path)
         if path.exists() and not (target.exists() and sha256_file(target) == sha256_file(path)):
             _link(path, target)
