@@ -20,6 +20,7 @@ from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehears
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
 from spi_utils.parameters import LONGEST_NAME, repository_problem
+from spi_utils.planning.pricing import nominal_bits
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ def _as_name(text: str) -> str:
 
 
 def default_name(run: Run) -> str:
-    """A repository name from the base's and the plan's lower formats, e.g. `Qwen3.5-4B-SPI-nf4`."""
+    """A repository name that says what the file is, e.g. `Qwen3.5-4B-SPI-nf4-16bit-12.2bpw`."""
     plan = read_json(run.plan_json, what="plan", stage=NOTEBOOKS["visualize"])
-    formats = sorted(set(plan["formats"].values()) - {"16bit"})
+    formats = sorted(set(plan["formats"].values()), key=nominal_bits)
     model = _as_name(run_info(run)["model"]["id"].rstrip("/").split("/")[-1]) or "model"
-    return "-".join([model, "SPI", *formats])
+    return "-".join([model, "SPI", *formats, f"{plan['bits_per_weight']:.1f}bpw"])
 
 
 def _with_owner(name: str, token: Token | None, run: Run) -> str:

@@ -147,7 +147,7 @@ def _top(evaluation: Evaluation, proof: str) -> str:
     tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
     return (
         f"<h1>{text(evaluation.model['id'])}</h1>"
-        f'<p class="lead">{text(headline_of(evaluation))}</p>'
+        f'<p class="lead">{code(headline_of(evaluation))}</p>'
         f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
         f'<div class="facts">{"".join(tiles)}</div>'
         f"{_handed_over(evaluation, proof)}"

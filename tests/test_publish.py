@@ -166,7 +166,7 @@ def test_a_local_model_names_no_folder_of_this_machine(tmp_path):
     run = make_finished_run(tmp_path, kind="local", model_id=str(tmp_path / "source"))
     done = publish(run, allow_license="mit")
     assert str(tmp_path) not in done.card.read_text() and "base_model" not in done.card.read_text()
-    assert done.repo_id == "your-name/source-SPI-nf4"
+    assert done.repo_id == "your-name/source-SPI-nf4-16bit-11.6bpw"
 
 
 def test_the_environment_record_holds_the_hashes_of_every_other_file(run):
@@ -314,15 +314,14 @@ def test_a_named_licence_beside_other_counts_with_its_conditions(run):
 def test_without_a_token_the_run_stays_local_with_the_command_to_publish_it(run):
     done = publish(run, dry_run=False, private=False, allow_license="mit")
     assert not isinstance(done, Published) and done.note.startswith("Saved locally, not published")
-    command = (
-        f'python -m spi_utils.publish "{run.path}" --repo-id tiny-llama-SPI-nf4 --public --allow-license mit'
-    )
+    name = "tiny-llama-SPI-nf4-16bit-11.6bpw"
+    command = f'python -m spi_utils.publish "{run.path}" --repo-id {name} --public --allow-license mit'
     assert command in done.note
 
 
 def test_the_command_line_rehearses_and_refuses(run, capsys):
     assert main([str(run.path), "--dry-run", "--allow-license", "mit"]) == 0
-    assert "private repository your-name/tiny-llama-SPI-nf4" in capsys.readouterr().out
+    assert "private repository your-name/tiny-llama-SPI-nf4-16bit-11.6bpw" in capsys.readouterr().out
     assert main([str(run.path)]) == 1
     assert "BLOCKED licence" in capsys.readouterr().err
     assert main([str(run.path / "nowhere")]) == 1

@@ -460,7 +460,7 @@ def test_the_secrets_gate_says_what_it_read_of_the_weights(run):
 
 # --- what else happens at the Hub ------------------------------------------------------------------------
 
-REPO = "me/tiny-llama-SPI-nf4"
+REPO = "me/tiny-llama-SPI-nf4-16bit-11.6bpw"
 
 
 def change_repository(hub, when):
@@ -631,4 +631,4 @@ def test_a_name_that_the_hub_can_have_is_taken(run, name):
 
 def test_the_name_made_of_a_folders_name_is_one_that_the_hub_can_have(tmp_path):
     run = make_finished_run(tmp_path, kind="local", model_id="My own größtes--model.")
-    assert publish(run, allow_license="mit").repo_id == "your-name/My-own-gr-tes-model-SPI-nf4"
+    assert publish(run, allow_license="mit").repo_id == "your-name/My-own-gr-tes-model-SPI-nf4-16bit-11.6bpw"

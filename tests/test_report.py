@@ -24,7 +24,7 @@ from spi_utils.figures.evaluation_figures import (
 from spi_utils.judging import measures
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import mix_sentence
+from spi_utils.judging.sentences import better_sentence, dearest_sentence
 from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text, verbatim
 from spi_utils.scoring import TokenScores
 
@@ -331,22 +331,34 @@ def test_figures_follow_the_present_evaluation(run, evaluation):
         assert base64.b64encode(before[name]).decode() in first
 
 
-def test_the_headline_names_fishers_mix_only_where_it_wins(evaluation):
-    fisher = evaluation.variants["fisher"]
+def test_the_headline_names_the_better_file_with_its_command(evaluation):
+    plan, fisher = evaluation.variants["plan"], evaluation.variants["fisher"]
 
-    def scaled(factor):
+    def scaled(factor, bytes=plan["bytes"]):
         values = [factor * value for value in fisher["window_kl"]]
-        return {**fisher, "label": "the mix", "kl_mean": factor * fisher["kl_mean"], "window_kl": values}
+        return {**fisher, "bytes": bytes, "kl_mean": factor * fisher["kl_mean"], "window_kl": values}
 
     def said(**changed):
-        variants = {**evaluation.variants, **changed}
-        return mix_sentence(make_evaluation(variants=variants))
+        variants = {**evaluation.variants, "int8": plan, "nf4": plan, "fisher": plan, **changed}
+        return better_sentence(make_evaluation(variants=variants))
 
-    assert said() == ""
-    won = said(fisher_int8=scaled(0.1))
-    assert f"{0.1 * fisher['kl_mean']:.4f}" in won and f"{evaluation.variants['plan']['kl_mean']:.4f}" in won
-    assert said(fisher_int8=scaled(1.5)) == ""  # Fisher's two tiers are better
-    assert said(fisher_int8=evaluation.variants["plan"]) == ""  # this plan is that mix
+    assert said(fisher_int4=plan) == ""  # nothing is better than the plan
+    won = said(fisher_int4=scaled(0.1))
+    assert f"{0.1 * fisher['kl_mean']:.4f}" in won and f"{plan['kl_mean']:.4f}" in won
+    bits = f"{evaluation.plan['matrix_bits']:.2f}"
+    assert f"-p backend compressed-tensors -p score fisher -p rule matrix_bits -p value {bits}`" in won
+    assert said(fisher_int4=scaled(0.1, bytes=2 * plan["bytes"])) == ""  # it is larger
+    assert said(fisher_int8=scaled(0.1), fisher_int4=plan) == ""  # no writer holds it
+    assert "only" in said(int8=scaled(0.1, bytes=plan["bytes"] // 2), fisher_int4=plan)
+
+
+def test_the_dearest_quantized_layer_is_named_where_it_matters(evaluation):
+    kl = evaluation.variants["plan"]["kl_mean"]
+    dearest = {"name": "model.layers.29.mlp.down_proj", "format": "nf4", "predicted_kl": 0.4 * kl}
+    said = dearest_sentence(make_evaluation(plan={**PLAN, "dearest": dearest}))
+    assert "`29.mlp.down_proj`" in said and f"{0.4 * kl:.3f}" in said
+    for unknown in (None, {**dearest, "predicted_kl": 0.01 * kl}):
+        assert dearest_sentence(make_evaluation(plan={**PLAN, "dearest": unknown})) == ""
 
 
 def test_runs_beside_this_one_are_compared(run, tmp_path, evaluation):

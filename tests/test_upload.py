@@ -22,7 +22,7 @@ from tests.hub_server import Fault, Repository, git_oid, running_hub, sha256
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "Q7" * 17
-REPO = "me/tiny-llama-SPI-nf4"
+REPO = "me/tiny-llama-SPI-nf4-16bit-11.6bpw"
 # Small "large" files, so that a tiny checkpoint is sent shard by shard.
 PUBLISH = """
 import sys
@@ -409,4 +409,4 @@ def test_the_server_knows_gits_own_object_id(tmp_path):
 def test_without_a_token_nothing_reaches_the_hub(hub, run):
     code, said = published_alone(hub, run, HF_TOKEN="")
     assert code == 0 and "Saved locally, not published" in said and not hub.repositories
-    assert re.search(r"python -m spi_utils.publish \"\S+\" --repo-id tiny-llama-SPI-nf4", said)
+    assert re.search(r"python -m spi_utils.publish \"\S+\" --repo-id tiny-llama-SPI-nf4-16bit-11.6bpw", said)

@@ -17,7 +17,7 @@ from spi_utils.evaluate import evaluate
 from spi_utils.judging import controls, session
 from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.judging.rivals import LoadedRival, Rival
-from spi_utils.judging.sentences import mix_sentence, switching_sentence
+from spi_utils.judging.sentences import better_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, make_plan
 from spi_utils.report_runs import other_runs
@@ -227,10 +227,12 @@ def test_sentences_about_a_mix_name_the_formats_that_it_holds(key):
         "kl_mean": 0.1 * fisher["kl_mean"],
         "window_kl": [0.1 * value for value in fisher["window_kl"]],
     }
-    found = make_evaluation(variants={**found.variants, key: mix})
-    assert "optimum of int8 and 16-bit" in mix_sentence(found)
+    others = {name: one for name, one in found.variants.items() if name not in ("int8", "fisher_int4")}
+    found = make_evaluation(variants={**others, key: mix})
     assert "it holds int8 and 16-bit" in switching_sentence(found)
-    assert not {"NF4", "int4"} & set(mix_sentence(found).replace(",", "").split())
+    said = better_sentence(found)
+    assert ("int8 and 16-bit chosen by predicted cost" in said) == (key == "fisher_int4")  # a writer holds it
+    assert not {"NF4,", "int4,"} & set(said.split())
 
 
 @pytest.mark.parametrize(

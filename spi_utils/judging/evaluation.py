@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from spi_utils import runs
@@ -219,7 +220,21 @@ def _plan_info(job: Job) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "matrix_bits": plan.matrix_bits,
         "predicted_kl": plan.predicted_kl,
+        "dearest": _dearest(plan, planned),
     }
+
+
+def _dearest(plan: ProtectionPlan, planned: pd.DataFrame) -> dict[str, Any] | None:
+    """The layer whose format is predicted to cost most of those that the plan quantized; None if unknown."""
+    costs = [
+        (float(row[f"predicted_{fmt}"]), row["name"], fmt)
+        for _, row in planned.iterrows()
+        if (fmt := plan.formats[row["name"]]) != "16bit" and np.isfinite(row.get(f"predicted_{fmt}", np.nan))
+    ]
+    if not costs:
+        return None
+    kl, name, fmt = max(costs)
+    return {"name": name, "format": fmt, "predicted_kl": kl}
 
 
 def _kernel(settings: Mapping[str, Any]) -> str:

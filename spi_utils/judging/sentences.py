@@ -10,16 +10,27 @@ from spi_utils.judging.evaluation import Evaluation
 from spi_utils.planning.pricing import held_words
 from spi_utils.report_html import size
 
-# Variants that may hold more than two formats: what they were chosen from, and how a plan is made like it.
-MIXES = {
-    "fisher_int8": ("NF4, int8 and 16-bit", ""),
-    "fisher_int4": ("int4, int8 and 16-bit", " (notebook 02 with backend='compressed-tensors' makes it)"),
+# Variants that may hold more than two formats: what they were chosen from.
+MIXES = {"fisher_int8": "NF4, int8 and 16-bit", "fisher_int4": "int4, int8 and 16-bit"}
+# Variants that a stock checkpoint can hold, and the parameters that make them; {bits} are the plan's.
+RECIPES = {
+    "fisher": "-p score fisher -p rule matrix_bits -p value {bits}",
+    "fisher_int4": "-p backend compressed-tensors -p score fisher -p rule matrix_bits -p value {bits}",
+    "int8": '-p backend compressed-tensors -p formats "[int8, 16bit]" -p rule top_k -p value 0',
+    "nf4": "-p rule top_k -p value 0",
 }
+SLACK = 0.005  # of the plan's bytes: "the same size", as the controls mean it
 
 
 def headline_of(evaluation: Evaluation) -> str:
-    """Size, perplexity, what rounding and selection are worth, and a better mix if any."""
-    parts = (_gist(evaluation), _rounding(evaluation), _worth(evaluation), mix_sentence(evaluation))
+    """What this file is worth, the better one with the command that makes it, and the dearest layer."""
+    parts = (
+        _gist(evaluation),
+        _rounding(evaluation),
+        _worth(evaluation),
+        better_sentence(evaluation),
+        dearest_sentence(evaluation),
+    )
     return " ".join(filter(None, parts))
 
 
@@ -63,24 +74,50 @@ def _worth(evaluation: Evaluation) -> str:
     return f"By KL to the 16-bit model, {meaning}."
 
 
-def mix_sentence(evaluation: Evaluation) -> str:
-    """The mix worth taking home: Fisher's optimum of more formats, where it is the best at the plan's bytes.
+def better_sentence(evaluation: Evaluation) -> str:
+    """The best file that can be made in these bytes or fewer, with its command.
 
-    Empty unless its KL is the lowest of all equal-bytes variants and below the plan's by an interval.
+    Empty where none of the variants that a writer holds has a lower KL than the plan, by an interval.
     """
     variants = evaluation.variants
-    held = [key for key in MIXES if key in variants]
-    if not held:
+    plan = variants["plan"]
+    found = [
+        key
+        for key in RECIPES
+        if key in variants
+        and variants[key]["bytes"] <= plan["bytes"] * (1 + SLACK)
+        and stats.verdict(_against_plan(evaluation, key), "lower") == "supported"
+    ]
+    if not found:
         return ""
-    best = min(held, key=lambda key: variants[key]["kl_mean"])
-    mix, plan = variants[best], variants["plan"]
-    paired = stats.paired(mix["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
-    least = min(one["kl_mean"] for one in variants.values() if one["equal_bytes"])
-    if mix["kl_mean"] > least or stats.verdict(paired, "lower") != "supported":
-        return ""
+    best = min(found, key=lambda key: variants[key]["kl_mean"])
+    mix = variants[best]
+    bits = f"{evaluation.plan['matrix_bits']:.2f}"
+    model = {"bundled": "bundled", "hub": evaluation.model["id"]}.get(evaluation.model["kind"], "MODEL")
+    smaller = "these bytes" if mix["bytes"] > plan["bytes"] * (1 - SLACK) else f"only {size(mix['bytes'])}"
+    chosen = best.startswith("fisher")
+    what = f"{held_words(mix['layers'])} chosen by predicted cost" if chosen else mix["label"]
     return (
-        f"The best mix at these bytes is Fisher's optimum of {held_words(mix['layers'])}{MIXES[best][1]}: "
-        f"its KL is {mix['kl_mean']:.4f} nats a token, the plan's {plan['kl_mean']:.4f}."
+        f"A better file of {smaller}: {what}, KL {mix['kl_mean']:.4f} "
+        f"instead of {plan['kl_mean']:.4f}: "
+        f"`spi-utils run -p model {model} {RECIPES[best].format(bits=bits)}`."
+    )
+
+
+def _against_plan(evaluation: Evaluation, key: str) -> stats.Estimate:
+    one, plan = evaluation.variants[key], evaluation.variants["plan"]
+    return stats.paired(one["window_kl"], plan["window_kl"], seed=evaluation.settings["seed"])
+
+
+def dearest_sentence(evaluation: Evaluation) -> str:
+    """The layer that costs most of those that the plan quantized, by prediction; empty if unknown."""
+    dearest, kl = evaluation.plan.get("dearest"), evaluation.variants["plan"]["kl_mean"]
+    if dearest is None or dearest["predicted_kl"] < 0.1 * kl:
+        return ""
+    name = dearest["name"].removeprefix("model.layers.").removeprefix("transformer.h.")
+    return (
+        f"Of the layers that the plan quantizes, `{name}` costs most: {dearest['predicted_kl']:.3f} nats a "
+        f"token are predicted for its {dearest['format']} alone."
     )
 
 
@@ -103,7 +140,7 @@ def switching_sentence(evaluation: Evaluation) -> str:
         f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
         f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
     )
-    for key, (menu, _) in MIXES.items():
+    for key, menu in MIXES.items():
         if key in variants:
             one = variants[key]
             sentence += f"; chosen from {menu} it holds {held_words(one['layers'])}, KL {one['kl_mean']:.4f}"
