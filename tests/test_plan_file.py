@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from spi_utils.decide import decide, read_plan
 from spi_utils.errors import PlanError
-from spi_utils.plan import ProtectionPlan
+from spi_utils.plan import ProtectionPlan, decide, read_plan
 from spi_utils.runs import read_layers
 from tests.synthetic import make_run
 

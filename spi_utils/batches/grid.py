@@ -23,7 +23,7 @@ import yaml
 from spi_utils.errors import BatchError, ParameterError
 from spi_utils.headless import ALL, check_parameters, parameters_of
 from spi_utils.parameters import Untyped, check_values, coerce
-from spi_utils.planning.scores import suggest
+from spi_utils.plan import suggest
 from spi_utils.runs import fingerprint, slug
 
 # What a batch decides itself, or what makes no sense for many jobs at once.
