@@ -50,6 +50,7 @@ CASES = [
     ),
     ("unknown", "formatz", lambda held: held.update(formatz={})),
     ("nf5", "nf5", lambda held: held["formats"].update(dict.fromkeys(list(held["formats"])[:1], "nf5"))),
+    ("protected", "must be the same", lambda held: held["protected"].pop()),
     ("other table", r"another layers\.csv", lambda held: held.update(layers_fingerprint="0" * 64)),
     ("other model", "not for", lambda held: held.update(model={"id": "other", "sha256": "f" * 64})),
 ]
