@@ -387,12 +387,12 @@ class Problem:
     names, member: each planned layer's name and item (L,); count (I,): an item's layers.
     formats: fewest bits first. tiers: the places of the lowest and the highest that the user named.
     raw: (I,) the score, NaN where it is missing.
-    cost: (I, F) an additive score's nats a token, None for an order; predicted: (I, F) the table's.
+    cost: (I, F) nats a token where costs add up, so that a budget can be spent exactly and in more than two
+        formats: an additive score's in direction high; else None. predicted: (I, F) the table's nats a token.
     payload, header: (I, F) bytes of the tensors, and of their entries in the file's header.
     fits: (L, F) what shapes allow; allowed: (I, F) what shapes and wishes allow.
     free: (I,) items that may still move between the two tiers; order: those, the first protected first.
     start: (I,) each item's smallest allowed format: the plan before anything is protected.
-    exact: costs add up, so that a budget can be spent exactly and in more than two formats.
     numel, all_numel: planned weights and the model's; fixed_data, fixed_header: bytes that are never planned.
     """
 
@@ -498,8 +498,7 @@ class Problem:
                     "be formed. Run notebook 01_analyze again; its sensitivity stage resumes where it "
                     "stopped."
                 )
-            self.cost = added(costs)
-        self.exact = self.cost is not None and direction == "high"
+            self.cost = added(costs) if direction == "high" else None
         self.predicted = added(np.where(allowed, tabled(lambda fmt: predicted_cost(rows, fmt)), 0.0))
         self.payload: Ints = added(tabled(lambda fmt: payload_bytes(rows, fmt, double_quant)))
         self.header: Ints = added(tabled(lambda fmt: header_bytes(self.names, fmt, double_quant)))
@@ -625,9 +624,8 @@ def _budget(p: Problem, rule: str, value: float) -> Decision:
     """A byte budget: the least summed cost where costs add up, else the score's order."""
     size, outside, unit = _measure(p, rule)
     name = RULES[rule].unit
-    start = p.lift(np.zeros(len(p.raw), dtype=bool))
-    largest = np.where(p.allowed, size, -1).argmax(axis=1) if p.exact else p.lift(p.free)
-    floor, ceiling = _total(size, start), _total(size, largest)
+    largest = p.lift(p.free) if p.cost is None else np.where(p.allowed, size, -1).argmax(axis=1)
+    floor, ceiling = _total(size, p.start), _total(size, largest)
     low, high = ((side + outside) / unit for side in (floor, ceiling))
     if not low * (1 - TOLERANCE) <= value <= high * (1 + TOLERANCE):
         apart = "" if p.free.all() else ", as far as patterns and groups allow"
@@ -638,7 +636,7 @@ def _budget(p: Problem, rule: str, value: float) -> Decision:
         )
     limit = floor if value < low else max(_goal(value, unit) - outside, floor)
     said = f"Within {value:.6g} {name}: "
-    if p.cost is not None and p.exact:
+    if p.cost is not None:
         choice, gap = least_cost(p.cost, size.astype(float), float(limit), p.allowed)
         return choice, f"{said}the least summed {p.score}, {_proof(gap)}."
     _refuse_between(p, rule)
@@ -661,7 +659,7 @@ def _max_kl(p: Problem, rule: str, value: float) -> Decision:
             "nats a token. Allow a higher KL, or add a format with more bits."
         )
     said = f"The smallest plan with a predicted KL of at most {value:g} nats a token"
-    if p.exact:  # the limit is on what is predicted, whichever additive score was named
+    if p.cost is not None:  # the limit is on what is predicted, whichever additive score was named
         choice, gap = least_cost(p.payload.astype(float), p.predicted, value, p.allowed)
         return choice, f"{said}, {_proof(gap)}."
     _refuse_between(p, rule)
@@ -1292,10 +1290,9 @@ def decide(
             return kept
     if not formats:
         asked = DEFAULTS | choices
-        ordered, additive = TIERS[backend]
         spends = asked["rule"] == "max_kl" or (asked["rule"] in RULES and RULES[asked["rule"]].unit)
         adds_up = score_row(asked["score"]).additive and asked["direction"] == "high"
-        formats = additive if adds_up and spends else ordered
+        formats = TIERS[backend][1 if adds_up and spends else 0]
     choices["formats"] = tuple(formats)
     choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
     plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
