@@ -29,8 +29,7 @@ from benchmarks.selection import Judge, halves
 from spi_utils.analyze import analyze
 from spi_utils.errors import PlanError
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
-from spi_utils.plan import make_plan, predicted_kl
-from spi_utils.planning.pricing import able, bit_rates
+from spi_utils.plan import able, bit_rates, make_plan, predicted_kl
 from spi_utils.runs import open_run, write_json
 from spi_utils.scoring import Switch, reference_states
 from spi_utils.stats import estimate

@@ -29,9 +29,7 @@ from scipy.stats import spearmanr
 
 from spi_utils.analyze import analyze
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
-from spi_utils.plan import equal_bytes_plan, predicted_kl
-from spi_utils.planning.pricing import price
-from spi_utils.planning.scores import available_scores
+from spi_utils.plan import available_scores, equal_bytes_plan, predicted_kl, price
 from spi_utils.runs import atomic_path, fingerprint, open_run, run_info, write_json, write_text
 from spi_utils.scoring import Reference, Switch, reference_states, token_scores
 from spi_utils.sensitivity import NEIGHBOURS, all_slopes, per_block, sample_windows, sensitivities

@@ -4,6 +4,9 @@ Every message says what was wrong, where, what was expected, and what to do next
 Programming mistakes keep Python's own exceptions.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SPIError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -47,3 +50,9 @@ class BatchError(SPIError):
 
 class PlatformError(SPIError):
     """This machine, or the session on it, has to be changed before the work can go on."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean …?' with the nearest known name, or nothing."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

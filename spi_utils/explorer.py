@@ -31,18 +31,24 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 
 from spi_utils import runs
+from spi_utils.curves import Chooser, Field
 from spi_utils.errors import PlanError, RunError, SPIError
 from spi_utils.figures import plotting
 from spi_utils.figures.plan_figures import FORMAT_LABELS, LayerGrid, draw_grid
 from spi_utils.figures.plotting import FORMAT_COLOURS, score_label, short_label, shorten
 from spi_utils.figures.score_figures import histogram_edges, is_wide, planned_layers
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of, single_spectrum
-from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.planning.choice import Patterns, matches
-from spi_utils.planning.chooser import Chooser
-from spi_utils.planning.frontier import Field
-from spi_utils.planning.pricing import nominal_bits, payload_bytes
-from spi_utils.planning.scores import SCORES, available_scores, score_row
+from spi_utils.plan import (
+    SCORES,
+    Patterns,
+    ProtectionPlan,
+    available_scores,
+    make_plan,
+    matches,
+    nominal_bits,
+    payload_bytes,
+    score_row,
+)
 from spi_utils.runs import Run
 
 if TYPE_CHECKING:
@@ -204,7 +210,7 @@ class ExplorerState:
         """The layers sorted by a score, with the consequences of every cut; made once."""
         key = (score, direction)
         if key not in self._choosers:
-            self._choosers[key] = Chooser.of(self.layers, score, direction, **self.options)
+            self._choosers[key] = Chooser(self.layers, score, direction, **self.options)
         return self._choosers[key]
 
     @property

@@ -18,12 +18,9 @@ from typing import Any
 
 import yaml
 
-from spi_utils.decide import TIERS
 from spi_utils.errors import ParameterError, PlanError
 from spi_utils.formats import FORMATS
-from spi_utils.planning.choice import GROUPS
-from spi_utils.planning.rules import RULES, check_value
-from spi_utils.planning.scores import DIRECTIONS, SCORES
+from spi_utils.plan import DIRECTIONS, GROUPS, RULES, SCORES, TIERS, check_value
 from spi_utils.presets import DEFAULT, PRESETS, resolve
 from spi_utils.texts import NAMES
 

@@ -20,7 +20,7 @@ from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehears
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
 from spi_utils.parameters import LONGEST_NAME, repository_problem
-from spi_utils.planning.pricing import nominal_bits
+from spi_utils.plan import nominal_bits
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
 if TYPE_CHECKING:

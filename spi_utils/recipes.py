@@ -27,7 +27,7 @@ from spi_utils.engines.integer import (
 )
 from spi_utils.engines.llama_cpp import llama_cpp, read_ggml
 from spi_utils.errors import PlanError
-from spi_utils.planning.protection import ProtectionPlan, check_plan
+from spi_utils.plan import ProtectionPlan, check_plan
 from spi_utils.runs import Run, read_json, read_layers, write_text
 
 if TYPE_CHECKING:

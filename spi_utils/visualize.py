@@ -1,7 +1,6 @@
 """What notebook 02 calls: every figure of a run, the explorer, and its kernel-less page. No model is loaded.
 
-The figures themselves are functions from data to a matplotlib Figure, in the `*_figures.py` modules; they are
-named here so that one import finds them all.
+The figures themselves are functions from data to a matplotlib Figure, in the `*_figures.py` modules.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spi_utils.curves import frontier
 from spi_utils.errors import RunError
-from spi_utils.explorer import ExplorerState, explore, write_explorer
+from spi_utils.explorer import explore, write_explorer
 from spi_utils.figures.plan_figures import frontier_figure, plan_map
 from spi_utils.figures.plotting import save_figure
 from spi_utils.figures.score_figures import planned_layers, planned_values, score_by_depth, score_histogram
 from spi_utils.figures.sensitivity_figures import score_against_sensitivity, sensitivity_column
 from spi_utils.figures.spectrum_figures import rank_decay, spectra_figure
 from spi_utils.plan import ProtectionPlan
-from spi_utils.planning.frontier import frontier
 from spi_utils.runs import layers_fingerprint, read_layers, read_spectra, run_info, stage
 
 if TYPE_CHECKING:
@@ -32,22 +31,7 @@ if TYPE_CHECKING:
 
     from spi_utils.runs import Run
 
-__all__ = [
-    "ExplorerState",
-    "all_figures",
-    "draw_all",
-    "explore",
-    "frontier_figure",
-    "plan_map",
-    "rank_decay",
-    "save_figure",
-    "score_against_sensitivity",
-    "score_by_depth",
-    "score_histogram",
-    "show",
-    "spectra_figure",
-    "write_explorer",
-]
+__all__ = ["all_figures", "draw_all", "explore", "show", "write_explorer"]
 
 
 def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
@@ -89,15 +73,13 @@ def all_figures(
         figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
         used = {*plan.formats.values(), "16bit"}
         formats = tuple(used if len(used) > 1 else {"nf4", "16bit"})
-        curves = frontier(layers, formats=formats, double_quant=plan.double_quant, **wishes_of(plan))
+        wishes: dict[str, Any] = {
+            name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")
+        }
+        curves = frontier(layers, formats=formats, double_quant=plan.double_quant, **wishes)
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(curves, plan)
     return figures
-
-
-def wishes_of(plan: ProtectionPlan) -> dict[str, Any]:
-    """A plan's groups and patterns, as `make_plan` and `frontier` take them."""
-    return {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
 
 
 def cut_of(layers: pd.DataFrame, plan: ProtectionPlan) -> float | None:

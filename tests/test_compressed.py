@@ -26,8 +26,7 @@ from spi_utils.errors import CheckpointError, PlanError
 from spi_utils.formats import FORMATS, dequantize, quantize, size_tolerance
 from spi_utils.hub.gates import _planned
 from spi_utils.models import list_layers, load_model, open_weights, resolve
-from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.planning.pricing import bit_rates, price
+from spi_utils.plan import ProtectionPlan, bit_rates, make_plan, price
 from spi_utils.runs import open_run, run_info
 from tests.tiny import CONFIGS, make_tiny
 

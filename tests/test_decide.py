@@ -2,9 +2,8 @@ import dataclasses
 
 import pytest
 
-from spi_utils.decide import decide, read_plan
 from spi_utils.errors import PlanError
-from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plan import ProtectionPlan, decide, make_plan, read_plan
 from spi_utils.runs import layers_fingerprint, read_layers, run_info
 from tests.synthetic import make_run
 

@@ -21,8 +21,7 @@ from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
 from spi_utils.judging import controls, measures, rivals, session, speed
 from spi_utils.judging.generalization import QUESTIONS, evaluated_beside, generalization
-from spi_utils.plan import ProtectionPlan, make_plan
-from spi_utils.planning.choice import fused_groups
+from spi_utils.plan import ProtectionPlan, fused_groups, make_plan
 from spi_utils.scoring import TokenScores
 from tests.evaluated_run import layer_table, ready_run, write_checkpoint
 from tests.synthetic import layer_table as large_table

@@ -298,6 +298,8 @@ def test_a_grid_reads_the_same(tmp_path, name, text, value):
         pytest.skip("written otherwise in YAML")
     if (name, text) == ("revision", "null"):
         pytest.skip("YAML's null is no text")
+    if value == float("inf"):
+        pytest.skip("no rule takes it")
     assert coerce(name, text) == value or text[0] == "'"
     file = tmp_path / "grid.yaml"
     rule = "rule: threshold, " if name == "value" and value is not None else ""

@@ -1,7 +1,10 @@
 """Plans: bytes by hand and against a saved file, every rule, every refusal, plan.json."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,17 +12,15 @@ import pytest
 
 from spi_utils.errors import PlanError
 from spi_utils.plan import (
+    EQUAL,
     ProtectionPlan,
+    bit_rates,
     check_plan,
     check_writer,
-    diff,
     equal_bytes_plan,
     make_plan,
     price,
-    random_plan,
 )
-from spi_utils.planning.pricing import bit_rates
-from spi_utils.planning.rules import EQUAL
 from tests.synthetic import layer_table
 
 MODEL = {
@@ -288,6 +289,7 @@ def test_empty_patterns_are_no_wish():
         ({"rule": "top_k", "value": "12"}, "needs a value"),
         ({"rule": "claim", "value": 12}, "use rule='top_k' for 12"),
         ({"rule": "threshold", "value": float("nan")}, "finite number"),
+        ({"rule": "threshold", "value": float("inf")}, "finite number"),
         ({"rule": "matrix_bits", "value": 4.0}, "4.5000 matrix bits .* in nf4 and 16.0000 .* in 16-bit"),
         ({"rule": "matrix_bits", "value": 17}, "4.5000 matrix bits .* and 16.0000"),
         ({"rule": "budget_gb", "value": 5}, r"can't be had: this model takes 0\.\d+ GB .* and 0\.\d+ GB"),
@@ -356,25 +358,6 @@ def test_without_sensitivity_the_predicted_kl_is_null(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["predicted_kl"] is None
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda held: held | {"schema": 99}, "schema 99"),
-        (lambda held: {k: v for k, v in held.items() if k != "formats"}, "has no formats"),
-        (lambda held: held | {"formats": list(held["formats"])}, "an object"),
-        (lambda held: held | {"protected": held["protected"][:-1]}, "must be the same"),
-        (lambda held: held | {"formats": dict.fromkeys(held["formats"], "nf5"), "protected": []}, "nf5"),
-    ],
-)
-def test_a_damaged_plan_is_refused(tmp_path, change, said):
-    path = tmp_path / "plan.json"
-    plan_of().write(path)
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(PlanError, match=said) as error:
-        ProtectionPlan.read(path)
-    assert str(path) in str(error.value)
-
-
 def test_missing_truncated_or_foreign_plans_are_refused(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match="02_visualize"):
@@ -416,6 +399,24 @@ def test_the_fingerprint_tells_what_decides_the_checkpoint():
     assert one.fingerprint != plan_of(direction="low").fingerprint
 
 
+def test_the_same_inputs_give_the_same_bytes_in_every_process(tmp_path):
+    """A set's order differs between processes, and a sum's last digit with it."""
+    code = (
+        "import sys; from spi_utils.plan import make_plan; from tests.synthetic import layer_table\n"
+        "formats = ('int4_g64', 'nf4', 'int8', '16bit')\n"
+        "for count in (28, 35, 42, 49, 56, 63, 70):\n"
+        "    asked = {'score': 'fisher', 'rule': 'matrix_bits', 'value': 6.5, 'formats': formats}\n"
+        "    plan = make_plan(layer_table(count), **asked)\n"
+        "    plan.write(f'{sys.argv[1]}/{count}.json')\n"
+    )
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        given = [sys.executable, "-c", code, str(tmp_path / seed)]
+        subprocess.run(given, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    for one in (tmp_path / "1").iterdir():
+        assert one.read_bytes() == (tmp_path / "2" / one.name).read_bytes()
+
+
 # --- controls --------------------------------------------------------------------------------------------
 
 
@@ -431,9 +432,9 @@ def test_equal_bytes_plans_are_within_half_a_percent(score):
 def test_random_plans_spend_the_same_and_differ_by_seed():
     layers = layer_table(210)
     total = make_plan(layers).bytes["total"]
-    plans = [random_plan(layers, total, seed) for seed in range(5)]
+    plans = [equal_bytes_plan(layers, total_bytes=total, score="random", seed=seed) for seed in range(5)]
     assert len({plan.protected for plan in plans}) == 5
-    assert plans[3].protected == random_plan(layers, total, 3).protected
+    assert plans[3].protected == equal_bytes_plan(layers, total_bytes=total, score="random", seed=3).protected
     assert all(plan.bytes["total"] == pytest.approx(total, rel=EQUAL) for plan in plans)
 
 
@@ -441,22 +442,3 @@ def test_a_missed_budget_is_said():
     layers = small(shapes=((64, 64), (64, 64), (2048, 2048)), alpha=(1.0, 2.0, 3.0))
     plan = make_plan(layers, rule="matrix_bits", value=12.0)
     assert plan.bytes["miss"] > EQUAL * plan.bytes["total_16bit"] and "misses its budget" in plan.reason
-
-
-def test_equal_bytes_plan_wants_one_size():
-    with pytest.raises(PlanError, match="either total_bytes"):
-        equal_bytes_plan(layer_table(7))
-    extra = equal_bytes_plan(layer_table(7), extra_bytes=0)
-    assert extra.protected == ()
-
-
-def test_diff_says_what_changed():
-    layers = layer_table(21)
-    a, b = make_plan(layers, rule="top_k", value=3), make_plan(layers, rule="top_k", value=5)
-    change = diff(a, b)
-    assert change.only_a == () and len(change.only_b) == 2 and len(change.changed) == 2
-    assert change.total_bytes == b.bytes["total"] - a.bytes["total"] > 0
-    assert change.predicted_kl == pytest.approx(b.predicted_kl - a.predicted_kl)
-    assert "2 only in the second" in str(change)
-    with pytest.raises(PlanError, match="different models"):
-        diff(a, make_plan(layer_table(14)))

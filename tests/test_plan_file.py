@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from spi_utils.decide import decide, read_plan
 from spi_utils.errors import PlanError
-from spi_utils.plan import ProtectionPlan
+from spi_utils.plan import ProtectionPlan, decide, read_plan
 from spi_utils.runs import read_layers
 from tests.synthetic import make_run
 
@@ -51,6 +50,7 @@ CASES = [
     ),
     ("unknown", "formatz", lambda held: held.update(formatz={})),
     ("nf5", "nf5", lambda held: held["formats"].update(dict.fromkeys(list(held["formats"])[:1], "nf5"))),
+    ("protected", "must be the same", lambda held: held["protected"].pop()),
     ("other table", r"another layers\.csv", lambda held: held.update(layers_fingerprint="0" * 64)),
     ("other model", "not for", lambda held: held.update(model={"id": "other", "sha256": "f" * 64})),
 ]

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from spi_utils.errors import PlanError
-from spi_utils.planning.scores import (
+from spi_utils.plan import (
     SCORES,
     additive_cost,
-    additive_scores,
     available_scores,
-    check_direction,
+    make_plan,
     score_row,
     score_values,
 )
@@ -27,14 +26,12 @@ METHOD_ROWS = {
 
 def test_the_table_holds_every_score_of_the_method():
     assert set(SCORES) == METHOD_ROWS
-    assert additive_scores() == ["fisher", "refined", "measured"]
-    assert all(row.title and row.high and row.data for row in SCORES.values())
+    assert [name for name, row in SCORES.items() if row.additive] == ["fisher", "refined", "measured"]
 
 
 def test_planning_imports_no_torch():
     code = (
-        "import sys, spi_utils.plan, spi_utils.formats; "
-        "import spi_utils.planning.frontier, spi_utils.planning.chooser; "
+        "import sys, spi_utils.plan, spi_utils.curves, spi_utils.formats; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'bitsandbytes'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -117,7 +114,7 @@ def test_available_scores_are_those_with_a_column():
     ("call", "said"),
     [
         (lambda: score_row("alpha_hil"), "Did you mean 'alpha_hill'"),
-        (lambda: check_direction("hihg"), "Did you mean 'high'"),
+        (lambda: make_plan(layer_table(7), direction="hihg"), "Did you mean 'high'"),
         (lambda: score_values(layer_table(7), "refined"), "refine_at"),
         (lambda: score_values(layer_table(7).drop(columns="swan"), "swan"), "holds no swan"),
         (lambda: additive_cost(layer_table(7), "alpha_hill", "nf4"), "fisher, refined, measured"),

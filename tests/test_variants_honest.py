@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import runs, scoring, texts
-from spi_utils.decide import decide
 from spi_utils.errors import EvaluationError
 from spi_utils.evaluate import evaluate
 from spi_utils.judging import controls, session
@@ -19,7 +18,7 @@ from spi_utils.judging.generalization import evaluated_beside
 from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.judging.sentences import better_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
-from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plan import ProtectionPlan, decide, make_plan
 from spi_utils.report_runs import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run

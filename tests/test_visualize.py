@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from scipy import stats
 
 from spi_utils import visualize
+from spi_utils.curves import frontier
 from spi_utils.errors import AnalysisError, PlanError, RunError
 from spi_utils.figures.plan_figures import LayerGrid, frontier_figure, plan_map
 from spi_utils.figures.plotting import FORMAT_COLOURS, balanced, gigabytes, save_figure, shorten, type_styles
@@ -35,7 +36,6 @@ from spi_utils.figures.spectrum_figures import (
     spectra_figure,
 )
 from spi_utils.plan import make_plan
-from spi_utils.planning.frontier import frontier
 from spi_utils.runs import Run, existing_run
 from spi_utils.visualize import all_figures, cut_of
 from tests.synthetic import layer_table, make_run, spectra_of

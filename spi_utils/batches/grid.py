@@ -20,10 +20,9 @@ from typing import Any
 
 import yaml
 
-from spi_utils.errors import BatchError, ParameterError
+from spi_utils.errors import BatchError, ParameterError, suggest
 from spi_utils.headless import ALL, check_parameters, parameters_of
 from spi_utils.parameters import Untyped, check_values, coerce
-from spi_utils.planning.scores import suggest
 from spi_utils.presets import DEFAULT, PRESETS, resolve
 from spi_utils.runs import fingerprint, slug
 

@@ -159,7 +159,7 @@ def serving_notes(formats: Mapping[str, str], shapes: Mapping[str, tuple[int, in
     Layers that vLLM merges must share a format. Shapes that Marlin doesn't take go to slower kernels, or
     nowhere on old GPUs. `shapes` {module: (rows, cols)}.
     """
-    from spi_utils.planning.choice import fused_groups
+    from spi_utils.plan import fused_groups
 
     names = list(formats)
     torn = [

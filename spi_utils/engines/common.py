@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spi_utils.formats import fits, format_row
-from spi_utils.planning.protection import ProtectionPlan
+from spi_utils.plan import ProtectionPlan
 
 NEAREST = {"nf4": "int4_g32"}  # for engines with integers alone: both are 4.5 bits a weight
 

@@ -9,7 +9,7 @@ import yaml
 
 from spi_utils.engines.common import ModelFacts, Recipe, integers, pattern, target
 from spi_utils.formats import format_row
-from spi_utils.planning.protection import ProtectionPlan
+from spi_utils.plan import ProtectionPlan
 
 # --- llm-compressor --------------------------------------------------------------------------------------
 

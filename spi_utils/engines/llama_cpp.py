@@ -8,7 +8,7 @@ from importlib import metadata
 from spi_utils.engines.common import ModelFacts, Recipe, pattern
 from spi_utils.errors import PlanError
 from spi_utils.formats import format_row
-from spi_utils.planning.protection import ProtectionPlan
+from spi_utils.plan import ProtectionPlan
 
 BASE_TYPE = "Q8_0"  # llama.cpp's, for a tensor that no rule names: nearly lossless, and no mixture of types
 # model_type -> llama.cpp's architecture, where they differ by more than "_", "-" and "_text"

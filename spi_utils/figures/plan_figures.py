@@ -30,7 +30,7 @@ from spi_utils.figures.plotting import (
 )
 from spi_utils.figures.score_figures import planned_layers
 from spi_utils.formats import FORMATS
-from spi_utils.planning.pricing import nominal_bits
+from spi_utils.plan import nominal_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from spi_utils.formats import FORMATS
-from spi_utils.planning.scores import score_row
+from spi_utils.plan import score_row
 from spi_utils.runs import atomic_path
 
 if TYPE_CHECKING:

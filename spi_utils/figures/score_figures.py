@@ -26,7 +26,7 @@ from spi_utils.figures.plotting import (
     styled,
     type_styles,
 )
-from spi_utils.planning.scores import score_values
+from spi_utils.plan import score_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

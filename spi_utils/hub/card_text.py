@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spi_utils.hub.card_facts import Facts, source_name
-from spi_utils.planning.pricing import nominal_bits
+from spi_utils.plan import nominal_bits
 from spi_utils.stats import Estimate, verdict
 
 # (variant key of evaluation.json, row of the table); random_* is added as the mean over its seeds.

@@ -15,10 +15,21 @@ import numpy as np
 import pandas as pd
 
 from spi_utils.errors import EvaluationError, PlanError
-from spi_utils.plan import ProtectionPlan, equal_bytes_plan, predicted_kl
-from spi_utils.planning.choice import fused_groups, matches
-from spi_utils.planning.pricing import able, bit_rates, held_words, nominal_bits, payload_bytes, price
-from spi_utils.planning.scores import available_scores, score_values
+from spi_utils.plan import (
+    ProtectionPlan,
+    able,
+    available_scores,
+    bit_rates,
+    equal_bytes_plan,
+    fused_groups,
+    held_words,
+    matches,
+    nominal_bits,
+    payload_bytes,
+    predicted_kl,
+    price,
+    score_values,
+)
 
 QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
 FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")

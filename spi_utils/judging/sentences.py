@@ -7,7 +7,7 @@ from typing import Any
 
 from spi_utils import stats
 from spi_utils.judging.evaluation import Evaluation
-from spi_utils.planning.pricing import held_words
+from spi_utils.plan import held_words
 from spi_utils.report_html import size
 
 # Variants that may hold more than two formats: what they were chosen from.

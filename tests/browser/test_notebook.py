@@ -6,9 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.decide import read_plan
 from spi_utils.explorer import ExplorerState
 from spi_utils.headless import notebook_path
+from spi_utils.plan import read_plan
 from tests.synthetic import make_run
 
 pytestmark = pytest.mark.browser

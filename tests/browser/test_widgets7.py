@@ -5,8 +5,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.decide import read_plan
 from spi_utils.headless import notebook_path
+from spi_utils.plan import read_plan
 from tests.browser.fixtures import IPYWIDGETS
 from tests.browser.test_notebook import PATIENCE, Controls
 from tests.synthetic import make_run

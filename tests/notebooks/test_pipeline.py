@@ -9,10 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.decide import read_plan
 from spi_utils.headless import STAGES
 from spi_utils.models import resolve
-from spi_utils.plan import ProtectionPlan, make_plan
+from spi_utils.plan import ProtectionPlan, make_plan, read_plan
 from spi_utils.quantize import check_request
 from spi_utils.runs import Run, read_layers, read_spectra, run_info
 from tests.browser.test_notebook import PATIENCE, Controls

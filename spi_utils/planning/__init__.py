@@ -1,1 +1,0 @@
-"""Scores, rules, prices and exact selection: the parts of `plan`. No torch."""
