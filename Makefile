@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run batch test test-fast test-images lint bench links clean
+.PHONY: help install run batch jupyter test test-fast test-images lint gpu-check bench links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,10 @@ run: $(INSTALLED)  ## the whole pipeline on the bundled model, into runs/smollm2
 
 batch: $(INSTALLED)  ## a small grid of plans on the bundled model and its leaderboard, into runs/grid
 	@$(PY) -m spi_utils batch examples/grid.yaml --out runs/grid
+
+jupyter: $(INSTALLED)  ## JupyterLab with the slider on the finished run (after make run)
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[jupyter]'
+	@$(PY) -m jupyterlab notebooks/02_visualize.ipynb
 
 test: $(INSTALLED) lint  ## ruff, mypy and the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

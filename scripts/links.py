@@ -1,7 +1,8 @@
-"""Write the repository's public address, and the first cell, everywhere they stand: `make links`.
+"""Write the repository's public address, its version and the first cell everywhere they stand: `make links`.
 
-The address stands in one place, pyproject.toml's [project.urls]. This puts it into badges, clone and install
-lines, and kernel-metadata.json, and puts first_cell.py into every notebook cell tagged `setup`.
+The address stands in one place, pyproject.toml's [project.urls]; the version in spi_utils/__init__.py. This
+puts them into badges, clone and install lines (at the version's tag: a notebook meets the code that it was
+written with), and kernel-metadata.json, and puts first_cell.py into every notebook cell tagged `setup`.
 
     python scripts/links.py            write
     python scripts/links.py --check    say what would change; exit 1 if anything would
@@ -22,9 +23,20 @@ PLACE = r"[\w.-]+/[\w.-]+?"  # owner/name
 PATTERNS = (
     (r"kaggle\.com/notebooks/welcome\?src=https://github\.com/", r"(?=/blob/)"),
     (r"colab\.research\.google\.com/github/", r"(?=/blob/)"),
-    (r"git\+https://github\.com/", r"(?=@|\.git@)"),
+    (r"raw\.githubusercontent\.com/", r"(?=/main/)"),
     (r"git clone https://github\.com/", r"(?=\.git\b|[\s`\"']|$)"),
 )
+INSTALL = r"(git\+https://github\.com/)[\w.-]+/[\w.-]+?(?:\.git)?@[\w.-]+"
+
+
+def version() -> str:
+    """The package's version."""
+    found = re.search(
+        r'^__version__ = "(.+)"$', (ROOT / "spi_utils" / "__init__.py").read_text(), re.MULTILINE
+    )
+    if found is None:
+        raise SystemExit("spi_utils/__init__.py has no __version__")
+    return found[1]
 
 
 def address() -> str:
@@ -42,7 +54,8 @@ def address() -> str:
 
 
 def relink(text: str, place: str) -> str:
-    """`text` with every badge, clone and install line pointing to `place` (owner/name)."""
+    """`text` with every badge, clone and install line for `place` (owner/name), installs at the tag."""
+    text = re.sub(INSTALL, rf"\g<1>{place}@v{version()}", text)
     for before, after in PATTERNS:
         text = re.sub(rf"({before}){PLACE}{after}", rf"\g<1>{place}", text, flags=re.MULTILINE)
     return text

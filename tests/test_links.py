@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import spi_utils
 from spi_utils import platforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +35,8 @@ def test_every_kind_of_link_is_rewritten_and_foreign_ones_are_left():
     assert text.count("ada/spi-lab") == 5 and text.count("OWNER/REPO") == 1
     assert "https://github.com/huggingface/transformers" in text
     assert "git clone https://github.com/ada/spi-lab.git && cd REPO" in text
-    assert '"git+https://github.com/ada/spi-lab@main"' in text
-    assert links.relink(text, "OWNER/REPO") == BADGES
+    assert f'"git+https://github.com/ada/spi-lab@v{spi_utils.__version__}"' in text  # at the tag, not at main
+    assert links.relink(text, "OWNER/REPO") == BADGES.replace("@main", f"@v{spi_utils.__version__}")
 
 
 def test_the_whole_tree_follows_a_new_address(tmp_path, monkeypatch, capsys):
@@ -44,6 +45,8 @@ def test_the_whole_tree_follows_a_new_address(tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "README.md").write_text(BADGES)
+    (tmp_path / "spi_utils").mkdir()
+    (tmp_path / "spi_utils" / "__init__.py").write_text('__version__ = "7.8.9"\n')
     project = (tmp_path / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(
         re.sub(r'(Repository = ").*(")', r"\1https://github.com/Ada/spi\2", project)
@@ -53,7 +56,7 @@ def test_the_whole_tree_follows_a_new_address(tmp_path, monkeypatch, capsys):
     assert links.main([]) == 0
     assert links.main(["--check"]) == 0 and links.changes("Ada/spi") == {}
     assert json.loads((tmp_path / "kernel-metadata.json").read_text())["id"].startswith("ada/")
-    assert "git+https://github.com/Ada/spi@" in (tmp_path / "scripts" / "first_cell.py").read_text()
+    assert "git+https://github.com/Ada/spi@v7.8.9" in (tmp_path / "scripts" / "first_cell.py").read_text()
     badge = "colab.research.google.com/github/Ada/spi/blob/main/notebooks/00_run_all.ipynb"
     assert badge in (tmp_path / "notebooks" / "00_run_all.ipynb").read_text()
 
@@ -100,7 +103,7 @@ def test_the_kernel_metadata_is_what_kaggle_needs():
 
 def test_the_first_cell_is_short_and_valid():
     text = (ROOT / "scripts" / "first_cell.py").read_text()
-    assert len(text.splitlines()) <= 15 and "/kaggle/input" in text
+    assert len(text.splitlines()) <= 22 and "/kaggle/input" in text
     compile(text, "first_cell", "exec")
 
 

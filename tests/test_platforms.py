@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import spi_utils
 from spi_utils import platforms
 from spi_utils.errors import PlatformError
 from spi_utils.hub import tokens
@@ -258,12 +259,15 @@ STUB = """
 import os, pathlib, sys
 with open(os.environ["NOTED"], "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
+if "FAIL" in os.environ:
+    sys.exit("fatal: unable to access the repository\\nError: Could not resolve host: github.com")
 if "--no-deps" in sys.argv:
     pathlib.Path(os.environ["SITE"], "spi_utils").symlink_to(os.environ["SPI"])
 """
 
 
-def test_the_first_cell_installs_the_package_before_it_is_there(tmp_path):
+def first_cell(tmp_path, **environment):
+    """The cell in a fresh interpreter that has no spi_utils, and what its pip was asked."""
     site, noted = tmp_path / "site", tmp_path / "noted"
     (site / "pip").mkdir(parents=True)
     (site / "pip" / "__init__.py").touch()
@@ -277,24 +281,32 @@ def test_the_first_cell_installs_the_package_before_it_is_there(tmp_path):
         "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         f"sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\n"
     )
+    places = {"PYTHONPATH": str(site), "SITE": str(site), "NOTED": str(noted), "SPI": str(ROOT / "spi_utils")}
     done = subprocess.run(
         [sys.executable, "-c", header + run],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(site),
-            "SITE": str(site),
-            "NOTED": str(noted),
-            "SPI": str(ROOT / "spi_utils"),
-        },
+        env={**os.environ, **places, **environment},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
+    return done, noted.read_text().splitlines()
+
+
+def test_the_first_cell_installs_the_package_before_it_is_there(tmp_path):
+    done, asked = first_cell(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["spi_utils.platforms", "False"]
-    asked = noted.read_text().splitlines()
     assert len(asked) == 1 and asked[0].startswith("install -q --no-deps git+https://github.com/")
+    assert asked[0].endswith(f"@v{spi_utils.__version__}")
+
+
+def test_an_install_that_fails_says_what_to_click(tmp_path):
+    done, asked = first_cell(tmp_path, FAIL="1")
+    assert done.returncode == 1 and len(asked) == 1
+    said = done.stderr.strip()
+    assert "Traceback" not in said and "fatal" not in said and len(said.splitlines()) == 1
+    assert "Turn on internet" in said and said.endswith("Could not resolve host: github.com")
 
 
 def test_platforms_needs_the_standard_library_alone():
