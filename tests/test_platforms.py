@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import spi_utils
 from spi_utils import platforms
@@ -45,7 +46,7 @@ COLAB |= COLAB_KERNEL
 
 
 def names(requirements):
-    return {line.split(">")[0].split("=")[0].strip() for line in requirements}
+    return {Requirement(line).name for line in requirements}
 
 
 # --- the GPU ---------------------------------------------------------------------------------------------

@@ -44,9 +44,11 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_within_the_project_leads_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        # An image is shown on PyPI too, so its address is absolute.
-        link = re.sub(r"^https://raw\.githubusercontent\.com/[^/]+/[^/]+/main/", "", link)
+    # An image is shown on PyPI too, so its address is absolute.
+    text = re.sub(
+        r"https://raw\.githubusercontent\.com/[^/]+/[^/]+/main/", "", page.read_text(encoding="utf-8")
+    )
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not link.startswith(("http", "mailto:")):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
