@@ -38,6 +38,19 @@ function tell() {
   $("answer").textContent = say("line", known);
   $("standing").textContent = say("comparison", known);
   $("notes").textContent = [say("ties", known), DATA.notes].filter(Boolean).join(" ");
+  $("parameters").textContent = parameters();
+}
+// The choice as notebook 02's parameters and as a command; python's literals, a shell's quotes.
+const literal = value => Array.isArray(value) ? `[${value.map(literal).join(", ")}]`
+  : value === true ? "True" : typeof value === "number" ? String(value) : JSON.stringify(value);
+const yaml = value => typeof value === "string" ? value : Array.isArray(value) ? JSON.stringify(value) : String(value);
+const quoted = text => /^[\w.+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+function parameters() {
+  const { score, direction } = choice, value = choice.threshold;  // in full: it may be a layer's own score
+  const all = { score, direction, rule: "threshold", value, ...DATA.wishes };
+  const lines = Object.entries(all).map(([name, one]) => `${name} = ${literal(one)}`);
+  const parts = Object.entries(all).map(([name, one]) => `-p ${name} ${quoted(yaml(one))}`);
+  return `${lines.join("\n")}\n\nspi-utils run -p model ${quoted(DATA.model)} ${parts.join(" ")}`;
 }
 function nameSpectrum(place) {
   const spectrum = DATA.spectra && DATA.spectra[place];
@@ -58,7 +71,7 @@ function tables() {
   return {
     histogram: { layers: layers.filter(layer => bin[layer.place] !== null), cut: [{ threshold: choice.threshold }] },
     map: { layers },
-    frontier: DATA.band && { band: DATA.band, point: [{ size: bytes[r] / UNIT, kl: kl[r] }],
+    frontier: DATA.band && { band: DATA.band, landmarks: DATA.landmarks, point: [{ size: bytes[r] / UNIT, kl: kl[r] }],
                              curve: bytes.map((size, i) => ({ size: size / UNIT, kl: kl[i] })) },
   };
 }
@@ -119,6 +132,8 @@ const CHARTS = {
                      encoding: { x, y: y("low", { scale: { domainMin: 0 } }), y2: { field: "high" } } }),
       from("band", { mark: { type: "line", strokeDash: [5, 4], strokeWidth: 1.8, color: ink },
                      encoding: { x, y: y("optimum") } }),
+      from("landmarks", { mark: { type: "point", shape: "diamond", size: 70, color: ink, strokeWidth: 1.5 },
+                          encoding: { x, y: y("kl"), tooltip: [{ field: "label", type: "nominal", title: "file" }, ...tooltip] } }),
       from("curve", { mark: { type: "line", color: blue, strokeWidth: 2.2 }, encoding: { x, y: y("kl") } }),
       from("point", { mark: { type: "point", filled: true, size: 130, color: KEPT, opacity: 1 },
                       encoding: { x, y: y("kl"), tooltip } }),
@@ -222,6 +237,12 @@ function readSize() {
   choose(sizeRow(bytes));
   show();
 }
+// A page from a disk has no clipboard in some browsers: then the text is selected, ready to be copied by hand.
+async function copy(element) {
+  getSelection().selectAllChildren(element);
+  const done = await navigator.clipboard?.writeText(element.textContent).then(() => true, () => false);
+  $("copied").textContent = done ? "copied" : "selected: press Ctrl+C";
+}
 async function start() {
   for (const [name, one] of Object.entries(DATA.scores)) $("score").add(new Option(one.title, name));
   $("score").value = choice.score;
@@ -229,6 +250,8 @@ async function start() {
   const born = { ...tables(), spectrum: spectrumTables(0) };
   for (const name of Object.keys(CHARTS)) if (born[name]) await embed(name, born[name]);
   if (!DATA.band) $("frontier-key").textContent = "Not known: this run has no sensitivity.";
+  else if (DATA.landmarks.length)
+    $("landmarks-key").textContent = ` Diamonds: ${DATA.landmarks.map(one => one.label).join("; ")}.`;
   nameSpectrum(0);
   show();
   $("slider").addEventListener("input", () => {
@@ -242,6 +265,7 @@ async function start() {
     show("size");
   });
   $("size-number").addEventListener("change", readSize);
+  $("copy").addEventListener("click", () => copy($("parameters")));
   // Of costs, only the high end is worth protecting; a person may still choose the other.
   $("score").addEventListener("change", () =>
     setScore($("score").value, DATA.scores[$("score").value].additive ? "high" : choice.direction));

@@ -38,15 +38,19 @@ from spi_utils.figures.plan_figures import FORMAT_LABELS, LayerGrid, draw_grid
 from spi_utils.figures.plotting import FORMAT_COLOURS, score_label, short_label, shorten
 from spi_utils.figures.score_figures import histogram_edges, is_wide, planned_layers
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of, single_spectrum
+from spi_utils.judging.evaluation import Evaluation
 from spi_utils.plan import (
     SCORES,
     Patterns,
     ProtectionPlan,
+    able,
     available_scores,
     make_plan,
     matches,
     nominal_bits,
     payload_bytes,
+    predicted_kl,
+    price,
     score_row,
 )
 from spi_utils.runs import Run
@@ -64,7 +68,7 @@ UNKNOWN = "No sensitivity in this run: the cost of a choice is not predicted."
 SAYS = {
     "line": (
         "{layers} of {planned} layers in 16-bit{failed} · {size} in all, {saved} saved",
-        " · {bits} bits a weight",
+        " · {bits} matrix bits",
         " · predicted KL {kl} nats a token",
     ),
     "comparison": (
@@ -168,6 +172,7 @@ class ExplorerState:
         self.grid = LayerGrid(layers)
         # What random selections and the optimum reach at each size; None without sensitivity.
         self.field = Field.of(layers, **self.options)
+        self.landmarks = self._landmarks()
         self._choosers: dict[tuple[str, str], Chooser] = {}
         self._pictures: dict[tuple[str, str], Picture] = {}
         self._use(score, direction, round(share * len(names)))
@@ -205,6 +210,22 @@ class ExplorerState:
             here = f"here layers are {state.lower} or 16-bit"
             state.notes.append(f"Not kept from the run's plan: {', '.join(dropped)}; {here}.")
         return state
+
+    def _landmarks(self) -> list[tuple[str, int, float]]:
+        """Other files of the same weights beside the frontier: label, bytes, KL in nats a token.
+
+        int8 everywhere as predicted, and bitsandbytes' own NF4 as measured where notebook 04 has run.
+        """
+        found = []
+        everywhere = dict.fromkeys(self.planned["name"], "int8")
+        kl = predicted_kl(self.planned, everywhere) if "predicted_int8" in self.layers else None
+        if kl is not None and able(self.planned, "int8").all():
+            found.append(("int8 everywhere", price(self.layers, everywhere)["total"], kl))
+        if self.run is not None and self.run.evaluation_json.exists():
+            nearest = Evaluation.read(self.run.evaluation_json).variants.get("nf4_nearest")
+            if nearest is not None:
+                found.append(("NF4, nearest (measured)", int(nearest["bytes"]), float(nearest["kl_mean"])))
+        return found
 
     def chooser_of(self, score: str, direction: str) -> Chooser:
         """The layers sorted by a score, with the consequences of every cut; made once."""
@@ -293,7 +314,7 @@ class ExplorerState:
             "failed": f", {len(self.held)} of them as their analysis failed" if self.held else "",
             "size": self.amount(choice.total_bytes),
             "saved": self.amount(choice.saved_bytes),
-            "bits": f"{choice.bits_per_weight:.2f}",
+            "bits": f"{choice.matrix_bits:.2f}",
         }
         if count:
             same = chooser.order[: len(chooser.cut)][chooser.cut == chooser.cut[count - 1]]
@@ -417,8 +438,10 @@ class Picture:
             right.plot(
                 grid, state.field.optimum, color=plotting.BLACK, lw=1.4, ls="--", label="least predicted"
             )
-            right.set(xlabel=f"model size ({unit})", ylabel="predicted KL (nats a token)", ylim=(0, None))
+            right.set(xlabel=f"model size ({unit})", ylabel="predicted KL (nats a token)")
             right.set_title("What a gigabyte buys", loc="left", fontsize=10)
+            self._place_landmarks(right, state)
+            right.set_ylim(0, None)
             right.xaxis.set_major_locator(MaxNLocator(nbins=6))
             right.legend(loc="upper right", fontsize=8)
             look = {"ms": 9, "color": plotting.VERMILLION, "mec": "white", "mew": 1.5, "zorder": 6}
@@ -446,6 +469,16 @@ class Picture:
         self._place_cells(state.grid, below.get_window_extent())
         figure.set_layout_engine("none")  # the layout is settled; what follows must not move it
         self.background = self.canvas.copy_from_bbox(figure.bbox)
+
+    def _place_landmarks(self, axes: Any, state: ExplorerState) -> None:
+        """The other files as hollow diamonds, their labels turned to the side that has room."""
+        middle = np.mean(state.size_bounds) / state.unit[0]
+        for label, count, kl in state.landmarks:
+            size = count / state.unit[0]
+            axes.plot(size, kl, "D", ms=6, mfc="none", mec=plotting.BLACK)
+            look: dict[str, Any] = {"xytext": (7 if size < middle else -7, 5), "fontsize": 8}
+            look["ha"] = "left" if size < middle else "right"
+            axes.annotate(label, (size, kl), textcoords="offset points", **look)
 
     def _place_cells(self, grid: LayerGrid, box: Any) -> None:
         """Which cell of the map each pixel inside its axes shows, and which pixels stay white."""
@@ -549,10 +582,10 @@ class Explorer:
                 row(f"Model size, {state.unit[1]}", self.size, self.size_number),
                 self.line,
                 self.message,
+                row("", self.save, self.saved),
                 self.picture,
                 row("Layer", self.type, self.layer),
                 self.spectrum,
-                row("", self.save, self.saved),
             ],
             layout=widgets.Layout(width="100%", max_width="1000px", overflow="hidden"),
         )
@@ -684,6 +717,7 @@ def write_explorer(run: Run, **options: Any) -> Path:
 
 def explorer_html(state: ExplorerState, model: str) -> str:
     """The page for one layer table, starting at the state's choice. `model` is its heading."""
+    typed = runs.typed_model(runs.run_info(state.run)["model"]) if state.run else "MODEL"
     pages = Environment(loader=PackageLoader("spi_utils", "."), autoescape=True, undefined=StrictUndefined)
     compact = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     pages.policies["json.dumps_kwargs"] = compact
@@ -692,7 +726,7 @@ def explorer_html(state: ExplorerState, model: str) -> str:
         lower=FORMAT_LABELS[state.lower],
         unit=state.unit[1],
         bundle=_scripts(),
-        data=page_data(state),
+        data=page_data(state) | {"model": typed},
     )
 
 
@@ -734,8 +768,23 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
         ],
         "scores": {name: _score(state, name) for name in state.scores},
         "band": band,
+        "landmarks": [
+            {"label": label, "size": count / state.unit[0], "kl": _short(kl)}
+            for label, count, kl in state.landmarks
+        ],
+        "wishes": {name: value for name, value in _wishes(state).items() if value not in (None, [], False)},
         "spectra": spectra,
     }
+
+
+def _wishes(state: ExplorerState) -> dict[str, Any]:
+    """Notebook 02's parameters that hold at every threshold."""
+    backend = "bitsandbytes" if state.lower == "nf4" else "compressed-tensors"
+    formats = [state.lower, "16bit"] if state.lower != "nf4" else None
+    patterns = {name: list(state.options[name] or []) for name in ("force_16bit", "forbid_16bit")}
+    rest = {"double_quant": state.options["double_quant"], "group": state.options["group"]}
+    rounding = "nearest" if state.run and runs.run_rounding(state.run) == "nearest" else None
+    return {"backend": backend, "formats": formats, "rounding": rounding, **rest, **patterns}
 
 
 def _score(state: ExplorerState, name: str) -> dict[str, Any]:

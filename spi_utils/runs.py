@@ -235,6 +235,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-.") or "model"
 
 
+def typed_model(identity: Mapping[str, Any]) -> str:
+    """What a person types for `model` to get this one; "MODEL" for a folder or file."""
+    return {"bundled": "bundled", "hub": str(identity["id"])}.get(identity["kind"], "MODEL")
+
+
 def run_path(run_dir: str | Path, model_slug: str) -> Path:
     """`run_dir`, or `runs/<model slug>` below the working directory for "auto"."""
     return Path("runs") / model_slug if str(run_dir) == "auto" else Path(run_dir)

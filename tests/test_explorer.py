@@ -538,3 +538,16 @@ def test_page_survives_hostile_names_and_missing_values(name):
     data = json.loads(line.removeprefix("const DATA = ").removesuffix(";"))
     assert data["layers"][1]["name"] == name
     assert data["scores"]["alpha_hill"]["high"]["row"][1] is None and data["layers"][1]["fixed"] is None
+
+
+def test_other_files_stand_beside_the_frontier(tmp_path):
+    table = layer_table(30)
+    table["predicted_int8"] = table["predicted_nf4"] / 50
+    state = ExplorerState(table)
+    ((label, size, kl),) = state.landmarks
+    planned = state.planned
+    everywhere = make_plan(table, rule="top_k", value=0, formats=("int8", "16bit"))
+    assert label == "int8 everywhere" and size == everywhere.bytes["total"]
+    assert kl == pytest.approx(planned["predicted_nf4"].sum() / 50)
+    assert page_data(state)["landmarks"][0]["size"] == pytest.approx(size / state.unit[0])
+    assert ExplorerState(layer_table(30)).landmarks == []

@@ -1,5 +1,7 @@
 """explorer.html in a real browser, opened from a file with the network off."""
 
+import shlex
+
 import pytest
 
 from spi_utils.explorer import ExplorerState, write_explorer
@@ -47,11 +49,35 @@ def test_number_box_gives_plan_pys_answer(opened, run):
     plan = make_plan(read_layers(run), rule="threshold", value=4.5)
     text = answer(page)
     assert text.startswith(expected(run, 4.5))
-    assert f"{plan.bits_per_weight:.2f} bits a weight" in text
+    assert f"{plan.matrix_bits:.2f} matrix bits" in text
     assert f"predicted KL {plan.predicted_kl:.3g}" in text
     page.wait_for_timeout(300)
     after = [picture(page, chart) for chart in ("map", "histogram", "frontier")]
     assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_the_page_ends_with_what_makes_the_choice(opened, run):
+    page = opened.page
+    page.fill("#number", "4.5")
+    page.press("#number", "Enter")
+    page.select_option("#direction", "low")
+    value = float(page.input_value("#number"))
+    cell, command = page.inner_text("#parameters").split("\n\n")
+    given = {}
+    exec(cell, given)  # a parameters cell of notebook 02
+    chosen = {name: given[name] for name in ("score", "direction", "rule", "value")}
+    plan = make_plan(read_layers(run), **chosen)
+    assert chosen["direction"] == "low" and chosen["value"] == pytest.approx(value, rel=1e-3)
+    assert answer(page).startswith(f"{len(plan.protected)} of 70 layers in 16-bit")
+    words = shlex.split(command)
+    assert words[:4] == ["spi-utils", "run", "-p", "model"]
+    typed = dict(zip(words[3::3], words[4::3], strict=True))
+    assert {name: typed[name] for name in ("score", "direction", "rule")} == {
+        name: chosen[name] for name in ("score", "direction", "rule")
+    }
+    assert float(typed["value"]) == chosen["value"]
+    page.click("#copy")
+    page.wait_for_function("document.querySelector('#copied').textContent !== ''")
 
 
 def test_slider_moves_by_keyboard_and_mouse(opened, run):
