@@ -20,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +220,10 @@ def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -
 
 def curve(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], real: torch.Tensor) -> None:
     """Damping; how many tokens; where they come from."""
-    for damping in (0.01, 0.1, 0.2):
+    for fmt, damping in product(FORMATS[:2], (0.01, 0.1, 0.2)):
         t = time.monotonic()
-        values = bench.rounded("nf4", h, damping=damping)
-        bench.measure("nf4", f"guided, damping {damping}", own.numel(), time.monotonic() - t, values)
+        values = bench.rounded(fmt, h, damping=damping)
+        bench.measure(fmt, f"guided, damping {damping}", own.numel(), time.monotonic() - t, values)
     variants = {f"guided, {k} own windows": (own[:k], True) for k in (2, 4, 8, 16) if k < len(own)}
     more = sample_windows(bench.model, 128, bench.length, bench.start, seed=2)
     variants["guided, 128 own windows"] = (more, True)

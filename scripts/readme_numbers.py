@@ -1,6 +1,7 @@
-"""The numbers in README and docs/results.md, written from the runs that printed them.
+"""The numbers in README and docs/results.md, written from the runs and benchmarks that printed them.
 
     python scripts/readme_numbers.py claim=RUN small=RUN …   read finished runs, their figures too, and write
+    python scripts/readme_numbers.py rounding=FILE,FILE      read what benchmarks/rounding.py wrote, and write
     python scripts/readme_numbers.py                         write the blocks from docs/results.json
     python scripts/readme_numbers.py --check                 say what would change; exit 1 if anything would
 
@@ -60,6 +61,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         "peak_gb": max(stage.get("peak_rss_gb") or 0 for stage in stages.values()),
         "versions": stages["evaluate"]["environment"]["versions"],
     }
+
+
+def read_rounding(files: list[Path]) -> list[dict[str, Any]]:
+    """The rows of several runs of benchmarks/rounding.py; of the same measurement the first."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in files:
+        done = json.loads(file.read_text(encoding="utf-8"))
+        for row in done["rows"]:
+            row |= {name: done[name] for name in ("text", "windows", "length")}
+            found.setdefault(tuple(row[name] for name in ("model", "format", "rounding", "tokens")), row)
+    return list(found.values())
 
 
 # --- blocks ------------------------------------------------------------------------------------------------
@@ -164,7 +176,54 @@ def run_table(held: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-BLOCKS = {"verdict": verdict, "presets": presets, "run": run_table}
+FORMATS = {"nf4": "NF4", "int4_g64": "int4, groups of 64", "int4_g32": "int4, groups of 32"}
+
+
+def rounding(held: dict[str, Any]) -> str:
+    """Nearest beside guided for every model of benchmarks/rounding.py, at its default number of tokens."""
+    rows = [
+        "| model, format | matrix bits | nearest | guided | ratio | own text, held out |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    found = {
+        (one["model"], one["format"], one["rounding"], one["tokens"] // one["length"]): one
+        for one in held["rounding"]
+    }
+    for (model, fmt, how, windows), one in found.items():
+        if how == "guided":
+            nearest = found[model, fmt, "nearest", 0]
+            few = "" if windows == 32 else f", {windows} own windows"
+            rows.append(
+                f"| {model.split('/')[-1]}, {FORMATS[fmt]}{few} | {one['matrix_bits']:.2f} | "
+                f"{kl_cell(nearest)} | {kl_cell(one)} | {one['kl'] / nearest['kl']:.2f} | "
+                f"{nearest['kl_own']:#.3g} → {one['kl_own']:#.3g} |"
+            )
+    return "\n".join(rows)
+
+
+def tried(held: dict[str, Any]) -> str:
+    """What was tried: damping, tokens, where they come from, and what goes beyond."""
+    model = held["rounding"][0]["model"]
+    rows = [
+        "| format | what | own tokens | KL | on own text, held out | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in held["rounding"]:
+        if one["model"] == model and one["rounding"] != "nearest":
+            rows.append(
+                f"| {FORMATS[one['format']]} | {one['rounding']} | {one['tokens']:,} | {kl_cell(one)} | "
+                f"{one['kl_own']:.4f} | {one['seconds']:.0f} |"
+            )
+    return "\n".join(rows)
+
+
+def kl_cell(one: dict[str, Any]) -> str:
+    """A KL with its interval, three significant digits."""
+    mean, low, high = (f"{value:#.3g}" for value in (one["kl"], *one["kl_ci"]))
+    return f"{mean} ({low} … {high})"
+
+
+BLOCKS = {"verdict": verdict, "presets": presets, "run": run_table, "rounding": rounding, "tried": tried}
 
 
 def pages(held: dict[str, Any]) -> dict[Path, str]:
@@ -187,9 +246,12 @@ def main(arguments: list[str]) -> int:
     """Read runs, write pages, or check."""
     named = dict(one.split("=", 1) for one in arguments if "=" in one)
     if named:
-        held = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU", "runs": {}}
+        held = {"runs": {}, "rounding": []}
         if RESULTS.exists():
-            held["runs"] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+            held |= json.loads(RESULTS.read_text(encoding="utf-8"))
+        held["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
+        if files := named.pop("rounding", ""):
+            held["rounding"] = read_rounding([Path(one) for one in files.split(",")])
         held["runs"] |= {name: read_run(Path(folder)) for name, folder in named.items()}
         RESULTS.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in FIGURES if "claim" in named else ():
