@@ -24,10 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spi_utils.checkpoints.integers import HIGHEST, LOWEST
-from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nf4_levels
 from spi_utils.errors import AnalysisError, RunError
-from spi_utils.formats import Packed, format_row
+from spi_utils.formats import BLOCK, HIGHEST, LOWEST, TINY, Packed, check_finite, format_row, nf4_levels
 from spi_utils.runs import atomic_path
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough

@@ -23,7 +23,7 @@ from spi_utils.checkpoints.backends import backend_row
 from spi_utils.checkpoints.checkpoint import saved_weights
 from spi_utils.checkpoints.saved import put_saved
 from spi_utils.errors import CheckpointError, PlanError
-from spi_utils.formats import FORMATS, dequantize, quantize, size_tolerance
+from spi_utils.formats import FORMATS, dequantize, layer_bytes, quantize, size_tolerance
 from spi_utils.hub.gates import _planned
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.plan import ProtectionPlan, bit_rates, make_plan, price
@@ -142,7 +142,7 @@ def test_file_tensors_decompress_to_the_chosen_values_and_read_back(fmt, dtype):
     assert theirs.dtype == dtype and torch.equal(theirs, dequantize(made, dtype))
     back = ct_parts.packed(fmt, parts)
     assert torch.equal(dequantize(back, dtype), theirs) and back.shape == made.shape
-    nbytes = FORMATS[fmt].size(44, 384, False, "float16")
+    nbytes = layer_bytes(fmt, 44, 384)
     assert sum(tensor.nbytes for tensor in parts.values()) == nbytes
 
 

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spi_utils.checkpoints.nf4 import BLOCK, map_parts, nf4_levels, one_thread
 from spi_utils.errors import CheckpointError
-from spi_utils.formats import NESTED_BLOCK, Packed, bitsandbytes_state, dequantize
+from spi_utils.formats import (
+    BLOCK,
+    NESTED_BLOCK,
+    Packed,
+    bitsandbytes_state,
+    dequantize,
+    map_parts,
+    nf4_levels,
+    one_thread,
+)
 
 if TYPE_CHECKING:
     from torch import nn
