@@ -33,12 +33,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.checkpoints.wide import widen
 from spi_utils.errors import ModelError
 from spi_utils.hub.hub_calls import server_delay
 from spi_utils.hub.tokens import hide_token, hub_token
 from spi_utils.progress import progress
 from spi_utils.runs import sha256_file, slug, write_json
+from spi_utils.safe_linear import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

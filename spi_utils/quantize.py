@@ -36,7 +36,6 @@ from spi_utils.checkpoints.checkpoint import (
     settle,
 )
 from spi_utils.checkpoints.companions import write_rest
-from spi_utils.checkpoints.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 from spi_utils.checkpoints.verify import NotFinite, verify
 from spi_utils.errors import CheckpointError, PlanError, RunError
@@ -64,6 +63,7 @@ from spi_utils.runs import (
     write_json,
     write_text,
 )
+from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.sensitivity import make_codes
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from benchmarks.budget import qwen35_4b
 from spi_utils.budget import KEPT, MACHINES, budget
 from spi_utils.checkpoints import verify
 from spi_utils.checkpoints.checkpoint import Saving
-from spi_utils.checkpoints.wide import widen
 from spi_utils.evaluate import evaluate
 from spi_utils.models import chosen_model, resolve_device, resolve_dtype
 from spi_utils.quantize import _auto_storage
+from spi_utils.safe_linear import widen
 from tests.evaluated_run import ready_run
 from tests.test_platforms import GIB, P100, T4, fake_cuda
 from tests.tiny import CONFIGS
