@@ -90,7 +90,6 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
     import pandas as pd
 
     from spi_utils import quantize as q
-    from spi_utils.checkpoints import verify
     from spi_utils.models import list_layers
     from spi_utils.plan import make_plan
     from spi_utils.runs import open_run, peak_rss_bytes, run_info
@@ -100,7 +99,7 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
     plan = make_plan(layers, score="random", rule="top_k", value=half, model=source.identity())
     run = open_run(folder / "run", source.identity())
     if not fresh:
-        verify._fits = lambda *_: False
+        q.fits_in_memory = lambda *_: False
     before = peak_rss_bytes()
     seconds, _ = _timed(lambda: q.quantize(run, source, plan, device="cpu"))
     stage = run_info(run)["stages"]["quantize"]
@@ -119,9 +118,8 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
 def make_checkpoint(directory: Path, gigabytes: float) -> int:
     """Write a random float16 llama with a tied 248k embedding; bytes of its largest tensor."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from spi_utils.checkpoints.tensorfile import TensorWriter, header_bound
 
     per_layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
     layers = max(1, -(-int(gigabytes * 1e9 - 2 * HIDDEN * VOCABULARY) // per_layer))
@@ -145,11 +143,10 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     directory.mkdir(parents=True)
     shapes.pop("lm_head.weight")
     noise = torch.randn(HIDDEN * INTERMEDIATE, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
-    with TensorWriter(directory / "model.safetensors", header_bound(list(shapes), 10**11)) as writer:
-        for number, (name, shape) in enumerate(shapes.items()):
-            size = shape.numel()
-            values = noise.roll(number).repeat(-(-size // noise.numel()))[:size]
-            writer.add(name, values.view(shape))
+    for number, (name, shape) in enumerate(shapes.items()):
+        size = shape.numel()
+        values = noise.roll(number).repeat(-(-size // noise.numel()))[:size]
+        save_file({name: values.view(shape)}, directory / f"model-{number:05d}.safetensors")
     config.save_pretrained(directory)
     return 2 * max(shape.numel() for shape in shapes.values())
 

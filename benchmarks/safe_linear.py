@@ -22,7 +22,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from spi_utils.checkpoints.safe_linear import SafeFP16Linear
+from spi_utils.safe_linear import SafeFP16Linear
 
 IN, OUT = 2560, 9216  # Qwen3.5-4B's up_proj
 CASES = {"decode": 1, "prefill": 256}  # tokens at once

@@ -182,7 +182,7 @@ def _hashes(
     run: runs.Run, source: ModelSource, texts: Sequence[Text], rivals: Sequence[Rival]
 ) -> dict[str, str]:
     """SHA-256 of everything that the numbers depend on."""
-    from spi_utils.checkpoints.saved import weight_files
+    from spi_utils.checkpoint import weight_files
 
     codes = list(run.rounded.glob("*.safetensors"))
     return {

@@ -1,70 +1,76 @@
 """Number formats a weight matrix can be kept in: their exact bytes, and their exact quantize-dequantize.
 
-One row of `FORMATS` per format. The numbers need no torch; the functions import it when called.
+One row of `FORMATS` per format: how many bytes it takes, how to pack a matrix, how to unpack it, and which
+checkpoint writers can hold it. The numbers need no torch; the functions import it when called.
 
-A new format is one row: its size in bytes, how to pack a matrix, how to unpack it, and which checkpoint
-writers can hold it.
+`nf4` is bitsandbytes', bit for bit. A matrix is read row by row in blocks of 64 weights; a block keeps one
+float32 absmax, and each weight, divided by it, becomes the index of the nearest of 16 levels, quantiles of a
+normal distribution (QLoRA, arXiv 2305.14314).
+
+`int8` and `int4_…` are compressed-tensors': integer codes and a 16-bit scale for each group, which is a row
+(int8) or 32, 64 or 128 neighbouring weights of a row (int4). Symmetric formats keep W ≈ scale · code, `_asym`
+also a 4-bit zero point, W ≈ scale · (code − zero). Scales are rounded to the storage dtype before the codes
+are chosen, so that what a loader computes is exactly what was meant. int4's scales are searched: of a small
+grid the one with the least squared error, since clipping a few large weights buys the others a finer step;
+`_absmax` scales cover the largest weight, for comparison. No data is used.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from spi_utils.checkpoints.integers import int4_codes, int4_values, int8_codes, int8_values
-from spi_utils.checkpoints.nf4 import (
-    BLOCK,
-    CHUNK,
-    NF4_LEVELS,
-    check_finite,
-    nf4_codes,
-    nf4_levels,
-    one_thread,
-)
-from spi_utils.errors import AnalysisError, PlanError
+from spi_utils.errors import AnalysisError, PlanError, suggest
 
 if TYPE_CHECKING:
     import torch
 
+    Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zero points
+
 SIZE_TOLERANCE = 0.005  # share of the predicted size of a checkpoint
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
-NESTED_BLOCK = 256  # absmaxes that share one second-level absmax (double quantization)
 
 
 @dataclass(frozen=True)
 class Format:
     """One row of the table of formats.
 
-    `bits_per_weight` is nominal (large matrices); `size(rows, cols, double_quant, dtype)` is exact, in bytes.
-    `writers` names the checkpoint writers that can hold the format. `pack` and `unpack` do the arithmetic.
-    `group` must divide a matrix's columns, and `bits` is the code's width (None: not an integer format);
-    `symmetric` formats have no zero points.
+    `bits_per_weight` is nominal (large matrices). `writers` names the checkpoint writers that can hold the
+    format. `size(row, rows, cols, double_quant, dtype)` is exact, in bytes; `pack(row, weight)` and
+    `unpack(packed, dtype)` do the arithmetic. Integer formats have `bits`, a code's width; `group` weights of
+    a row share a scale and must divide the columns (None: they need not); `symmetric` ones have no zero
+    points; the scales of `searched` ones have the least squared error of `GRID`.
     """
 
     name: str
     bits_per_weight: float
     writers: frozenset[str]
-    size: Callable[[int, int, bool, str], int]
-    pack: Callable[[torch.Tensor, bool], Packed]
+    size: Callable[[Format, int, int, bool, str], int]
+    pack: Callable[[Format, torch.Tensor], Packed]
     unpack: Callable[[Packed, torch.dtype], torch.Tensor]
     bits: int | None = None
     group: int | None = None
     symmetric: bool = True
+    searched: bool = False
 
 
 @dataclass(frozen=True)
 class Packed:
     """A quantized matrix: everything that its dequantized values depend on, and nothing else.
 
-    `codes` are uint8 (two 4-bit codes a byte) for nf4 and int4, int8 (rows, cols) for int8, the weight itself
-    for 16bit. `scales` are a float32 absmax for each block (nf4; uint8 codes of it with double quantization),
-    or a scale in the weight's dtype for each row (int8) or group (int4), with the groups' `zeros` where the
-    format is asymmetric. `nested` holds double quantization's second level: absmax float32, its 256 levels,
-    offset.
+    `codes`: nf4 (⌈n/2⌉, 1) uint8, two codes a byte, the first weight in the high half; int4 (rows, cols/2)
+    uint8, the first weight in the low half, each code + 8; int8 (rows, cols) int8; 16bit the weight itself.
+    `scales`: nf4 a float32 absmax for each block (uint8 codes of it with double quantization), else a scale
+    in the weight's dtype for each row (int8) or group (int4, (rows, groups)); `zeros` int8 of the same shape
+    where the format is asymmetric. `nested` is double quantization's second level: absmax float32, its 256
+    levels, offset.
     """
 
     fmt: str
@@ -91,9 +97,7 @@ def format_row(fmt: str) -> Format:
     """The table's row for a format's name; PlanError with the nearest name if there is none."""
     if fmt in FORMATS:
         return FORMATS[fmt]
-    near = get_close_matches(fmt, FORMATS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise PlanError(f"Unknown format {fmt!r}; the formats are {', '.join(FORMATS)}.{hint}")
+    raise PlanError(f"Unknown format {fmt!r}; the formats are {', '.join(FORMATS)}.{suggest(fmt, FORMATS)}")
 
 
 def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, dtype: str = "float16") -> int:
@@ -102,7 +106,8 @@ def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, d
     Exact, with one exception: with `double_quant` bitsandbytes writes the absmax offset as decimal digits
     whose number depends on the weights; the estimate is then within 10 bytes.
     """
-    return format_row(fmt).size(rows, cols, double_quant, dtype)
+    row = format_row(fmt)
+    return row.size(row, rows, cols, double_quant, dtype)
 
 
 def size_tolerance(planned: int) -> int:
@@ -110,11 +115,17 @@ def size_tolerance(planned: int) -> int:
     return max(int(SIZE_TOLERANCE * planned), SIZE_FLOOR)
 
 
+def fits(fmt: str, cols: int) -> bool:
+    """Whether a matrix with this many columns can be held: a format's groups must divide them."""
+    group = format_row(fmt).group
+    return group is None or cols % group == 0
+
+
 def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> Packed:
     """Quantize a 2-D float16, bfloat16 or float32 weight (rows = out_features, cols = in_features).
 
     nf4: codes and absmax are bit-equal to `bitsandbytes.functional.quantize_4bit` on the same device.
-    int8, int4: see `checkpoints.integers`; the values are what compressed-tensors decompresses.
+    int8, int4: the values are what compressed-tensors decompresses.
     Raises AnalysisError for a wrong shape or dtype, for weights that are not finite, or for columns that the
     format's groups don't divide.
     """
@@ -125,7 +136,8 @@ def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> P
             f"{fmt} shares scales among {row.group} weights of a row; {row.group} doesn't divide the "
             f"{weight.shape[1]} columns of this {tuple(weight.shape)} matrix. Use a smaller group or int8."
         )
-    return row.pack(weight, double_quant)
+    packed = row.pack(row, weight)
+    return double_quantized(packed) if double_quant and fmt == "nf4" else packed
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -133,12 +145,6 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor
     import torch
 
     return FORMATS[packed.fmt].unpack(packed, dtype or torch.float32)
-
-
-def fits(fmt: str, cols: int) -> bool:
-    """Whether a matrix with this many columns can be held: a format's groups must divide them."""
-    group = format_row(fmt).group
-    return group is None or cols % group == 0
 
 
 def relative_error(weight: torch.Tensor, fmt: str) -> float:
@@ -157,26 +163,12 @@ def relative_error(weight: torch.Tensor, fmt: str) -> float:
     return math.sqrt(error / total) if total else 0.0
 
 
-def bitsandbytes_state(packed: Packed) -> Any:
-    """The `bitsandbytes.functional.QuantState` of an nf4 matrix, as bitsandbytes itself would make it."""
-    import torch
-    from bitsandbytes.functional import QuantState
-
-    if packed.nested is None:
-        offset, second = None, None
-    else:
-        absmax2, levels, offset = packed.nested
-        second = QuantState(absmax=absmax2, code=levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
-    return QuantState(
-        absmax=packed.scales,
-        shape=torch.Size(packed.shape),
-        code=nf4_levels(packed.codes.device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=packed.dtype,
-        offset=offset,
-        state2=second,
-    )
+def in_dtype(packed: Packed, dtype: torch.dtype) -> Packed:
+    """The same codes for a checkpoint in another 16-bit dtype; integer formats' scales are rounded to it."""
+    if packed.dtype == dtype:
+        return packed
+    scales = packed.scales if packed.fmt == "nf4" or packed.scales is None else packed.scales.to(dtype)
+    return replace(packed, dtype=dtype, scales=scales)
 
 
 def _check_weight(weight: torch.Tensor) -> None:
@@ -190,14 +182,60 @@ def _check_weight(weight: torch.Tensor) -> None:
         )
 
 
+def check_finite(absmax: torch.Tensor) -> None:
+    """AnalysisError unless every absmax is finite: a NaN or infinity among the weights shows there."""
+    if not absmax.isfinite().all():
+        raise AnalysisError(
+            "The weight holds NaN or infinity, so it can't be quantized. "
+            "Check the checkpoint, or the cast that made it 16-bit."
+        )
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+# --- threads ---------------------------------------------------------------------------------------------
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+_THREADS = RLock()
+
+
+def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """`work` on every part, a thread a part, while torch's own operations use one thread.
+
+    Splitting each small operation between threads instead waits for the slowest of them every time: on a busy
+    machine that costs more than it gains.
+    """
+    if len(parts) < 2:
+        return [work(part) for part in parts]
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, parts))
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """torch operations use one thread here, so sums don't depend on the machine; yields how many it had."""
+    import torch
+
+    with _THREADS:  # the number is the process', not the caller's
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(threads)
+
+
 # --- 16bit ----------------------------------------------------------------------------------------------
 
 
-def _size_16bit(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+def _size_16bit(row: Format, rows: int, cols: int, double_quant: bool, dtype: str) -> int:
     return 2 * rows * cols
 
 
-def _pack_16bit(weight: torch.Tensor, double_quant: bool) -> Packed:
+def _pack_16bit(row: Format, weight: torch.Tensor) -> Packed:
     return Packed("16bit", _shape(weight), weight.dtype, weight)
 
 
@@ -205,54 +243,32 @@ def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     return packed.codes.to(dtype, copy=True)
 
 
-# --- int8 and int4 ---------------------------------------------------------------------------------------
-
-SHAPE_BYTES = 16  # compressed-tensors keeps every packed matrix's shape, two int64
-
-
-def _size_int8(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
-    return 4 * rows * math.ceil(cols / 4) + _itemsize(dtype) * rows + SHAPE_BYTES
-
-
-def _pack_int8(weight: torch.Tensor, double_quant: bool) -> Packed:
-    return Packed("int8", _shape(weight), weight.dtype, *int8_codes(weight))
-
-
-def _unpack_int8(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    assert packed.scales is not None
-    return int8_values(packed.codes, packed.scales).to(dtype)
-
-
-def _unpack_int4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    assert packed.scales is not None
-    return int4_values(packed.codes, packed.scales, packed.zeros).to(dtype)
-
-
-def _int4(group: int, *, symmetric: bool, search: bool) -> Format:
-    """The row of one int4 format: searched scales by default, `_absmax` and `_asym` say otherwise."""
-    name = f"int4_g{group}" + ("" if symmetric else "_asym") + ("" if search else "_absmax")
-
-    def size(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
-        groups = math.ceil(cols / group)
-        zeros = 0 if symmetric else 4 * math.ceil(rows / 8) * groups
-        return 4 * rows * math.ceil(cols / 8) + _itemsize(dtype) * rows * groups + zeros + SHAPE_BYTES
-
-    def pack(weight: torch.Tensor, double_quant: bool) -> Packed:
-        codes, scales, zeros = int4_codes(weight, group, symmetric=symmetric, search=search)
-        return Packed(name, _shape(weight), weight.dtype, codes, scales, zeros=zeros)
-
-    bits = 4 + (16 if symmetric else 20) / group
-    return Format(name, bits, _MIXED, size, pack, _unpack_int4, 4, group, symmetric)
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
 # --- nf4 ------------------------------------------------------------------------------------------------
 
+BLOCK = 64  # weights that share one absmax
+NESTED_BLOCK = 256  # absmaxes that share one second-level absmax (double quantization)
+TINY = 1e-38  # bitsandbytes divides by max(absmax, TINY), so that an all-zero block stays zero
+CHUNK = 1 << 18  # weights processed at once: the scratch arrays fit a CPU's cache
+CELLS_PER_UNIT = 128.0  # cells of the lookup table on [-1, 1]; narrower than any two midpoints are apart
 
-def _size_nf4(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+# bitsandbytes' levels (functional.get_4bit_type), ascending.
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+ZERO_INDEX = NF4_LEVELS.index(0.0)  # the code of the zero that pads an odd number of weights
+
+
+def nf4_levels(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 16 NF4 levels, float32, ascending."""
+    import torch
+
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+def _size_nf4(row: Format, rows: int, cols: int, double_quant: bool, dtype: str) -> int:
     blocks = math.ceil(rows * cols / BLOCK)
     state: dict[str, object] = {
         "quant_type": "nf4",
@@ -270,25 +286,75 @@ def _size_nf4(rows: int, cols: int, double_quant: bool, dtype: str) -> int:
     return size + len(json.dumps(state))
 
 
-def _pack_nf4(weight: torch.Tensor, double_quant: bool) -> Packed:
+def _pack_nf4(row: Format, weight: torch.Tensor) -> Packed:
+    """On a CPU about ten times faster than bitsandbytes, which finds each index by a binary search."""
+    import torch
     from bitsandbytes import functional
 
     if weight.device.type != "cpu":
         codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        absmax = state.absmax
-        check_finite(absmax)
-    else:
-        codes, absmax = nf4_codes(weight)
-    packed = Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
-    return double_quantized(packed) if double_quant else packed
+        check_finite(state.absmax)
+        return Packed("nf4", _shape(weight), weight.dtype, codes, state.absmax)
+    flat = weight.reshape(-1)
+    numel = flat.numel()
+    whole = numel - numel % BLOCK
+    codes = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8)
+    absmax = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
+
+    def fill(start: int) -> None:
+        stop = min(start + CHUNK, whole)
+        x = flat[start:stop].float().view(-1, BLOCK)
+        peak = absmax[start // BLOCK : stop // BLOCK] = x.abs().amax(dim=1)
+        check_finite(peak)
+        x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1)
+        codes[start // 2 : stop // 2, 0] = _pairs(_nearest_level(x.view(-1)))
+
+    map_parts(fill, range(0, whole, CHUNK))
+    if whole < numel:
+        # In the last, partial block bitsandbytes divides instead of multiplying, and keeps TINY.
+        x = flat[whole:].float()
+        peak = absmax[-1] = x.abs().amax().clamp(min=TINY)
+        check_finite(peak)
+        index = _nearest_level((x / peak).clamp_(-1, 1))
+        codes[whole // 2 :, 0] = _pairs(torch.nn.functional.pad(index, (0, numel % 2), value=ZERO_INDEX))
+    return Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
 
 
-def in_dtype(packed: Packed, dtype: torch.dtype) -> Packed:
-    """The same codes for a checkpoint in another 16-bit dtype; integer formats' scales are rounded to it."""
-    if packed.dtype == dtype:
-        return packed
-    scales = packed.scales if packed.fmt == "nf4" or packed.scales is None else packed.scales.to(dtype)
-    return replace(packed, dtype=dtype, scales=scales)
+def _pairs(index: torch.Tensor) -> torch.Tensor:
+    # (n,) indices below 16 -> (n/2,) bytes
+    return (index[::2] << 4) | index[1::2]
+
+
+def _nearest_level(x: torch.Tensor) -> torch.Tensor:
+    """Index (uint8) of the NF4 level nearest to each x in [-1, 1]: the number of midpoints below x.
+
+    [-1, 1] is cut into equal cells so narrow that none holds two midpoints. A cell's first index, and the
+    midpoint inside it (or infinity), come from a table; one comparison decides. This is exact, not merely
+    close: as x grows its cell never falls, in floating point too, and the same arithmetic placed the
+    midpoints.
+    """
+    import torch
+
+    first, midpoint = _cell_tables()
+    cell = x.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int32)
+    return first.index_select(0, cell).add_(x > midpoint.index_select(0, cell))
+
+
+@cache
+def _cell_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    # (cells,) uint8: midpoints below the cell; (cells,) float32: the midpoint inside it, or infinity
+    import torch
+
+    levels = nf4_levels()
+    midpoints = (levels[:-1] + levels[1:]) / 2  # in float32, as bitsandbytes computes them
+    cells = midpoints.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int32)
+    size = int(2 * CELLS_PER_UNIT) + 1
+    first = torch.zeros(size, dtype=torch.uint8)
+    inside = torch.full((size,), math.inf)
+    for midpoint, cell in zip(midpoints, cells.tolist(), strict=True):
+        first[cell + 1 :] += 1
+        inside[cell] = midpoint
+    return first, inside
 
 
 def double_quantized(packed: Packed) -> Packed:
@@ -300,6 +366,27 @@ def double_quantized(packed: Packed) -> Packed:
         offset = packed.scales.mean()
     scales, second = functional.quantize_blockwise(packed.scales - offset, blocksize=NESTED_BLOCK)
     return replace(packed, scales=scales, nested=(second.absmax, second.code, offset))
+
+
+def bitsandbytes_state(packed: Packed) -> Any:
+    """The `bitsandbytes.functional.QuantState` of an nf4 matrix, as bitsandbytes itself would make it."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    offset = second = None
+    if packed.nested is not None:
+        absmax2, levels, offset = packed.nested
+        second = QuantState(absmax=absmax2, code=levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return QuantState(
+        absmax=packed.scales,
+        shape=torch.Size(packed.shape),
+        code=nf4_levels(packed.codes.device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=packed.dtype,
+        offset=offset,
+        state2=second,
+    )
 
 
 def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -318,24 +405,143 @@ def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     return values.reshape(-1)[:numel].reshape(packed.shape)
 
 
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
+# --- int8 and int4 ---------------------------------------------------------------------------------------
+
+SHAPE_BYTES = 16  # compressed-tensors keeps every packed matrix's shape, two int64
+LOWEST, HIGHEST = -8, 7  # int4's codes
+# Shares of the group's range that the search tries; on Gaussian weights the best lie between .7 and 1.
+GRID = tuple(round(1.04 - 0.04 * step, 2) for step in range(14))  # 1.04 … 0.52
+SEARCHED_AT_ONCE = 1 << 16  # weights: a candidate's scratch arrays fit a CPU's cache
 
 
-_BOTH = frozenset({"bitsandbytes", "compressed-tensors"})
-_STOCK = frozenset({"bitsandbytes"})
-_MIXED = frozenset({"compressed-tensors"})
+def _size_integers(row: Format, rows: int, cols: int, double_quant: bool, dtype: str) -> int:
+    """Codes in int32 words along a row, scales, zero points in words along the column, the shape."""
+    assert row.bits is not None
+    groups = math.ceil(cols / (row.group or cols))
+    zeros = 0 if row.symmetric else 4 * math.ceil(rows / 8) * groups
+    scale = 4 if dtype == "float32" else 2
+    return 4 * rows * math.ceil(cols * row.bits / 32) + scale * rows * groups + zeros + SHAPE_BYTES
+
+
+def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
+    import torch
+
+    rows, cols = weight.shape
+    group, dtype, device = row.group or cols, weight.dtype, weight.device
+    codes = torch.empty((rows, cols), dtype=torch.int8, device=device)
+    if row.bits == 4:
+        codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((rows, cols // group), dtype=dtype, device=device)
+    zeros = None if row.symmetric else torch.empty(scales.shape, dtype=torch.int8, device=device)
+    # few rows at once on a CPU, for its cache; many on a GPU, to fill it
+    step = max(1, (SEARCHED_AT_ONCE if device.type == "cpu" else 256 * SEARCHED_AT_ONCE) // cols)
+
+    def fill(start: int) -> None:
+        here = slice(start, start + step)
+        part = weight[here].float().reshape(-1, group)
+        check_finite(part.abs().amax(dim=1))
+        code, scale, zero = _searched(part, row, dtype) if row.searched else _rounded(part, row, 1.0, dtype)
+        scales[here] = scale.view(-1, cols // group)
+        if zeros is not None and zero is not None:
+            zeros[here] = zero.to(torch.int8).view(-1, cols // group)
+        if row.bits == 4:
+            pairs = (code - LOWEST).to(torch.uint8).view(-1, cols // 2, 2)
+            codes[here] = pairs[..., 0] | (pairs[..., 1] << 4)
+        else:
+            codes[here] = code.to(torch.int8).view(-1, cols)
+
+    map_parts(fill, range(0, rows, step))
+    return Packed(
+        row.name, _shape(weight), dtype, codes, scales if row.group else scales.view(rows), zeros=zeros
+    )
+
+
+def _rounded(part: torch.Tensor, row: Format, share: float, dtype: torch.dtype) -> Triple:
+    """Codes (G, group) float32, scales (G,) in `dtype` and zero points (G,) float32, for a share of each
+    group's range. Codes round half to even.
+
+    int8: ± absmax over 127 steps a side (LLM.int8, arXiv 2208.07339); symmetric int4: ± absmax over 15 steps;
+    asymmetric int4: [min, max], with zero in it, over 15.
+    """
+    steps = HIGHEST - LOWEST
+    if row.symmetric:
+        low, high = (-127, 127) if row.bits == 8 else (LOWEST, HIGHEST)
+        peak = part.abs().amax(dim=1)
+        scale = _stored(peak / 127 if row.bits == 8 else peak.mul_(share * 2 / steps), dtype)
+        return part.div(scale.float()[:, None]).round_().clamp_(low, high), scale, None
+    smallest = part.amin(dim=1).clamp_(max=0).mul_(share)
+    largest = part.amax(dim=1).clamp_(min=0).mul_(share)
+    scale = _stored((largest - smallest) / steps, dtype)
+    step = scale.float()
+    zero = (LOWEST - smallest / step).round_().clamp_(LOWEST, HIGHEST)
+    code = part.div(step[:, None]).add_(zero[:, None]).round_().clamp_(LOWEST, HIGHEST)
+    return code, scale, zero
+
+
+def _searched(part: torch.Tensor, row: Format, dtype: torch.dtype) -> Triple:
+    """For each group (row of `part`) the share of `GRID` with the least squared error; ties: the first."""
+    import torch
+
+    def squared_error(code: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        shifted = code if zero is None else code - zero[:, None]
+        return (shifted * scale.float()[:, None]).sub_(part).square_().sum(dim=1)
+
+    code, scale, zero = _rounded(part, row, GRID[0], dtype)
+    least = squared_error(code, scale, zero)
+    for share in GRID[1:]:
+        other, other_scale, other_zero = _rounded(part, row, share, dtype)
+        error = squared_error(other, other_scale, other_zero)
+        better = error < least
+        least = torch.where(better, error, least)
+        code = torch.where(better[:, None], other, code)
+        scale = torch.where(better, other_scale, scale)
+        zero = None if zero is None or other_zero is None else torch.where(better, other_zero, zero)
+    return code, scale, zero
+
+
+def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales as the file holds them; 1 where that would be 0, so that such a group becomes zeros."""
+    held = scale.to(dtype)
+    return held.masked_fill_(held == 0, 1)
+
+
+def _unpack_integers(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """scale · (code − zero) in float32; exact: 7 bits (or 5 with a zero point) times at most 11."""
+    import torch
+
+    assert packed.scales is not None
+    scales = packed.scales.float().view(packed.shape[0], -1)  # (rows, groups)
+    code = packed.codes.float()
+    if packed.codes.dtype == torch.uint8:
+        code = torch.stack([packed.codes & 15, packed.codes >> 4], dim=-1).float() + LOWEST
+    code = code.view(*scales.shape, -1)  # (rows, groups, group)
+    if packed.zeros is not None:
+        code -= packed.zeros.float()[..., None]
+    return code.mul_(scales[..., None]).flatten(1).to(dtype)
+
+
+# --- the table -------------------------------------------------------------------------------------------
+
+_BNB, _CT = frozenset({"bitsandbytes"}), frozenset({"compressed-tensors"})
+_INTEGERS = (_CT, _size_integers, _pack_integers, _unpack_integers)
 
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("16bit", 16.0, _BOTH, _size_16bit, _pack_16bit, _unpack_16bit),
-        Format("nf4", 4.5, _STOCK, _size_nf4, _pack_nf4, _unpack_nf4),
-        Format("int8", 8.0, _MIXED, _size_int8, _pack_int8, _unpack_int8, 8),
+        Format("16bit", 16.0, _BNB | _CT, _size_16bit, _pack_16bit, _unpack_16bit),
+        Format("nf4", 4.5, _BNB, _size_nf4, _pack_nf4, _unpack_nf4),
+        Format("int8", 8.0, *_INTEGERS, bits=8),
         *(
-            _int4(group, symmetric=symmetric, search=search)
-            for search in (True, False)
-            for symmetric in (True, False)
+            Format(
+                f"int4_g{group}{kind}",
+                4 + (20 if kind == "_asym" else 16) / group,
+                *_INTEGERS,
+                bits=4,
+                group=group,
+                symmetric=kind != "_asym",
+                searched=kind != "_absmax",
+            )
+            for kind in ("", "_asym", "_absmax")
             for group in (128, 64, 32)
         ),
     )

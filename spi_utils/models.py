@@ -33,12 +33,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.checkpoints.wide import widen
 from spi_utils.errors import ModelError
 from spi_utils.hub.hub_calls import server_delay
 from spi_utils.hub.tokens import hide_token, hub_token
 from spi_utils.progress import progress
 from spi_utils.runs import sha256_file, slug, write_json
+from spi_utils.safe_linear import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -236,7 +236,7 @@ def _storage_dtype(directory: Path, config: dict[str, Any]) -> str:
     was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
     sizes: dict[str, int] = defaultdict(int)
     for path in shard_paths(directory):
-        for dtype, shape in _header(path).values():
+        for dtype, shape in read_header(path).values():
             sizes[dtype] += torch.Size(shape).numel()
     largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
     if largest not in FLOATS:
@@ -597,11 +597,29 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors' dtype, shape) of the tensors of a file."""
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors' dtype, shape) of the tensors of a file; ModelError if it is cut or damaged."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """One tensor of a file, in memory of its own; ModelError if its bytes can't be read."""
+    with _opened(path) as file:
+        if math.prod(shape) <= PIECE:
+            return file.get_tensor(name).clone()  # a mapped file that is cut meanwhile is a bus error
+    rows = max(PIECE // math.prod(shape[1:]), 1)
+    pieces = (slice(first, first + rows) for first in range(0, shape[0], rows))
+    whole: torch.Tensor | None = None
+    for piece in pieces:  # closed between them: what is mapped counts as memory until then
+        with _opened(path) as file:
+            values = file.get_slice(name)[piece]
+            whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
+            whole[piece] = values
+            del values
+    assert whole is not None
+    return whole
 
 
 @dataclass(frozen=True)
@@ -661,10 +679,6 @@ class Weights:
         """Shape of a tensor as the model holds it, without reading it."""
         return self.shapes[name]
 
-    def held_dtypes(self, name: str) -> set[str]:
-        """safetensors' names of the types from which a tensor is made."""
-        return {self.files[part][1] for _, part in self.recipes[name].sources}
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the storage dtype (float32 where transformers insists on it).
 
@@ -683,20 +697,7 @@ class Weights:
 
         def from_file(part: str) -> torch.Tensor:
             path, _, shape = self.files[part]
-            with _opened(path) as file:
-                if math.prod(shape) <= PIECE:
-                    return file.get_tensor(part).clone()  # a mapped file that is cut meanwhile is a bus error
-            rows = max(PIECE // math.prod(shape[1:]), 1)
-            pieces = (slice(first, first + rows) for first in range(0, shape[0], rows))
-            whole: torch.Tensor | None = None
-            for piece in pieces:  # closed between them: what is mapped counts as memory until then
-                with _opened(path) as file:
-                    values = file.get_slice(part)[piece]
-                    whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
-                    whole[piece] = values
-                    del values
-            assert whole is not None
-            return whole
+            return read_tensor(path, part, shape)
 
         return self.recipes[name].apply(from_file, self.model)[name].contiguous()
 
@@ -724,7 +725,7 @@ def open_weights(source: ModelSource) -> Iterator[Weights]:
     files = {
         name: (path, *entry)
         for path in shard_paths(source.directory)
-        for name, entry in _header(path).items()
+        for name, entry in read_header(path).items()
     }
     found = Weights(
         getattr(torch, source.storage_dtype),

@@ -10,23 +10,16 @@ project's and holds for none of them exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from spi_utils.engines.common import ModelFacts, Recipe
-from spi_utils.engines.integer import (
-    gptqmodel,
-    llm_compressor,
-    read_gptqmodel,
-    read_groups,
-    read_llm_compressor,
-    read_torchao,
-    torchao,
-)
-from spi_utils.engines.llama_cpp import llama_cpp, read_ggml
+import yaml
+
 from spi_utils.errors import PlanError
+from spi_utils.formats import fits, format_row
 from spi_utils.plan import ProtectionPlan, check_plan
 from spi_utils.runs import Run, read_json, read_layers, write_text
 
@@ -35,7 +28,34 @@ if TYPE_CHECKING:
 
     from spi_utils.models import ModelSource
 
-BY_RULE = "by rule, not parsed"
+NEAREST = {"nf4": "int4_g32"}  # for engines with integers alone: both are 4.5 bits a weight
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What recipes need to know of a model beside the plan.
+
+    `planned`: module -> (role, columns); `others`: every further matrix -> its role. `composite`: the config
+    holds a text model inside a larger one, whose modules are named `model.language_model.…` when it is loaded
+    whole.
+    """
+
+    model_type: str
+    storage_dtype: str
+    composite: bool
+    planned: Mapping[str, tuple[str, int]]
+    others: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A plan in an engine's words: the file without its header (text, or a JSON object), what differs from
+    the plan, and further files, name -> text.
+    """
+
+    body: str | dict[str, Any]
+    notes: tuple[str, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,25 +91,30 @@ def write_recipes(
     texts: dict[str, str] = {}
     made = {}
     for name in chosen:
+        engine = ENGINES[name]
         try:
-            recipe = _recipe(name, plan, facts)
-            texts[ENGINES[name].file] = render(name, recipe, check(name, recipe))
+            if set(plan.formats.values()) <= {"16bit"}:
+                raise PlanError(
+                    "this plan keeps every layer in 16-bit: there is nothing to quantize elsewhere."
+                )
+            recipe = engine.make(plan, facts)
+            checked = check(name, recipe)
         except PlanError as error:
             if engines is not None:
                 raise
             print(f"no recipe for {name}: {error}")
             continue
+        if isinstance(recipe.body, dict):
+            held = {"engine": name, "checked": checked, "notes": list(recipe.notes), **recipe.body}
+            texts[engine.file] = json.dumps(held, indent=2, ensure_ascii=False) + "\n"
+        else:
+            head = (f"engine: {name}", f"checked: {checked}", *recipe.notes)
+            texts[engine.file] = "".join(f"# {line}\n" for line in head) + recipe.body
         texts |= recipe.files
-        made[name] = run.path / "recipes" / ENGINES[name].file
+        made[name] = run.path / "recipes" / engine.file
     for file, text in texts.items():
         write_text(run.path / "recipes" / file, text)
     return made
-
-
-def _recipe(name: str, plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
-    if set(plan.formats.values()) <= {"16bit"}:
-        raise PlanError("this plan keeps every layer in 16-bit: there is nothing to quantize elsewhere.")
-    return ENGINES[name].make(plan, facts)
 
 
 def model_facts(run: Run, plan: ProtectionPlan, source: ModelSource) -> ModelFacts:
@@ -112,7 +137,7 @@ def model_facts(run: Run, plan: ProtectionPlan, source: ModelSource) -> ModelFac
 
 
 def check(name: str, recipe: Recipe) -> str:
-    """Which installed package has read the recipe just now; BY_RULE if there is none."""
+    """Which installed package has read the recipe just now, or that none has; PlanError if one refuses it."""
     why = ""
     for distribution, read, says in ENGINES[name].readers:
         try:
@@ -129,33 +154,265 @@ def check(name: str, recipe: Recipe) -> str:
             ) from error
         else:
             return says.format(package) + why
-    return BY_RULE + why
+    return "by rule, not parsed" + why
 
 
-def render(name: str, recipe: Recipe, checked: str) -> str:
-    """A recipe's file: its notes and who checked it, then the body."""
-    if isinstance(recipe.body, dict):
-        held = {"engine": name, "checked": checked, "notes": list(recipe.notes), **recipe.body}
-        return json.dumps(held, indent=2, ensure_ascii=False) + "\n"
-    head = [f"engine: {name}", f"checked: {checked}", *recipe.notes]
-    return "".join(f"# {line}\n" for line in head) + recipe.body
+# --- what the engines share ------------------------------------------------------------------------------
 
+
+def pattern(name: str, composite: bool = False) -> str:
+    """An anchored regular expression that matches this name alone (and, of a composite, its longer form)."""
+    text = re.escape(name)
+    if composite:
+        text = re.sub(r"^model\\\.", r"model\\.(?:language_model\\.)?", text)
+    return f"^{text}$"
+
+
+def target(name: str, facts: ModelFacts) -> str:
+    """A module as llm-compressor and torchao are told of it: the plain name, or `re:` and a pattern."""
+    return f"re:{pattern(name, True)}" if facts.composite else name
+
+
+def integers(
+    plan: ProtectionPlan, facts: ModelFacts, conv1d: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """The plan in 16bit, int8 and int4 alone, and what had to change; `conv1d`: can the engine take those."""
+    held, refused = {}, []
+    for name, fmt in plan.formats.items():
+        role, cols = facts.planned[name]
+        near = NEAREST.get(fmt, fmt)
+        able = fits(near, cols) and (conv1d or role != "conv1d")
+        held[name] = near if able else "16bit"
+        refused += [] if able or near == "16bit" else [name]
+    notes = [
+        f"{fmt} doesn't exist here: {plan.count(fmt)} layers become {near} "
+        f"({format_row(near).bits_per_weight:g} bits a weight); the plan's predicted KL doesn't hold."
+        for fmt, near in NEAREST.items()
+        if fmt in plan.formats.values()
+    ]
+    if refused:
+        notes.append(
+            f"kept in 16-bit, because the group doesn't divide the columns or the module is no nn.Linear: "
+            f"{', '.join(refused)}."
+        )
+    return held, notes
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------
+
+BASE_TYPE = "Q8_0"  # llama.cpp's, for a tensor that no rule names: nearly lossless, and no mixture of types
+# model_type -> llama.cpp's architecture, where they differ by more than "_", "-" and "_text"
+GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r", "phi": "phi2"}
+
+
+def llama_cpp(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
+    """A llama-quantize command with one `--tensor-type` a tensor, and the same as a `--tensor-type-file`.
+
+    llama-quantize searches each tensor's name for the patterns (`std::regex_search`, lower case); the first
+    match has won in some versions, the last in others: here no tensor matches two. It drops them with a base
+    type that isn't quantized, and older versions with `--pure`; both are avoided.
+    """
+    half, tensors = ggml_type("16bit", 32, facts.storage_dtype), gguf_names(facts)
+    types = {
+        name: ggml_type(fmt, facts.planned[name][1], facts.storage_dtype)
+        for name, fmt in plan.formats.items()
+    }
+    pairs = sorted({f"{fmt} → {types[name]}" for name, fmt in plan.formats.items()})
+    own_flag = ("embedding", "head", "experts")
+    types |= {name: half for name, role in facts.others.items() if role not in own_flag}
+    rules = [
+        f"{pattern(tensor)}={types[name]}" for name, tensor in tensors.items() if tensor and name in types
+    ]
+    if "experts" in facts.others.values():
+        rules.append(rf"^blk\.[0-9]+\.ffn_[a-z_]*exps\.weight$={half}")
+    notes = [f"{', '.join(pairs)}; the types round in their own ways: the plan's predicted KL doesn't hold."]
+    if nameless := [name for name in types if tensors[name] is None]:
+        notes.append(f"without a GGUF name, so {BASE_TYPE} whatever was planned: {', '.join(nameless)}.")
+    notes.append("run: sh llama_cpp.sh MODEL-16BIT.gguf OUT.gguf (from convert_hf_to_gguf.py, not quantized)")
+    flags = [f"--token-embedding-type {half}", f"--output-tensor-type {half}"]
+    flags += [f"--tensor-type '{rule}'" for rule in rules]
+    body = " \\\n  ".join(["llama-quantize", *flags, f'"$1" "$2" {BASE_TYPE}']) + "\n"
+    return Recipe(body, tuple(notes), {"llama_cpp.tensor-types.txt": "\n".join(rules) + "\n"})
+
+
+def ggml_type(fmt: str, cols: int, storage_dtype: str) -> str:
+    """llama.cpp's nearest type, all with blocks of 32 (q4_k: 256), in bits a weight.
+
+    16bit → f16 or bf16; nf4 (4.5) → iq4_nl (4.5: its 16 levels are unequal too); int8 (8) → q8_0 (8.5);
+    int4 (4.125 to 4.5) → q4_0 (4.5); int4 asymmetric (4.16 to 4.63) → q4_k (4.5), or q4_1 (5) where 256
+    doesn't divide the columns. Columns that 32 doesn't divide stay 16-bit, as in llama-quantize.
+    """
+    row = format_row(fmt)
+    if fmt == "16bit" or cols % 32:
+        return {"float16": "f16", "bfloat16": "bf16"}[storage_dtype]
+    if fmt == "nf4":
+        return "iq4_nl"
+    if row.bits == 8:
+        return "q8_0"
+    if row.symmetric:
+        return "q4_0"
+    return "q4_1" if cols % 256 else "q4_k"
+
+
+def gguf_names(facts: ModelFacts) -> dict[str, str | None]:
+    """{module: GGUF tensor} by gguf's own map; None where it has no name.
+
+    Raises:
+        PlanError: gguf knows no such architecture.
+    """
+    import gguf
+
+    def plain(name: str) -> str:
+        return re.sub(r"_text$|[-_]", "", name)
+
+    wanted = plain(GGUF_ARCHITECTURES.get(facts.model_type, facts.model_type))
+    found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if plain(name) == wanted]
+    if not found:
+        raise PlanError(
+            f"gguf {metadata.version('gguf')} knows no architecture for the model type {facts.model_type!r}: "
+            "install a newer gguf, or leave llama.cpp out of `engines`."
+        )
+    names = [*facts.planned, *facts.others]
+    blocks = [int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]]
+    table = gguf.get_tensor_name_map(found[0], max(blocks, default=0) + 1)
+    held = {name: table.get_name(name) for name in names}
+    return {name: f"{tensor}.weight" if tensor else None for name, tensor in held.items()}
+
+
+def _read_ggml(body: str) -> None:
+    from gguf import GGMLQuantizationType
+
+    for kind in re.findall(r"=(\w+)'", body):
+        GGMLQuantizationType[kind.upper()]  # KeyError names a type that is none of gguf's
+
+
+# --- llm-compressor --------------------------------------------------------------------------------------
+
+
+def llm_compressor(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
+    """A `QuantizationModifier` without data: a group a format, targets by full module name."""
+    held, notes = integers(plan, facts)
+    names = {name: target(name, facts) for name in held}
+    groups = {}
+    for fmt in sorted({*held.values()} - {"16bit"}):
+        row = format_row(fmt)
+        weights = {"num_bits": row.bits, "type": "int", "symmetric": row.symmetric}
+        weights |= {"strategy": "group", "group_size": row.group} if row.group else {"strategy": "channel"}
+        weights["observer"] = "memoryless_mse" if row.searched else "memoryless_minmax"
+        groups[fmt] = {"targets": [names[name] for name in held if held[name] == fmt], "weights": weights}
+    ignore = [names[name] for name in held if held[name] == "16bit"]
+    ignore += [name for name, role in facts.others.items() if role == "head"]
+    modifier = {"QuantizationModifier": {"config_groups": groups, "ignore": ignore}}
+    body = yaml.safe_dump({"default_stage": {"quantization_modifiers": modifier}}, sort_keys=False, width=200)
+    notes.append("oneshot(model=…, recipe=…) needs no data; scales are its own: the predicted KL is a guide.")
+    return Recipe(body, tuple(notes))
+
+
+def _read_llm_compressor(body: str) -> None:
+    from llmcompressor.recipe import Recipe as Theirs
+
+    Theirs.create_instance(body)
+
+
+def _read_groups(body: str) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    stage = yaml.safe_load(body)["default_stage"]
+    QuantizationConfig(**stage["quantization_modifiers"]["QuantizationModifier"])
+
+
+# --- GPTQModel -------------------------------------------------------------------------------------------
+
+
+def gptqmodel(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
+    """`QuantizeConfig(**quantize_config)`, a rule of `dynamic` a module: "+:" quantizes, "-:" keeps 16-bit.
+
+    GPTQModel matches a pattern at the start of the module's name (`match`); the first rule wins.
+    """
+    held, notes = integers(plan, facts, conv1d=True)
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name, fmt in held.items():
+        row, rule = format_row(fmt), pattern(name, facts.composite)
+        if fmt == "16bit":
+            dynamic[f"-:{rule}"] = {}
+        else:
+            dynamic[f"+:{rule}"] = {"bits": row.bits, "group_size": row.group or -1, "sym": row.symmetric}
+    for name, role in facts.others.items():
+        stem = pattern(name.rpartition(".")[0], facts.composite)[:-1] + r"\..*$"  # experts may be split up
+        dynamic[f"-:{stem if role == 'experts' else pattern(name, facts.composite)}"] = {}
+    notes.append("GPTQ rounds with calibration texts: the plan's predicted KL doesn't hold.")
+    notes.append("modules that GPTQModel's own list for this architecture leaves out stay in 16-bit.")
+    base = {"bits": 4, "group_size": 32, "sym": True, "dynamic": dynamic}
+    return Recipe({"quantize_config": base}, tuple(notes))
+
+
+def _read_gptqmodel(body: dict[str, Any]) -> None:
+    from gptqmodel.quantization.config import QuantizeConfig
+
+    QuantizeConfig(**body["quantize_config"]).dynamic_get("compiles every pattern")
+
+
+# --- torchao ---------------------------------------------------------------------------------------------
+
+TORCHAO = """\
+import torch
+from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
+
+formats = {{
+    "16bit": None,
+{formats}}}
+plan = {plan}
+config = FqnToConfig({{name: formats[held] for name, held in plan.items()}})
+"""
+TORCHAO_NOTES = (
+    "quantize_(model, config, filter_fn=None), or transformers' TorchAoConfig(config); in older versions",
+    "FqnToConfig is called ModuleFqnToConfig.",
+    "scales are by absmax; the plan's int4 scales are searched unless its format says _absmax: another KL.",
+    "codes take a byte each in memory, on any device; for half a byte put Int4WeightOnlyConfig(group_size=…)",
+    "in the int4 rows: asymmetric codes, and it needs a kernel for the device.",
+)
+
+
+def torchao(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
+    """A Python file that makes `config`, an `FqnToConfig`: a line a module."""
+    held, notes = integers(plan, facts)
+    lines = ""
+    for fmt in sorted({*held.values()} - {"16bit"}):
+        row = format_row(fmt)
+        grain = f"PerGroup({row.group})" if row.group else "PerAxis(0)"
+        mapping = "SYMMETRIC" if row.symmetric else "ASYMMETRIC"
+        lines += f'    "{fmt}": IntxWeightOnlyConfig(torch.int{row.bits}, {grain}, MappingType.{mapping}),\n'
+    names = {target(name, facts): fmt for name, fmt in held.items()}
+    body = TORCHAO.format(formats=lines, plan=json.dumps(names, indent=4))
+    return Recipe(body, (*notes, *TORCHAO_NOTES))
+
+
+def _read_torchao(body: str) -> None:
+    from torchao.core.config import config_from_dict, config_to_dict
+
+    made: dict[str, Any] = {}
+    exec(body, made)  # a few lines made above, of quoted names and numbers
+    config_from_dict(config_to_dict(made["config"]))
+
+
+# --- the table -------------------------------------------------------------------------------------------
 
 PARSED = "parsed with {}"
 ENGINES: dict[str, Engine] = {
     "llama.cpp": Engine(
         "llama_cpp.sh",
         llama_cpp,
-        (("gguf", read_ggml, "names and types by {}; patterns by rule, not parsed by llama-quantize"),),
+        (("gguf", _read_ggml, "names and types by {}; patterns by rule, not parsed by llama-quantize"),),
     ),
     "llm-compressor": Engine(
         "llm_compressor.yaml",
         llm_compressor,
         (
-            ("llmcompressor", read_llm_compressor, PARSED),
-            ("compressed-tensors", read_groups, "groups parsed with {}; not parsed by llm-compressor"),
+            ("llmcompressor", _read_llm_compressor, PARSED),
+            ("compressed-tensors", _read_groups, "groups parsed with {}; not parsed by llm-compressor"),
         ),
     ),
-    "GPTQModel": Engine("gptqmodel.json", gptqmodel, (("gptqmodel", read_gptqmodel, PARSED),)),
-    "torchao": Engine("torchao_config.py", torchao, (("torchao", read_torchao, PARSED),)),
+    "GPTQModel": Engine("gptqmodel.json", gptqmodel, (("gptqmodel", _read_gptqmodel, PARSED),)),
+    "torchao": Engine("torchao_config.py", torchao, (("torchao", _read_torchao, PARSED),)),
 }

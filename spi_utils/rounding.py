@@ -22,13 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from spi_utils.checkpoints.integers import HIGHEST, LOWEST
-from spi_utils.checkpoints.nf4 import BLOCK, TINY, check_finite, nf4_levels
 from spi_utils.errors import AnalysisError, RunError
-from spi_utils.formats import Packed, format_row
-from spi_utils.runs import atomic_path
+from spi_utils.formats import BLOCK, HIGHEST, LOWEST, TINY, Packed, check_finite, format_row, nf4_levels
+from spi_utils.runs import write_tensors
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
 SWEEPS = 1  # of coordinate descent: the first takes 4 to 6 % off the KL, the next three 1 to 3 % more
@@ -216,8 +213,7 @@ def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed], mark: str)
         assert packed.scales is not None
         tensors |= {f"{name}|{fmt}|codes": packed.codes.cpu(), f"{name}|{fmt}|scales": packed.scales.cpu()}
         rows.append([name, fmt, list(packed.shape), str(packed.dtype).removeprefix("torch.")])
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"mark": mark, "packed": json.dumps(rows)})
+    write_tensors(path, tensors, mark=mark, packed=json.dumps(rows))
 
 
 def read_mark(path: Path) -> tuple[str, list[Any]]:

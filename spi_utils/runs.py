@@ -32,6 +32,7 @@ import pandas as pd
 from spi_utils.errors import RunError
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 SCHEMA = 1
@@ -150,6 +151,21 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically: two-space indent, keys in the order given, NaN refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:
+    """Write a safetensors file atomically. RunError where it can't be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            cause = re.search(r"os error (\d+)", str(error))
+            if cause is None:
+                raise
+            raise OSError(int(cause[1]), os.strerror(int(cause[1]))) from error
 
 
 def read_json(

@@ -17,13 +17,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from spi_utils import fresh_check
 from spi_utils import quantize as q
-from spi_utils.checkpoints import ct_parts, fresh_check, verify
-from spi_utils.checkpoints.backends import backend_row
-from spi_utils.checkpoints.checkpoint import saved_weights
-from spi_utils.checkpoints.saved import put_saved
+from spi_utils.checkpoint import (
+    BACKENDS,
+    ct_formats,
+    ct_scheme,
+    put_saved,
+    read_part,
+    saved_files,
+    saved_weights,
+)
 from spi_utils.errors import CheckpointError, PlanError
-from spi_utils.formats import FORMATS, dequantize, quantize, size_tolerance
+from spi_utils.formats import FORMATS, dequantize, layer_bytes, quantize, size_tolerance
 from spi_utils.hub.gates import _planned
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.plan import ProtectionPlan, bit_rates, make_plan, price
@@ -45,7 +51,7 @@ def here(monkeypatch, tmp_path):
         fresh_check.main(str(tmp_path / "request.json"), str(tmp_path / "answer.json"))
         return json.loads((tmp_path / "answer.json").read_text()) | {"spi_utils": False}
 
-    monkeypatch.setattr(verify, "ask", ask)
+    monkeypatch.setattr(q, "ask", ask)
 
 
 def table(source):
@@ -136,13 +142,13 @@ def test_the_configuration_is_one_that_the_library_reads(tiny, tmp_path, here):
 def test_file_tensors_decompress_to_the_chosen_values_and_read_back(fmt, dtype):
     weight = (torch.randn(44, 384, generator=torch.Generator().manual_seed(1)) * 0.03).to(dtype)
     made = quantize(weight, fmt)
-    parts = ct_parts.parts(made)
-    assert list(parts) == list(ct_parts.suffixes(fmt, False))
-    theirs = PackedQuantizationCompressor.decompress(dict(parts), ct_parts.scheme(fmt, []))["weight"]
+    backend = BACKENDS["compressed-tensors"]
+    parts = backend.parts(made)
+    theirs = PackedQuantizationCompressor.decompress(dict(parts), ct_scheme(fmt, []))["weight"]
     assert theirs.dtype == dtype and torch.equal(theirs, dequantize(made, dtype))
-    back = ct_parts.packed(fmt, parts)
+    back = backend.packed(fmt, parts)
     assert torch.equal(dequantize(back, dtype), theirs) and back.shape == made.shape
-    nbytes = FORMATS[fmt].size(44, 384, False, "float16")
+    nbytes = layer_bytes(fmt, 44, 384)
     assert sum(tensor.nbytes for tensor in parts.values()) == nbytes
 
 
@@ -157,25 +163,25 @@ def test_the_saved_plan_is_scored_from_its_own_file(tiny, tmp_path, here):
     assert found == {fmt: plan.count(fmt) for fmt in set(plan.formats.values())}
     for name in plan.formats:
         assert torch.equal(model.get_submodule(name).weight, stock.get_submodule(name).weight.float())
-    with saved_weights(folder) as saved:
-        assert {name: saved.formats[name] for name in plan.formats} == plan.formats
+    saved = saved_weights(folder)
+    assert {name: saved.formats[name] for name in plan.formats} == plan.formats
 
 
 def test_one_flipped_bit_is_found(tiny, tmp_path, here):
     run, source, plan = prepare(tiny("llama"), tmp_path)
     folder = q.quantize(run, source, plan, **CT)
     path = folder / "model.safetensors"
+    files = saved_files(folder)
+    written = {name: q.tensor_hash(read_part(path, name, shape)) for name, (_, _, shape) in files.items()}
+    q.check_bits(folder, written)
     raw = bytearray(path.read_bytes())
     name = next(name for name, fmt in plan.formats.items() if fmt == "int4_g64")
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     begin = header[f"{name}.weight_packed"]["data_offsets"][0] + 8 + int.from_bytes(raw[:8], "little")
     raw[begin] ^= 1
     path.write_bytes(raw)
-    saving = q.Saving(torch.float16, torch.float16, False, "error", torch.device("cpu"), CT["backend"])
-    with open_weights(source) as weights, saved_weights(folder) as saved:
-        items = q.list_items(weights, plan.formats, saving)
-        with pytest.raises(CheckpointError, match=name):
-            verify.check_bits(saved, weights, items, saving)
+    with pytest.raises(CheckpointError, match=name):
+        q.check_bits(folder, written)
 
 
 def test_zero_points_are_written_only_where_they_can_be_loaded(tiny, tmp_path, here):
@@ -246,12 +252,11 @@ def test_groups_that_do_not_divide_are_refused(tiny, tmp_path):
 def test_another_programs_groups_are_refused():
     theirs = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}}
     with pytest.raises(CheckpointError, match=r"group_0.*was not written by notebook 03_quantize"):
-        ct_parts.read_formats(theirs)
+        ct_formats(theirs)
     zeros = {"num_bits": 4, "group_size": 64, "symmetric": False}
     named_as_ours = {"config_groups": {"int4_g64": {"targets": ["a"], "weights": zeros}}}
     with pytest.raises(CheckpointError, match=r"int4_g64.*was not written by notebook 03_quantize"):
-        ct_parts.read_formats(named_as_ours)
-    assert backend_row("bitsandbytes").read_formats({}) is None
+        ct_formats(named_as_ours)
 
 
 def test_files_may_call_modules_otherwise_than_the_model(tmp_path, here):
@@ -304,12 +309,12 @@ def test_what_vllm_would_object_to():
     qkv = [f"{block}self_attn.{leaf}_proj" for leaf in "qkv"]
     shapes = dict.fromkeys([*qkv, f"{block}mlp.down_proj"], (256, 256))
     same = dict.fromkeys(qkv, "int8") | {f"{block}mlp.down_proj": "int4_g64"}
-    assert ct_parts.serving_notes(same, shapes) == []
-    (torn,) = ct_parts.serving_notes(same | {qkv[1]: "int4_g64"}, shapes)
+    assert q.serving_notes(same, shapes) == []
+    (torn,) = q.serving_notes(same | {qkv[1]: "int4_g64"}, shapes)
     assert "1 groups" in torn and "q_proj" in torn
-    (odd,) = ct_parts.serving_notes(same, shapes | {qkv[0]: (256, 576)})
+    (odd,) = q.serving_notes(same, shapes | {qkv[0]: (256, 576)})
     assert odd.startswith("1 quantized layers")
-    assert ct_parts.serving_notes(dict.fromkeys(qkv, "16bit"), shapes | {qkv[0]: (5, 7)}) == []
+    assert q.serving_notes(dict.fromkeys(qkv, "16bit"), shapes | {qkv[0]: (5, 7)}) == []
 
 
 def test_a_plan_keeps_merged_layers_together(tiny):
@@ -328,7 +333,7 @@ def test_a_plan_keeps_merged_layers_together(tiny):
     fused = make_plan(layers, group="fused", **options)
     free = make_plan(layers, **options)
     shapes = {row.name: (row.rows, row.cols) for row in layers[planned].itertuples()}
-    merged = [note for note in ct_parts.serving_notes(fused.formats, shapes) if "merges" in note]
-    assert merged == [] and any("merges" in note for note in ct_parts.serving_notes(free.formats, shapes))
+    merged = [note for note in q.serving_notes(fused.formats, shapes) if "merges" in note]
+    assert merged == [] and any("merges" in note for note in q.serving_notes(free.formats, shapes))
     assert fused.predicted_kl > free.predicted_kl
     assert isinstance(fused, ProtectionPlan) and fused.writers == {"compressed-tensors"}

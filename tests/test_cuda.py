@@ -6,11 +6,11 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from spi_utils.checkpoints.safe_linear import SafeFP16Linear
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.rounding import guided
+from spi_utils.safe_linear import SafeFP16Linear
 from spi_utils.scoring import Switch, reference_states, token_scores
 from spi_utils.sensitivity import all_slopes, random_windows
 from spi_utils.spectra import decompose
@@ -117,7 +117,7 @@ def test_scores_are_float32s_on_the_cpu(device, dtype, source):
 def test_what_overflows_float16_is_dealt_with_as_the_policy_says(device, policy):
     plain = nn.Linear(64, 32, bias=False)
     nn.init.constant_(plain.weight, 100.0)
-    safe = SafeFP16Linear.from_linear(plain, policy=policy, dtype=torch.float16).to(device)
+    safe = SafeFP16Linear.from_linear(plain.half(), policy=policy).to(device)
     x = torch.full((2, 64), 50.0, dtype=torch.float16, device=device)
     if policy == "error":
         with pytest.raises(EvaluationError):

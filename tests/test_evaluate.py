@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import evaluate, report, runs, texts
-from spi_utils.checkpoints.saved import saved_tensors, weight_files
+from spi_utils.checkpoint import saved_weights, weight_files
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.evaluate import Evaluation
 from spi_utils.judging import controls, measures, rivals, session, speed
@@ -346,11 +346,13 @@ def test_a_corrupt_piece_is_scored_again(copy_of, capsys):
 
 def test_saved_values_are_bitsandbytes_own(ready):
     run, _ = ready
-    values = {name: (tensor, held) for name, tensor, held in saved_tensors(run.model_dir)}
+    saved = saved_weights(run.model_dir)
     model = AutoModelForCausalLM.from_pretrained(run.model_dir).dequantize()
     for name, parameter in model.named_parameters():
-        assert torch.equal(values[name][0].float(), parameter.detach().float()), name
-    assert sum(held == "nf4" for _, held in values.values()) == 14
+        module = name.removesuffix(".weight")
+        value = saved.read(module, None) if module in saved.formats else saved.tensor(name)
+        assert torch.equal(value.float(), parameter.detach().float()), name
+    assert sum(held == "nf4" for held in saved.formats.values()) == 14
 
 
 def spoil(run, change):

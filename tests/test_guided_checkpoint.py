@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spi_utils.analyze import analyze
+from spi_utils.checkpoint import BACKENDS
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import dequantize
 from spi_utils.plan import decide, read_plan
@@ -56,10 +57,10 @@ def test_compressed_tensors_reads_the_codes_that_were_chosen(tmp_path):
     plan = decide(run, backend="compressed-tensors")
     quantize(run, source, plan, device="cpu", backend="compressed-tensors")
     codes = Codes(run.rounded)
-    with saved_weights(run.model_dir) as saved:
-        for name, fmt in plan.formats.items():
-            if fmt == "int4_g64":
-                assert torch.equal(saved.read(name), dequantize(codes[name, fmt]))
+    saved = saved_weights(run.model_dir)
+    for name, fmt in plan.formats.items():
+        if fmt == "int4_g64":
+            assert torch.equal(saved.read(name), dequantize(codes[name, fmt]))
 
 
 def test_in_another_dtype_and_with_double_quantization_the_codes_stay(tmp_path):
@@ -68,12 +69,12 @@ def test_in_another_dtype_and_with_double_quantization_the_codes_stay(tmp_path):
     other = "float16" if source.storage_dtype == "bfloat16" else "bfloat16"
     quantize(run, source, decide(run, double_quant=True, force=True), device="cpu", storage_dtype=other)
     codes = Codes(run.rounded)
-    with saved_weights(run.model_dir) as saved:
-        for name, fmt in plan.formats.items():
-            if fmt == "nf4":
-                assert torch.equal(saved.packed(name).codes, codes[name, fmt].codes)
-                near = saved.read(name) - dequantize(codes[name, fmt])
-                assert near.norm() < 0.02 * dequantize(codes[name, fmt]).norm()
+    saved = saved_weights(run.model_dir)
+    for name, fmt in plan.formats.items():
+        if fmt == "nf4":
+            assert torch.equal(saved.packed(name).codes, codes[name, fmt].codes)
+            near = saved.read(name) - dequantize(codes[name, fmt])
+            assert near.norm() < 0.02 * dequantize(codes[name, fmt]).norm()
 
 
 def test_without_codes_notebook_03_makes_them_and_says_so(tmp_path, capsys):
@@ -97,18 +98,17 @@ def test_nearest_leaves_no_codes_and_writes_the_librarys_own(tmp_path):
     assert run_info(run)["stages"]["quantize"]["proof"]["finite"]
 
 
-def test_a_file_with_other_codes_than_were_chosen_is_refused(tmp_path, monkeypatch):
-    from spi_utils.checkpoints import checkpoint
-
-    run, source = analysed("llama", tmp_path)
+@pytest.mark.parametrize("rounding", ["guided", "nearest"])
+def test_a_file_with_other_codes_than_were_chosen_is_refused(rounding, tmp_path, monkeypatch):
+    run, source = analysed("llama", tmp_path, rounding=rounding)
     plan = decide(run)
-    own = checkpoint.BACKENDS["bitsandbytes"]
+    own = BACKENDS["bitsandbytes"]
 
     def flipped(packed):
         parts = own.parts(packed)
         parts["weight"] = parts["weight"] ^ 1
         return parts
 
-    monkeypatch.setattr(checkpoint, "BACKENDS", {"bitsandbytes": replace(own, parts=flipped)})
-    with pytest.raises(CheckpointError, match="differ from the source's"):
+    monkeypatch.setitem(BACKENDS, "bitsandbytes", replace(own, parts=flipped))
+    with pytest.raises(CheckpointError, match="bitsandbytes reads nf4 as other values than were meant"):
         quantize(run, source, plan, device="cpu")

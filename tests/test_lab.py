@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from spi_utils.checkpoints.nf4 import NF4_LEVELS
 from spi_utils.errors import AnalysisError, EvaluationError, RunError
+from spi_utils.formats import NF4_LEVELS
 from spi_utils.lab import arms, correlations, experiment, figures, numeric, summary, tables, verdicts
 from spi_utils.lab.damage import (
     Judge,

@@ -160,9 +160,9 @@ def test_the_table_has_no_row_too_many():
 
 
 def test_names_that_are_repeated_here_are_those_of_their_modules():
-    from spi_utils.checkpoints.checkpoint import OVERFLOW
     from spi_utils.evaluate import PROFILES
     from spi_utils.models import resolve_device, resolve_dtype
+    from spi_utils.quantize import OVERFLOW
     from spi_utils.sensitivity import OWN
     from spi_utils.texts import NAMES
 

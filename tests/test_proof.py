@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spi_utils.checkpoints import fresh_check
-from spi_utils.checkpoints.saved import put_saved
+from spi_utils import fresh_check
+from spi_utils.checkpoint import put_saved
 from spi_utils.errors import CheckpointError
 from spi_utils.models import load_model, open_weights, resolve
 from spi_utils.quantize import proof_of, quantize

@@ -15,9 +15,8 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from spi_utils import headless
+from spi_utils import headless, quantize
 from spi_utils import publish as publishing
-from spi_utils.checkpoints import verify
 from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
 from spi_utils.hub import licences, tokens
@@ -315,7 +314,7 @@ def test_a_process_that_loads_the_model_afresh_holds_no_token(monkeypatch, tmp_p
         if process == "speed":
             speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
         else:
-            verify.ask({"model": "m"})
+            quantize.ask({"model": "m"})
     assert given["PATH"] == os.environ["PATH"] and TOKEN not in given.values()
 
 
@@ -531,7 +530,7 @@ def test_a_size_is_right_for_publishing_where_it_was_right_for_quantizing(run, o
     write_json(run.plan_json, {**plan, "bytes": {"total": size + off}})
     gate = "size" not in closed(publish(run, allow_license="mit"))
     try:
-        verify.check_size(run.model_dir, size + off)
+        quantize.check_size(run.model_dir, size + off)
     except CheckpointError:
         assert not gate and abs(off) > 64_000
     else:

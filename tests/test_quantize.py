@@ -20,18 +20,17 @@ import bitsandbytes as bnb
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.quantize import synthetic
+from spi_utils import fresh_check
 from spi_utils import quantize as q
-from spi_utils.checkpoints import fresh_check, verify
-from spi_utils.checkpoints.checkpoint import saved_weights
-from spi_utils.checkpoints.tensorfile import TensorReader
-from spi_utils.errors import CheckpointError, ModelError, PlanError
+from spi_utils.checkpoint import saved_files, saved_weights
+from spi_utils.errors import CheckpointError, ModelError, PlanError, RunError
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.plan import make_plan
 from spi_utils.runs import open_run, run_info
@@ -50,7 +49,7 @@ def here(monkeypatch):
         fresh_check.main(str(folder / "request.json"), str(folder / "answer.json"))
         return json.loads((folder / "answer.json").read_text()) | {"spi_utils": False}
 
-    monkeypatch.setattr(verify, "ask", ask)
+    monkeypatch.setattr(q, "ask", ask)
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +153,8 @@ def test_saved_weights_give_back_what_was_saved(tiny, tmp_path, arch, double_qua
     run, source, plan = prepare(tiny(arch), tmp_path, double_quant=double_quant)
     folder = q.quantize(run, source, plan, device="cpu")
     seen = {}
-    with saved_weights(folder) as saved, open_weights(source) as weights:
-        for module, fmt, value in saved:
+    with open_weights(source) as weights:
+        for module, fmt, value in saved_weights(folder):
             seen[module] = fmt
             own = weights.read(f"{module}.weight")
             assert value.shape == own.shape  # a Conv1D comes back in its own orientation
@@ -250,8 +249,8 @@ def test_code_that_comes_with_the_model_travels_along_when_trusted(tmp_path, her
     folder = q.quantize(run, source, plan_for(source), device="cpu")
     assert (folder / "modeling_own.py").read_text() == OWN_CODE
     assert json.loads((folder / "config.json").read_text())["auto_map"] == classes
-    with saved_weights(folder, trust_remote_code=True) as saved:
-        assert type(saved.model).__name__ == "OwnForCausalLM"
+    saved = saved_weights(folder, trust_remote_code=True)
+    assert type(saved.weights.model).__name__ == "OwnForCausalLM"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     found = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
@@ -259,7 +258,7 @@ def test_code_that_comes_with_the_model_travels_along_when_trusted(tmp_path, her
 
 
 def test_too_large_for_memory_is_checked_without_weights_and_said(tiny, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(verify, "_fits", lambda *_: False)
+    monkeypatch.setattr(q, "fits_in_memory", lambda *_: False)
     run, source, plan = prepare(tiny("llama"), tmp_path)
     q.quantize(run, source, plan, device="cpu")
     found = run_info(run)["stages"]["quantize"]["fresh_process"]
@@ -280,8 +279,7 @@ def test_names_that_older_transformers_confuse_are_found(tmp_path):
     config = {"quantization_config": {"llm_int8_skip_modules": ["model.layers.1.mlp.gate", "up_proj"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     names = ["model.layers.1.mlp.gate_proj", "model.layers.11.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
-    items = [SimpleNamespace(module=name, fmt="nf4") for name in names]
-    assert verify.shadowed_modules(tmp_path, items) == [names[0], names[2]]
+    assert q.shadowed_modules(tmp_path, names) == [names[0], names[2]]
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
@@ -319,13 +317,12 @@ KILLED = """
     from tests.test_quantize import prepare
     from spi_utils import quantize as q
     from pathlib import Path
-    write = q._write_shard
-    def kill_at_the_third(path, *rest):
-        done = write(path, *rest)
+    write = q.write_tensors
+    def kill_at_the_third(path, *rest, **more):
         if "00003-of" in path.name:
             os.kill(os.getpid(), signal.SIGKILL)
-        return done
-    q._write_shard = kill_at_the_third
+        write(path, *rest, **more)
+    q.write_tensors = kill_at_the_third
     run, source, plan = prepare({model!r}, Path({out!r}))
     q.quantize(run, source, plan, device="cpu", max_shard_size="200KB")
 """
@@ -340,10 +337,8 @@ def test_a_killed_run_resumes_at_the_missing_shard(tiny, tmp_path, here, monkeyp
     run, source, plan = prepare(tiny("llama"), tmp_path)
     assert not run.model_dir.exists()
     written = []
-    write = q._write_shard
-    monkeypatch.setattr(
-        q, "_write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest)
-    )
+    write = q.write_shard
+    monkeypatch.setattr(q, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
     folder = q.quantize(run, source, plan, device="cpu", max_shard_size="200KB")
     assert len(written) == len(list(folder.glob("*.safetensors"))) - 2
     assert not any("00001-of" in name or "00002-of" in name for name in written)
@@ -357,7 +352,7 @@ def test_killed_after_the_checks_only_the_rename_is_left(tiny, tmp_path, here, m
     with pytest.raises(KeyboardInterrupt):
         q.quantize(run, source, plan, device="cpu")
     monkeypatch.undo()
-    monkeypatch.setattr(q, "_make", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(q, "make_checkpoint", lambda *_: pytest.fail("made again"))
     assert (q.quantize(run, source, plan, device="cpu") / "model.safetensors").exists()
     assert run_info(run)["stages"]["quantize"]["bits"]["nf4"] == plan.count("nf4")
 
@@ -367,7 +362,7 @@ def test_the_same_is_recognised_and_another_plan_replaces_it(tiny, tmp_path, her
     folder = q.quantize(run, source, plan, device="cpu")
     first = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setattr(q, "_make", lambda *_: pytest.fail("made again"))
+        patch.setattr(q, "make_checkpoint", lambda *_: pytest.fail("made again"))
         q.quantize(run, source, plan, device="cpu")
     q.quantize(run, source, plan, device="cpu", force=True)
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == first
@@ -493,7 +488,7 @@ def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tmp_path, here, od
     if target in plan.formats:
         plan = dataclasses.replace(plan, formats={**plan.formats, target: "16bit"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "check_size", lambda *_: {})  # one more layer than the plan's bytes say
+        patch.setattr(q, "check_size", lambda *_: {})  # one more layer than the plan's bytes say
         folder = q.quantize(run, source, plan, device="cpu")
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{target}.weight"] = tensors[f"{target}.weight"].to(odd)
@@ -638,18 +633,20 @@ def test_one_wrong_bit_is_found(tiny, tmp_path, here, monkeypatch, part):
 @pytest.fixture
 def all_nf4(tiny, tmp_path, here):
     run, source, plan = prepare(tiny("llama"), tmp_path, keep=0)
-    return q.quantize(run, source, plan, device="cpu"), source, plan
+    return q.quantize(run, source, plan, device="cpu"), source
 
 
-def bits_match(folder, source, plan):
-    saving = q.Saving(torch.float16, torch.float16, plan.double_quant, "error", torch.device("cpu"))
-    with open_weights(source) as weights, saved_weights(folder) as saved:
-        items = q.list_items(weights, plan.formats, saving)
-        try:
-            verify.check_bits(saved, weights, items, saving)
-        except CheckpointError as error:
-            assert "differ from the source's" in str(error)
-            return False
+def bits_match(folder, good):
+    """Whether a folder's files hold the tensors that another's hold, as the stage's own proof judges it."""
+    files = saved_files(good)
+    written = {
+        name: q.tensor_hash(q.read_part(path, name, shape)) for name, (path, _, shape) in files.items()
+    }
+    try:
+        q.check_bits(folder, written)
+    except CheckpointError as error:
+        assert "differ from the source's" in str(error)
+        return False
     return True
 
 
@@ -659,51 +656,55 @@ def test_a_forward_leaves_our_files_alone_and_what_is_saved_after_it_is_judged(a
     Our files are written from the source's. What `save_pretrained` makes after a forward is compared with
     what it makes before one: whichever CPU this is, `check_bits` accepts it if and only if it is equal.
     """
-    folder, source, plan = all_nf4
+    folder, source = all_nf4
     before = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     ours = AutoModelForCausalLM.from_pretrained(folder)
     config = BitsAndBytesConfig.from_dict(dict(ours.config.quantization_config.to_dict()))
     model = AutoModelForCausalLM.from_pretrained(source.directory, quantization_config=config)
     model.save_pretrained(tmp_path / "before")
-    assert bits_match(tmp_path / "before", source, plan)
+    assert bits_match(folder, tmp_path / "before")
     with torch.inference_mode():
         ours(torch.arange(8)[None])
         model(torch.arange(8)[None])
     model.save_pretrained(tmp_path / "after")
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == before
-    assert bits_match(folder, source, plan)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert bits_match(tmp_path / "after", source, plan) == equal
+    assert bits_match(tmp_path / "after", folder) == equal
 
 
-def test_a_transposed_absmax_is_found(all_nf4):
-    folder, source, plan = all_nf4
-    assert bits_match(folder, source, plan)
-    tensors = load_file(folder / "model.safetensors")
+def transposed_absmax(tensors):
     name = "model.layers.2.mlp.up_proj.weight.absmax"
     tensors[name] = tensors[name].view(256, 128 // 64).T.reshape(-1).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert not bits_match(folder, source, plan)
 
 
-def test_tensors_are_compared_to_the_last_piece(all_nf4, monkeypatch):
-    folder, source, plan = all_nf4
-    monkeypatch.setattr(verify, "PIECE", 1000)
-    monkeypatch.setattr(TensorReader.pieces, "__defaults__", (1000,))
-    assert bits_match(folder, source, plan)
-    tensors = load_file(folder / "model.safetensors")
+def last_bit_of_the_largest(tensors):
     tensors["model.embed_tokens.weight"].view(torch.uint8).view(-1)[-1] ^= 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert not bits_match(folder, source, plan)
 
 
-def test_a_missing_tensor_is_found(all_nf4):
-    folder, source, plan = all_nf4
+def another_dtype(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].view(torch.int16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        transposed_absmax,
+        last_bit_of_the_largest,
+        another_dtype,
+        lambda tensors: tensors.pop("model.norm.weight"),
+        lambda tensors: tensors.update(more=torch.zeros(2)),
+    ],
+)
+def test_tensors_that_are_other_too_few_or_too_many_are_found(all_nf4, tmp_path, change):
+    folder, _ = all_nf4
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert not bits_match(folder, source, plan)
+    (tmp_path / "same").mkdir()
+    save_file(tensors, tmp_path / "same" / "model.safetensors")
+    assert bits_match(tmp_path / "same", folder)
+    change(tensors)
+    save_file(tensors, tmp_path / "same" / "model.safetensors")
+    assert not bits_match(tmp_path / "same", folder)
 
 
 def test_a_truncated_file_is_found(tiny, tmp_path, here, monkeypatch):
@@ -733,11 +734,21 @@ def test_a_size_that_was_not_planned_is_found(tiny, tmp_path, here):
 
 
 def test_logits_that_differ_are_found():
+    text, said = {"finite": True, "first_nonfinite": None}, {"problem": None, "text": "a", "tokens": 1}
     answer = {"transformers": "5", "torch": "2", "finite": True, "logit_spread": 2.0}
-    half = SimpleNamespace(storage=torch.float16)
-    verify._check_logits(answer | {"max_logit_difference": 0.019}, half)
+    answer |= {"text": text, "generation": said}
+    q.check_use(answer | {"max_logit_difference": 0.019}, torch.float16)
     for difference in (0.021, float("nan")):
         with pytest.raises(CheckpointError, match="logits differ"):
-            verify._check_logits(answer | {"max_logit_difference": difference}, half)
-    with pytest.raises(verify.NotFinite, match="logits are not numbers"):
-        verify._check_logits(answer | {"max_logit_difference": 0.0, "finite": False}, half)
+            q.check_use(answer | {"max_logit_difference": difference}, torch.float16)
+    with pytest.raises(q.NotFinite, match="logits are not numbers"):
+        q.check_use(answer | {"max_logit_difference": 0.0, "finite": False}, torch.float16)
+
+
+def test_a_disk_that_fills_while_a_shard_is_written_is_said(tiny, tmp_path, here, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    run, source, plan = prepare(tiny("llama"), tmp_path)
+    assert_refused(run, source, plan, RunError, "model.safetensors: No space left on device.*Free some space")

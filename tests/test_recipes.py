@@ -22,13 +22,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spi_utils import recipes
-from spi_utils.engines.common import ModelFacts, pattern
-from spi_utils.engines.llama_cpp import ggml_type, gguf_names
 from spi_utils.errors import PlanError
 from spi_utils.formats import FORMATS, fits
 from spi_utils.models import list_layers, resolve
 from spi_utils.plan import ProtectionPlan
-from spi_utils.recipes import ENGINES, write_recipes
+from spi_utils.recipes import ENGINES, ModelFacts, ggml_type, gguf_names, pattern, write_recipes
 from spi_utils.runs import open_run
 from tests.tiny import make_tiny
 

@@ -10,12 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from benchmarks.budget import qwen35_4b
 from spi_utils.budget import KEPT, MACHINES, budget
-from spi_utils.checkpoints import verify
-from spi_utils.checkpoints.checkpoint import Saving
-from spi_utils.checkpoints.wide import widen
 from spi_utils.evaluate import evaluate
 from spi_utils.models import chosen_model, resolve_device, resolve_dtype
-from spi_utils.quantize import _auto_storage
+from spi_utils.quantize import Saving, _auto_storage, fits_in_memory
+from spi_utils.safe_linear import widen
 from tests.evaluated_run import ready_run
 from tests.test_platforms import GIB, P100, T4, fake_cuda
 from tests.tiny import CONFIGS
@@ -122,12 +120,12 @@ def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
         file.truncate(6_000_000_000)  # a hole: no byte is written
     weights = SimpleNamespace(shapes={"a.weight": (60_000, 50_000)})  # 6 GB in 16-bit
     half = torch.float16
-    stock = Saving(half, half, False, "error", torch.device("cuda:0"))
-    assert verify._fits(tmp_path, weights, stock)
+    stock = Saving(None, "bitsandbytes", half, half, half, torch.device("cuda:0"))
+    assert fits_in_memory(tmp_path, weights, stock)
     # compressed-tensors unpacks at the first forward pass: the packed file and the 16-bit weights at once
-    assert not verify._fits(tmp_path, weights, replace(stock, backend="compressed-tensors"))
+    assert not fits_in_memory(tmp_path, weights, replace(stock, backend="compressed-tensors"))
     t4(10 * GIB)
-    assert not verify._fits(tmp_path, weights, stock)
+    assert not fits_in_memory(tmp_path, weights, stock)
 
 
 @pytest.mark.slow

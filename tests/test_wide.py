@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spi_utils.checkpoints.wide import WideLinear, widen
 from spi_utils.models import load_model, resolve
+from spi_utils.safe_linear import WideLinear, widen
 from spi_utils.scoring import Head, Switch, final_hidden, reference_states
 from spi_utils.sensitivity import all_slopes
 from tests.tiny import Originals, make_tiny

@@ -159,12 +159,9 @@ def quantized_modules(model_dir: Path) -> set[str]:
     Raises:
         CheckpointError: a file is truncated or no safetensors file.
     """
-    from spi_utils.checkpoints.tensorfile import TensorReader
+    from spi_utils.checkpoint import saved_files
 
-    names: list[str] = []
-    for path in weight_files(model_dir):
-        with TensorReader(path) as reader:
-            names += reader.keys()
+    names = saved_files(model_dir)
     return {found["module"] for found in map(QUANTIZED.match, names) if found}
 
 

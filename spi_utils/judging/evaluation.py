@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from spi_utils import runs
-from spi_utils.checkpoints.saved import disk_bytes
+from spi_utils.checkpoint import disk_bytes
 from spi_utils.errors import RunError
 from spi_utils.judging import measures
 from spi_utils.judging.controls import Variant

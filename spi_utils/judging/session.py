@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from spi_utils import runs
-from spi_utils.checkpoints.saved import put_saved
+from spi_utils.checkpoint import put_saved
 from spi_utils.formats import Packed
 from spi_utils.judging.controls import Variant
 from spi_utils.judging.rivals import Rival, load_rival

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spi_utils.checkpoints import verify
+from spi_utils import quantize
 from spi_utils.errors import EvaluationError
 from spi_utils.judging.evaluation import STOCK_WINDOWS
 from spi_utils.runs import read_json
@@ -53,7 +53,7 @@ def score_stock(session: Session, plan: TokenScores, proof: Mapping[str, Any] | 
     with tempfile.TemporaryDirectory() as folder:
         reference = _reference(session, windows, Path(folder))
         print("evaluate: the checkpoint as stock transformers loads it, then the 16-bit model", flush=True)
-        answer = verify.ask(
+        answer = quantize.ask(
             {
                 "model": str(session.model_dir.resolve()),
                 "source": str(session.source.directory.resolve()),

@@ -7,11 +7,14 @@ output's smallest and largest value, in one pass, and acts only when one isn't f
 It is a subclass of `nn.Linear`, and quantizers replace `nn.Linear` itself only: it can't be quantized by
 accident. Its state dict is a plain linear's, so a checkpoint never shows that it was there. `SafeFP16Conv1D`
 is the same for GPT-2's layers.
+
+`isolate` puts them in place of a plan's protected layers. `widen` is how a T4 runs models made in bfloat16:
+float16 for the matrix products, float32 for all between them, so that the residual stream, products of gates
+and norms can't overflow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -37,18 +40,13 @@ class _Safe(nn.Module):
     bias: Any  # a tensor or None
     policy: str
     label: str
-    weight_overflow: int  # weights that a cast could not hold; what became of them says `from_linear`
-    weight_underflow: int  # weights that a cast made zero
-    _overflows: int
+    _counted: int
     _on_device: dict[torch.device, torch.Tensor]  # counts that nobody has read back yet
 
     def _guard(self, policy: str, label: str) -> None:
         if policy not in POLICIES:
             raise PlanError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}.")
-        self.policy = policy
-        self.label = label
-        self.weight_overflow = self.weight_underflow = self._overflows = 0
-        self._on_device = {}
+        self.policy, self.label, self._counted, self._on_device = policy, label, 0, {}
 
     @staticmethod
     def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -58,79 +56,53 @@ class _Safe(nn.Module):
     @property
     def overflows(self) -> int:
         """Values that left float16's range so far, in inputs and outputs. Reading it waits for the device."""
-        return self._overflows + sum(int(count) for count in self._on_device.values())
+        return self._counted + sum(int(count) for count in self._on_device.values())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features), in the weight's dtype (float32 after an upcast)."""
         if self.weight.dtype != torch.float16:
             return self._product(x.to(self.weight.dtype), self.weight, self.bias)
-        if x.dtype != torch.float16:
-            narrow = x.to(torch.float16)
-            if self._is_finite(narrow):
-                x = narrow
-            elif self._counted(narrow, "inputs") == "upcast":
+        narrow = x.to(torch.float16)
+        if x.dtype != torch.float16 and not _finite(narrow):
+            self._count(narrow, "inputs")
+            if self.policy == "upcast":
                 return self._in_float32(x)
-            else:
-                x = narrow.clamp(-LIMIT, LIMIT)
-        y = self._product(x, self.weight, self.bias)
-        if y.is_cuda and self.policy == "saturate":
-            return self._saturated_on_device(y)
-        if self._is_finite(y):
+            narrow = narrow.clamp(-LIMIT, LIMIT)
+        y = self._product(narrow, self.weight, self.bias)
+        if y.is_cuda and self.policy == "saturate":  # never waits for the device
+            count = y.detach().isinf().sum()
+            held = self._on_device.get(y.device)
+            self._on_device[y.device] = count if held is None else held.add_(count)
+            return y.clamp_(-LIMIT, LIMIT)
+        if _finite(y):
             return y
-        if self._counted(y, "outputs") == "upcast":
-            return self._in_float32(x)
-        return y.clamp(-LIMIT, LIMIT)
+        self._count(y, "outputs")
+        return self._in_float32(narrow) if self.policy == "upcast" else y.clamp(-LIMIT, LIMIT)
 
     def extra_repr(self) -> str:
         """As a linear's, with the policy."""
         return ", ".join(part for part in (super().extra_repr(), f"policy={self.policy}") if part)
 
-    def _cast(self, parameter: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
-        assert isinstance(parameter, nn.Parameter)
-        if dtype is None or parameter.dtype == dtype:
-            return parameter
-        value = parameter.detach()
-        cast = value.to(dtype)
-        over = int((cast.isinf() & value.isfinite()).sum())
-        self.weight_overflow += over
-        self.weight_underflow += int(((cast == 0) & (value != 0)).sum())
-        if over and self.policy == "error":
-            raise CheckpointError(
-                f"{self.label}: {over} weights are too large for {dtype} (largest "
-                f"{value.abs().max().item():.3g}). Use policy='upcast' or 'saturate', or bfloat16."
-            )
-        if over and self.policy == "upcast":
-            return parameter
-        return nn.Parameter(cast.clamp(-LIMIT, LIMIT) if over else cast, requires_grad=False)
-
-    @staticmethod
-    def _is_finite(y: torch.Tensor) -> bool:
-        # An infinity or NaN anywhere shows in the extremes: one pass, and no array of flags.
-        if y.numel() == 0 or y.is_meta:  # no values
-            return True
-        low, high = torch.aminmax(y.detach())
-        return bool((low - low + high - high) == 0)
-
-    def _counted(self, y: torch.Tensor, what: str) -> str:
-        """Count infinities and return the policy, or raise if that is "error"."""
-        count = int(y.detach().isinf().sum())
-        self._overflows += count
+    def _count(self, values: torch.Tensor, what: str) -> None:
+        count = int(values.detach().isinf().sum())
+        self._counted += count
         if count and self.policy == "error":
             raise EvaluationError(
                 f"{self.label or 'SafeFP16Linear'}: {count} {what} exceed float16's {LIMIT:,.0f}. Use "
                 "policy='upcast' or 'saturate', or bfloat16 where the device has it."
             )
-        return self.policy
-
-    def _saturated_on_device(self, y: torch.Tensor) -> torch.Tensor:
-        count = y.detach().isinf().sum()
-        held = self._on_device.get(y.device)
-        self._on_device[y.device] = count if held is None else held.add_(count)
-        return y.clamp_(-LIMIT, LIMIT)
 
     def _in_float32(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
         return self._product(x.float(), self.weight.float(), bias)
+
+
+def _finite(y: torch.Tensor) -> bool:
+    # An infinity or NaN anywhere shows in the extremes: one pass, and no array of flags.
+    if y.numel() == 0 or y.is_meta:  # no values
+        return True
+    low, high = torch.aminmax(y.detach())
+    return bool((low - low + high - high) == 0)
 
 
 class SafeFP16Linear(_Safe, nn.Linear):
@@ -160,25 +132,15 @@ class SafeFP16Linear(_Safe, nn.Linear):
         self._guard(policy, label)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, policy: str = "saturate", label: str = "", dtype: torch.dtype | None = None
-    ) -> SafeFP16Linear:
-        """Wrap a plain linear; the parameters are shared unless a cast is asked for.
-
-        Args:
-            label: the module's name, for messages.
-            dtype: cast the weight to float16 or bfloat16. Where float16 can't hold it, `saturate` clamps it,
-                `upcast` keeps it in the dtype it had, `error` raises; `weight_overflow` and
-                `weight_underflow` count.
+    def from_linear(cls, linear: nn.Linear, *, policy: str = "saturate", label: str = "") -> SafeFP16Linear:
+        """Wrap a plain linear, whose parameters are shared; `label` is the module's name, for messages.
 
         Raises:
-            PlanError: unknown policy. CheckpointError: the cast would overflow and the policy is "error".
+            PlanError: unknown policy.
         """
         bias = linear.bias is not None
         safe = cls(linear.in_features, linear.out_features, bias, "meta", policy=policy, label=label)
-        safe.weight = safe._cast(linear.weight, dtype)
-        if bias:
-            safe.bias = safe._cast(linear.bias, safe.weight.dtype)
+        safe.weight, safe.bias = linear.weight, linear.bias
         return safe.train(linear.training)
 
     @staticmethod
@@ -203,6 +165,9 @@ class SafeFP16Conv1D(_Safe):
     def _product(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
         y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
+
+
+# --- protected layers ------------------------------------------------------------------------------------
 
 
 def isolate(model: nn.Module, plan: ProtectionPlan, *, policy: str = "saturate") -> nn.Module:
@@ -239,34 +204,43 @@ def isolation_report(model: nn.Module) -> pd.DataFrame:
     Columns: module, class, dtype, device, bytes (quantization state included), kernel, quantized (whether any
     of its tensors is), hooks (forward hooks, accelerate's included), overflows (isolated layers only).
     """
-    rows = [
-        {
-            "module": name,
-            "class": type(module).__name__,
-            "dtype": str(module.weight.dtype).removeprefix("torch."),
-            "device": str(module.weight.device),
-            "bytes": sum(tensor.nbytes for tensor in _tensors(module)),
-            "kernel": _kernel(module),
-            "quantized": _is_quantized(module),
-            "hooks": _count_hooks(module),
-            "overflows": module.overflows if isinstance(module, _Safe) else None,
-        }
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim >= 2
-    ]
+    rows = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+            continue
+        dtype = str(weight.dtype).removeprefix("torch.")
+        state = getattr(weight, "quant_state", None)
+        states = [part for part in (state, getattr(state, "state2", None)) if part is not None]
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        tensors += [tensor for part in states for tensor in (part.absmax, part.code)]
+        quantized = _is_quantized(module)
+        if isinstance(module, nn.Embedding):
+            kernel = "lookup"
+        elif not quantized:
+            kernel = f"16-bit matrix product ({dtype})"
+        elif weight.device.type != "cpu":
+            kernel = f"bitsandbytes 4-bit, {weight.device.type}"
+        elif getattr(module, "support_avx512bf16_for_cpu", False):
+            kernel = "bitsandbytes 4-bit, AVX512-BF16 (computes in bfloat16)"
+        else:
+            kernel = "bitsandbytes dequantization, then a matrix product"
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        rows.append(
+            {
+                "module": name,
+                "class": type(module).__name__,
+                "dtype": dtype,
+                "device": str(weight.device),
+                "bytes": sum(tensor.nbytes for tensor in tensors),
+                "kernel": kernel,
+                "quantized": quantized,
+                "hooks": hooks + (getattr(module, "_hf_hook", None) is not None),
+                "overflows": module.overflows if isinstance(module, _Safe) else None,
+            }
+        )
     columns = ["module", "class", "dtype", "device", "bytes", "kernel", "quantized", "hooks", "overflows"]
     return pd.DataFrame(rows, columns=columns).astype({"overflows": "Int64"})
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-    state = getattr(module.weight, "quant_state", None)
-    if state is not None:
-        parts = (state, state.state2) if getattr(state, "state2", None) is not None else (state,)
-        for part in parts:
-            yield part.absmax
-            yield part.code
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -276,18 +250,43 @@ def _is_quantized(module: nn.Module) -> bool:
     )
 
 
-def _count_hooks(module: nn.Module) -> int:
-    attached = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    return attached + (getattr(module, "_hf_hook", None) is not None)
+# --- a whole model in float16 ----------------------------------------------------------------------------
 
 
-def _kernel(module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding):
-        return "lookup"
-    if not _is_quantized(module):
-        return f"16-bit matrix product ({str(module.weight.dtype).removeprefix('torch.')})"
-    if module.weight.device.type != "cpu":
-        return f"bitsandbytes 4-bit, {module.weight.device.type}"
-    if getattr(module, "support_avx512bf16_for_cpu", False):
-        return "bitsandbytes 4-bit, AVX512-BF16 (computes in bfloat16)"
-    return "bitsandbytes dequantization, then a matrix product"
+class WideLinear(SafeFP16Linear):
+    """A `SafeFP16Linear` with the policy "upcast" whose output is float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in_features) -> (…, out_features), float32."""
+        return super().forward(x).float()
+
+
+def widen(model: nn.Module) -> bool:
+    """Make a float16 model compute everything but its linear layers' products in float32, in place.
+
+    Linear layers share their weights and names with what was there; a product that doesn't fit is computed
+    again in float32. Other parameters, all of them small, become float32. A model with matrices elsewhere
+    (stacked experts, GPT-2's Conv1D) stays as it was.
+
+    Returns:
+        Whether it was changed.
+    """
+    modules = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if type(module) is nn.Linear}
+    embeddings = [module for module in modules.values() if isinstance(module, nn.Embedding)]
+    matrices = {id(module.weight) for module in (*linear.values(), *embeddings)}
+    kernels = {id(module.weight) for module in modules.values() if isinstance(module, nn.Conv1d)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    if any(parameter.ndim >= 2 and id(parameter) not in kernels for parameter in others):
+        return False
+    for parameter in others:
+        parameter.data = parameter.data.float()
+    for name, module in linear.items():
+        model.set_submodule(name, WideLinear.from_linear(module, policy="upcast", label=name))
+    for embedding in embeddings:
+        embedding.register_forward_hook(_in_float32)
+    return True
+
+
+def _in_float32(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()

@@ -1,1 +1,0 @@
-"""Writing, proving and reading a quantized checkpoint: the parts of `quantize`."""
