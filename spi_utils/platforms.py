@@ -42,6 +42,7 @@ RESTARTS = {
     "local": "restart the kernel, then run all cells again",
 }
 DRIVE = Path("/content/drive")
+ATTACHED = Path("/kaggle/input")  # Kaggle's datasets and outputs of other sessions, read-only
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import nbformat
 import psutil
 import pytest
 
-from spi_utils import __version__, headless
+from spi_utils import __version__
+from spi_utils import notebook as book
 from spi_utils.__main__ import main
 from spi_utils.errors import RunError
-from spi_utils.headless import is_for_readers
+from spi_utils.notebook import is_for_readers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,16 +117,14 @@ def test_a_full_disk_in_a_notebook_is_said(folder, monkeypatch):
         output.write_text('{"cells": [{"cell_ty')
         return 1, "Traceback (most recent call last)\nOSError: [Errno 28] No space left on device\n"
 
-    monkeypatch.setattr(headless, "_papermill", full)
-    with pytest.raises(
-        headless.NotebookError, match=r"01_analyze failed: the disk is full\. Free some space"
-    ):
-        headless.execute("01_analyze", folder / "run" / "out.ipynb", {})
+    monkeypatch.setattr(book, "_papermill", full)
+    with pytest.raises(book.NotebookError, match=r"01_analyze failed: the disk is full\. Free some space"):
+        book.execute("01_analyze", folder / "run" / "out.ipynb", {})
 
 
 def test_an_output_below_a_file_is_refused_by_the_function_too(folder):
     with pytest.raises(RunError, match=r"can't be made: .*Choose another `run_dir`"):
-        headless.execute("01_analyze", folder / "file" / "out.ipynb", {})
+        book.execute("01_analyze", folder / "file" / "out.ipynb", {})
 
 
 def test_version_and_help(folder):
@@ -153,17 +152,15 @@ def test_version_and_help(folder):
     ],
 )
 def test_a_stage_alone_is_asked_for_its_own_parameters(monkeypatch, capsys, stage, name, value, said):
-    monkeypatch.setattr(headless, "execute", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr(book, "execute", lambda *_, **__: pytest.fail("it was started"))
     assert main(["run", "--only", stage, "-p", "run_dir", "runs/x", "-p", name, value]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_stage_alone_gets_its_parameters(monkeypatch, tmp_path):
     told = {}
-    monkeypatch.setattr(
-        headless, "execute", lambda name, output, given, show: told.update({name: given}) or 0.0
-    )
-    monkeypatch.setattr(headless, "update_info", lambda run, change: None)
+    monkeypatch.setattr(book, "execute", lambda name, output, given, show: told.update({name: given}) or 0.0)
+    monkeypatch.setattr(book, "update_info", lambda run, change: None)
     for stage, name, text in (("04_evaluate", "windows", "3"), ("02_visualize", "value", "1e-2")):
         given = ["-p", "rule", "max_kl"] if name == "value" else []
         assert main(["run", "--only", stage, "-p", "run_dir", str(tmp_path), "-p", name, text, *given]) == 0
@@ -208,9 +205,9 @@ def test_a_widget_leaves_no_line_in_the_log(folder, monkeypatch):
         "import ipywidgets as w\nbox = w.VBox([w.HBox([w.FloatSlider(), w.HTML('x')]), w.Output()])\nbox",
         "from IPython.display import display\ndisplay(box.children[0])\nprint('after it')",
     )
-    monkeypatch.setattr(headless, "notebook_path", lambda name: folder / "toy.ipynb")
+    monkeypatch.setattr(book, "notebook_path", lambda name: folder / "toy.ipynb")
     lines = []
-    headless.execute("toy", folder / "out.ipynb", {}, show=lines.append)
+    book.execute("toy", folder / "out.ipynb", {}, show=lines.append)
     assert lines == ["after it"]
 
 
@@ -218,9 +215,9 @@ def test_a_widget_leaves_no_line_in_the_log(folder, monkeypatch):
 def test_ctrl_c_ends_the_kernel_and_says_that_the_same_command_goes_on(folder):
     toy(folder, "import os, time\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom spi_utils import headless\n"
+        "import sys\nfrom pathlib import Path\nfrom spi_utils import notebook as book\n"
         "from spi_utils.__main__ import main\n"
-        f"headless.notebook_path = lambda name: Path({str(folder / 'toy.ipynb')!r})\n"
+        f"book.notebook_path = lambda name: Path({str(folder / 'toy.ipynb')!r})\n"
         f"sys.exit(main(['run', '-p', 'run_dir', {str(folder)!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
