@@ -58,15 +58,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spi_utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     as_written = argparse.RawDescriptionHelpFormatter
-    listed = f"with their defaults, each for itself: NAME, default, what it is\n\n{parameters_help(ALL)}"
+    listed = f"(name, default, what it is):\n\n{parameters_help(ALL)}"
 
     run = commands.add_parser(
         "run",
         help="all five stages through 00_run_all, headless",
         formatter_class=as_written,
-        epilog=f"parameters for -p, {listed}",
+        epilog=f"parameters for -p {listed}",
     )
-    run.add_argument("-p", dest="parameters", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[])
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        action="append",
+        default=[],
+        help="a parameter of the notebooks, see below; may be given many times",
+    )
     run.add_argument("--preset", help="what people want in a word, the same as -p preset")
     run.add_argument("--only", action="append", choices=STAGES, help="just this stage, of an existing run")
     run.set_defaults(call=_run)
@@ -102,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "batch",
         help="a grid of models, scores, budgets and seeds, and a leaderboard",
         formatter_class=as_written,
-        epilog=f"parameters that a grid may set, {listed}",
+        epilog=f"parameters that a grid may set {listed}",
     )
     batch.add_argument("grid", type=Path, metavar="GRID.yaml")
     batch.add_argument("--out", type=Path, help="the batch's folder (runs/<grid's name>)")

@@ -1,12 +1,16 @@
 """`python -m spi_utils` as a user meets it: one line and an exit code, whatever is wrong."""
 
 import errno
+import importlib
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -18,6 +22,9 @@ from spi_utils import notebook as book
 from spi_utils.__main__ import main
 from spi_utils.errors import RunError
 from spi_utils.notebook import is_for_readers
+from spi_utils.plan import make_plan
+from spi_utils.presets import resolve
+from tests.synthetic import layer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,10 +137,80 @@ def test_an_output_below_a_file_is_refused_by_the_function_too(folder):
 def test_version_and_help(folder):
     assert call("--version", cwd=folder).stdout == f"spi_utils {__version__}\n"
     told = call("--help", cwd=folder)
-    assert told.returncode == 0 and all(word in told.stdout for word in ("run", "summary", "batch"))
-    told = call("run", "--help", cwd=folder)
-    assert told.returncode == 0 and "--only" in told.stdout
+    commands = ("run", "summary", "speed", "publish", "batch")
+    assert told.returncode == 0 and all(f"    {word}  " in told.stdout for word in commands)
     assert call(cwd=folder).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["run", "batch"])
+def test_the_help_lists_every_parameter_with_its_default_and_comment(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    for name, default in book.parameters_of(book.ALL).items():
+        (line,) = re.findall(rf"^  {name} +(.*)$", told, re.MULTILINE)
+        shown = json.dumps(default) if isinstance(default, str | list) else repr(default)
+        assert line.startswith(f"{shown} ") and len(line) > len(shown) + 5
+
+
+def test_the_installed_command_is_this_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["spi-utils"].split(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["--preset", "small"], {"rule": "matrix_bits", "value": 4.6, "backend": "bitsandbytes"}),
+        (
+            [
+                *("-p", "backend", "compressed-tensors", "-p", "formats", "[int8, 16bit]"),
+                *("-p", "rule", "top_k", "-p", "value", "0"),
+            ],
+            {"formats": ["int8", "16bit"], "rule": "top_k", "value": 0, "backend": "compressed-tensors"},
+        ),
+    ],
+    ids=["a preset", "int8 everywhere"],
+)
+def test_what_is_typed_comes_to_this_plan(monkeypatch, folder, typed, wanted):
+    told = {}
+    monkeypatch.setattr("spi_utils.__main__.execute", lambda name, output, given, show: told.update(given))
+    monkeypatch.setattr("spi_utils.__main__._print_summary", lambda run_dir: None)
+    assert main(["run", "-p", "model", "bundled", "-p", "run_dir", str(folder / "run"), *typed]) == 0
+    every = {**book.parameters_of(book.ALL), **told}
+    chosen = resolve(every["preset"], every)
+    assert {name: chosen[name] for name in wanted} == wanted
+    plan = make_plan(
+        layer_table(),
+        score=chosen["score"],
+        rule=chosen["rule"],
+        value=chosen["value"],
+        formats=tuple(chosen["formats"]) or ("nf4", "16bit"),
+        writer=chosen["backend"],
+    )
+    assert plan.formats and (wanted["value"] or set(plan.formats.values()) == {"int8"})
+
+
+def test_a_checkpoints_speed_is_told_as_json(monkeypatch, capsys, folder):
+    (folder / "run").mkdir()
+    assert main(["speed", str(folder / "run")]) == 1
+    assert "01_analyze" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"dtype": "bfloat16"}')
+    asked = {}
+    monkeypatch.setattr(
+        "spi_utils.judging.speed.measure_in_subprocess",
+        lambda path, **how: asked.update(how, path=path) or {"decode": [3, 2, 4]},
+    )
+    assert main(["speed", str(folder), "--device", "cpu", "--repeats", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"decode": [3, 2, 4]}
+    assert (asked["path"], asked["dtype"], asked["device"], asked["repeats"]) == (
+        folder,
+        "bfloat16",
+        "cpu",
+        2,
+    )
 
 
 # --- a stage alone ----------------------------------------------------------------------------------------
