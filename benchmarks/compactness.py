@@ -33,7 +33,7 @@ from spi_utils.lab.numeric import depth_table, mass_table, quantizer_grid
 from spi_utils.lab.summary import summarize
 from spi_utils.lab.tables import arm_frame, correlation_frame, plan_frame
 from spi_utils.lab.verdicts import closing_table
-from spi_utils.parallel import one_thread
+from spi_utils.progress import one_thread
 from spi_utils.runs import write_text
 
 SWEEP = (1e-4, 3e-4, 1e-3)  # coefficients of the trace norm

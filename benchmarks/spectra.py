@@ -35,7 +35,7 @@ import torch
 
 from spi_utils.formats import relative_error
 from spi_utils.models import list_layers, open_weights, resolve
-from spi_utils.parallel import cores, spread
+from spi_utils.progress import cores, spread
 from spi_utils.spectra import analyze_matrix, block_eigenvalues, decompose, fit_power_law
 
 SHAPES = ((576, 1536), (1024, 2560), (2560, 4096))

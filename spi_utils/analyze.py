@@ -25,8 +25,7 @@ from spi_utils import formats as number_formats
 from spi_utils import sensitivity
 from spi_utils.errors import AnalysisError
 from spi_utils.models import Layer, ModelSource, list_layers, open_weights, resolve_device
-from spi_utils.parallel import spread
-from spi_utils.progress import progress
+from spi_utils.progress import progress, spread
 from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage
 from spi_utils.spectra import COLUMNS, INPUTS, LayerSpectrum, alphaq, analyze_matrix, choose_precision, swan
 

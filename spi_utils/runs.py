@@ -257,8 +257,13 @@ def typed_model(identity: Mapping[str, Any]) -> str:
 
 
 def run_path(run_dir: str | Path, model_slug: str) -> Path:
-    """`run_dir`, or `runs/<model slug>` below the working directory for "auto"."""
-    return Path("runs") / model_slug if str(run_dir) == "auto" else Path(run_dir)
+    """`run_dir`; for "auto" `runs/<model slug>` below the checkout that holds the working directory, or
+    below the working directory itself where there is none."""
+    if str(run_dir) != "auto":
+        return Path(run_dir)
+    here, marks = Path.cwd(), ("pyproject.toml", "spi_utils/runs.py")
+    home = next((p for p in (here, *here.parents) if all((p / mark).exists() for mark in marks)), here)
+    return (Path() if home == here else home) / "runs" / model_slug
 
 
 def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
@@ -517,7 +522,7 @@ def _enter(
     entry = {
         "fingerprint": current.fingerprint,
         "inputs": dict(inputs),
-        "outputs": _described(run, outputs),
+        "outputs": describe_files(run, outputs),
         "seconds": round(seconds, 3),
         "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
         **_gpu_peak(),
@@ -531,7 +536,8 @@ def _enter(
         run.partial.rmdir()
 
 
-def _described(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def describe_files(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of some outputs, as `is_intact` compares them."""
     return {
         str(p.relative_to(run.path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
         for p in _files(run, outputs)
@@ -540,7 +546,7 @@ def _described(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def add_outputs(run: Run, name: str, outputs: Sequence[str]) -> None:
     """Enter more outputs of a stage that has finished, so that it counts as undone without them."""
-    found = _described(run, outputs)
+    found = describe_files(run, outputs)
     update_info(run, lambda info: info["stages"].get(name, {}).setdefault("outputs", {}).update(found))
 
 

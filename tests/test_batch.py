@@ -1,5 +1,6 @@
 """Grids, their processes, and the table over all runs; the processes are stand-ins but for the last test."""
 
+import fcntl
 import json
 import os
 import signal
@@ -14,13 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from spi_utils import batch
+from spi_utils import batch, runs
 from spi_utils.__main__ import main
-from spi_utils.batches import leaderboard as board
-from spi_utils.batches import worker
-from spi_utils.batches.grid import Job, expand, read_grid
+from spi_utils.batch import Job, expand, read_grid
 from spi_utils.errors import BatchError, RunError, SPIError
-from spi_utils.parameters import from_command_line
+from spi_utils.notebook import from_command_line
 from spi_utils.runs import Run, open_run, run_info, write_text
 from tests.test_report import make_evaluation
 
@@ -117,7 +116,7 @@ def stubs(tmp_path, monkeypatch):
 
 
 def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
-    grid = expand(
+    jobs, analyses = expand(
         {
             "models": ["a/one", {"model": "b/two", "revision": "v2"}],
             "scores": ["fisher", {"score": "alpha_hill", "direction": "low"}],
@@ -127,15 +126,15 @@ def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
             "parameters": {"windows": 12, "sensitivity": "random"},
         }
     )
-    assert len(grid.jobs) == len({job.name for job in grid.jobs}) == 2 * 2 * 2 * 2 * 2
-    assert sorted(grid.analyses.values(), key=str) == [
+    assert len(jobs) == len({job.name for job in jobs}) == 2 * 2 * 2 * 2 * 2
+    assert sorted(analyses.values(), key=str) == [
         {"model": "a/one", "sensitivity": "random", "seed": 3},
         {"model": "b/two", "revision": "v2", "sensitivity": "random", "seed": 3},
     ]
-    assert grid.jobs[0].name == "one.fisher.claim.seed-3.double-quant-false.revision"
-    last = grid.jobs[-1]
+    assert jobs[0].name == "one.fisher.claim.seed-3.double-quant-false.revision"
+    last = jobs[-1]
     assert last.name == "two.alpha-hill-low.matrix-bits-5.65.seed-4.double-quant-true.revision-v2"
-    assert grid.analyses[last.analysis]["revision"] == "v2"
+    assert analyses[last.analysis]["revision"] == "v2"
     assert last.parameters == {
         **{"model": "b/two", "revision": "v2", "score": "alpha_hill", "direction": "low", "seed": 4},
         **{
@@ -149,12 +148,12 @@ def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
 
 
 def test_what_is_left_out_keeps_the_notebooks_defaults():
-    (job,) = expand({"models": "bundled"}).jobs
+    (job,), _ = expand({"models": "bundled"})
     assert job.name == "bundled.alpha-hill.claim.seed-0" and job.parameters == {"model": "bundled"}
 
 
 def test_two_models_of_one_name_get_folders_of_their_own():
-    names = [job.name for job in expand({"models": ["a/same", "b/same"]}).jobs]
+    names = [job.name for job in expand({"models": ["a/same", "b/same"]})[0]]
     assert len(set(names)) == 2 and all(name.startswith("same.alpha-hill.claim.seed-0.") for name in names)
 
 
@@ -200,8 +199,8 @@ def test_a_file_that_is_no_grid(tmp_path):
 
 
 def test_the_example_is_a_grid():
-    grid = read_grid(ROOT / "examples" / "grid.yaml")
-    assert len(grid.analyses) == 1 and len(grid.jobs) >= 4
+    jobs, analyses = read_grid(ROOT / "examples" / "grid.yaml")
+    assert len(analyses) == 1 and len(jobs) >= 4
 
 
 def test_parameters_survive_the_command_line():
@@ -244,7 +243,7 @@ def test_each_model_is_analysed_once_and_a_second_call_runs_nothing(stubs, capsy
     ran = stubs.ran()
     assert [one["kind"] for one in ran].count("analyze") == 2 and len(ran) == 6
     said = capsys.readouterr().out
-    for job in read_grid(stubs.folder / "grid.yaml").jobs:
+    for job in read_grid(stubs.folder / "grid.yaml")[0]:
         assert said.count(f"  {job.name}") == 1
         ours, shared = stubs.out / "runs" / job.name, stubs.out / "analyses" / job.analysis
         for name in ("layers.csv", "spectra.safetensors"):
@@ -323,7 +322,6 @@ def most_at_once(ran):
 
 def test_a_gpu_has_one_job_at_a_time(stubs, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
     stubs.write(parameters={})
     stubs.behave(plan_alpha_hill="0.5", plan_fisher="0.5")
     stubs.run(workers=4)
@@ -335,17 +333,16 @@ def test_a_gpu_has_one_job_at_a_time(stubs, monkeypatch, tmp_path):
 
 def test_without_workers_there_is_one_job_a_gpu(stubs, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
     seen = []
-    spread = batch.spread
-    monkeypatch.setattr(batch, "spread", lambda *a, **k: seen.append(k["workers"]) or spread(*a, **k))
+    pool = batch.ThreadPoolExecutor
+    monkeypatch.setattr(batch, "ThreadPoolExecutor", lambda count: seen.append(count) or pool(count))
     stubs.write(parameters={})
     stubs.run()
     stubs.write(parameters={"device": "cpu"})
     stubs.run()
     assert seen == [2, 2, 1, 1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert worker.visible_gpus() == []
+    assert batch.visible_gpus() == []
 
 
 @pytest.mark.slow
@@ -368,7 +365,8 @@ def test_a_wrong_call_is_refused(stubs):
     with pytest.raises(BatchError, match="1 or more"):
         stubs.run(workers=0)
     (stubs.out / "jobs").mkdir(parents=True)
-    with batch._alone(stubs.out), pytest.raises(BatchError, match="another batch is running"):
+    with open(stubs.out / runs.OWNER, "w") as another, pytest.raises(RunError, match="in use by"):
+        fcntl.flock(another, fcntl.LOCK_EX)
         stubs.run()
     assert stubs.ran() == []
 
@@ -437,26 +435,6 @@ def assert_ctrl_c_ends(stubs, process):
     assert stubs.run() == 0 and [one["kind"] for one in stubs.ran()] == ["plan", "plan"]
 
 
-@pytest.mark.slow
-def test_what_a_killed_batch_left_running_is_ended_first(stubs):
-    stubs.write(models=["a/one"], scores=["fisher"])
-    stubs.behave(plan_fisher="hang")
-    process = start(stubs, workers=1)
-    pids = wait_for(stubs.folder / "pids-fisher", process)
-    state = stubs.out / "jobs" / "one.fisher.claim.seed-0.json"
-    wait_until_running(state)
-    process.kill()
-    process.communicate()
-    assert alive(pids) == pids
-    stubs.behave()
-    assert stubs.run() == 0 and alive(pids) == []
-
-
-def wait_until_running(state):
-    while json.loads(state.read_text())["status"] != "running":
-        time.sleep(0.05)
-
-
 # --- sharing ---------------------------------------------------------------------------------------------
 
 
@@ -481,7 +459,7 @@ def test_a_new_analysis_replaces_the_old_one_and_keeps_the_runs_other_stages(stu
     write_text(ours / "run.json", json.dumps(info))
     info = run_info(Run(analysis))
     write_text(analysis / "layers.csv", "a new table")
-    entry = {"bytes": 11, "sha256": worker.sha256_file(analysis / "layers.csv")}
+    entry = {"bytes": 11, "sha256": batch.sha256_file(analysis / "layers.csv")}
     info["stages"]["analyze"]["outputs"]["layers.csv"] = entry
     write_text(analysis / "run.json", json.dumps(info))
     batch.share_analysis(Run(analysis), Run(ours))
@@ -508,7 +486,7 @@ def with_model(name, **verdict):
 
 def test_the_leaderboards_numbers(tmp_path):
     evaluation = make_evaluation()
-    table = board.leaderboard([finished(tmp_path / "job", evaluation, value=5.65)])
+    table = batch.leaderboard([finished(tmp_path / "job", evaluation, value=5.65)])
     row = table.iloc[0]
     plan = np.array(evaluation.variants["plan"]["window_kl"])
     drawn = np.array([evaluation.variants[f"random_{seed}"]["window_kl"] for seed in range(5)])
@@ -532,14 +510,14 @@ def test_on_how_many_models_is_counted_from_the_intervals(tmp_path):
     open_end = {"mean": -0.01, "low": None, "high": 0.01, "p": 0.4, "p_holm": 0.4}
     made = [("a", better), ("a", better), ("b", better), ("b", open_end), ("c", worse)]
     runs = [finished(tmp_path / f"{i}", with_model(name, **kl)) for i, (name, kl) in enumerate(made)]
-    table = board.leaderboard(runs)
+    table = batch.leaderboard(runs)
     assert list(table["verdict"]) == ["supported", "supported", "supported", "not separable", "refuted"]
-    (said,) = board.sentences(table)
+    (said,) = batch.sentences(table)
     assert said.startswith(
         "α Hill, high end, beats random layers of the same size on 1 of 3 models (3 of 5 runs; worse on 1)"
     )
     assert "from −0.0300 (−0.0400 … −0.0200) to +0.0500 (+0.0300 … +0.0700) nats a token" in said
-    figure = board.draw(table)
+    figure = batch.draw(table)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["beats random", "worse than random", "not separable"]
 
@@ -549,13 +527,13 @@ def test_runs_without_random_controls_and_no_runs_at_all(tmp_path):
     for seed in range(5):
         del evaluation.variants[f"random_{seed}"]
     del evaluation.variants["plan"]["vs_random"]
-    table = board.leaderboard([finished(tmp_path / "job", evaluation)])
+    table = batch.leaderboard([finished(tmp_path / "job", evaluation)])
     assert table["verdict"][0] == "not tested" and np.isnan(table["kl_random"][0])
-    assert board.sentences(table) == ["α Hill, high end, was not compared with random layers."]
-    board.draw(table)
-    empty = board.leaderboard([])
-    assert list(empty.columns) == list(table.columns) and board.sentences(empty) == []
-    board.draw(empty)
+    assert batch.sentences(table) == ["α Hill, high end, was not compared with random layers."]
+    batch.draw(table)
+    empty = batch.leaderboard([])
+    assert list(empty.columns) == list(table.columns) and batch.sentences(empty) == []
+    batch.draw(empty)
 
 
 # --- the real thing --------------------------------------------------------------------------------------

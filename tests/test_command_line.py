@@ -1,22 +1,30 @@
 """`python -m spi_utils` as a user meets it: one line and an exit code, whatever is wrong."""
 
 import errno
+import importlib
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 
-from spi_utils import __version__, headless
+from spi_utils import __version__
+from spi_utils import notebook as book
 from spi_utils.__main__ import main
 from spi_utils.errors import RunError
-from spi_utils.headless import is_for_readers
+from spi_utils.notebook import is_for_readers
+from spi_utils.plan import make_plan
+from spi_utils.presets import resolve
+from tests.synthetic import layer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,25 +124,93 @@ def test_a_full_disk_in_a_notebook_is_said(folder, monkeypatch):
         output.write_text('{"cells": [{"cell_ty')
         return 1, "Traceback (most recent call last)\nOSError: [Errno 28] No space left on device\n"
 
-    monkeypatch.setattr(headless, "_papermill", full)
-    with pytest.raises(
-        headless.NotebookError, match=r"01_analyze failed: the disk is full\. Free some space"
-    ):
-        headless.execute("01_analyze", folder / "run" / "out.ipynb", {})
+    monkeypatch.setattr(book, "_papermill", full)
+    with pytest.raises(book.NotebookError, match=r"01_analyze failed: the disk is full\. Free some space"):
+        book.execute("01_analyze", folder / "run" / "out.ipynb", {})
 
 
 def test_an_output_below_a_file_is_refused_by_the_function_too(folder):
     with pytest.raises(RunError, match=r"can't be made: .*Choose another `run_dir`"):
-        headless.execute("01_analyze", folder / "file" / "out.ipynb", {})
+        book.execute("01_analyze", folder / "file" / "out.ipynb", {})
 
 
 def test_version_and_help(folder):
     assert call("--version", cwd=folder).stdout == f"spi_utils {__version__}\n"
     told = call("--help", cwd=folder)
-    assert told.returncode == 0 and all(word in told.stdout for word in ("run", "summary", "batch"))
-    told = call("run", "--help", cwd=folder)
-    assert told.returncode == 0 and "--only" in told.stdout
+    commands = ("run", "summary", "speed", "publish", "batch")
+    assert told.returncode == 0 and all(f"    {word}  " in told.stdout for word in commands)
     assert call(cwd=folder).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["run", "batch"])
+def test_the_help_lists_every_parameter_with_its_default_and_comment(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    for name, default in book.parameters_of(book.ALL).items():
+        (line,) = re.findall(rf"^  {name} +(.*)$", told, re.MULTILINE)
+        shown = json.dumps(default) if isinstance(default, str | list) else repr(default)
+        assert line.startswith(f"{shown} ") and len(line) > len(shown) + 5
+
+
+def test_the_installed_command_is_this_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["spi-utils"].split(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["--preset", "small"], {"rule": "matrix_bits", "value": 4.6, "backend": "bitsandbytes"}),
+        (
+            [
+                *("-p", "backend", "compressed-tensors", "-p", "formats", "[int8, 16bit]"),
+                *("-p", "rule", "top_k", "-p", "value", "0"),
+            ],
+            {"formats": ["int8", "16bit"], "rule": "top_k", "value": 0, "backend": "compressed-tensors"},
+        ),
+    ],
+    ids=["a preset", "int8 everywhere"],
+)
+def test_what_is_typed_comes_to_this_plan(monkeypatch, folder, typed, wanted):
+    told = {}
+    monkeypatch.setattr("spi_utils.__main__.execute", lambda name, output, given, show: told.update(given))
+    monkeypatch.setattr("spi_utils.__main__._print_summary", lambda run_dir: None)
+    assert main(["run", "-p", "model", "bundled", "-p", "run_dir", str(folder / "run"), *typed]) == 0
+    every = {**book.parameters_of(book.ALL), **told}
+    chosen = resolve(every["preset"], every)
+    assert {name: chosen[name] for name in wanted} == wanted
+    plan = make_plan(
+        layer_table(),
+        score=chosen["score"],
+        rule=chosen["rule"],
+        value=chosen["value"],
+        formats=tuple(chosen["formats"]) or ("nf4", "16bit"),
+        writer=chosen["backend"],
+    )
+    assert plan.formats and (wanted["value"] or set(plan.formats.values()) == {"int8"})
+
+
+def test_a_checkpoints_speed_is_told_as_json(monkeypatch, capsys, folder):
+    (folder / "run").mkdir()
+    assert main(["speed", str(folder / "run")]) == 1
+    assert "01_analyze" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"dtype": "bfloat16"}')
+    asked = {}
+    monkeypatch.setattr(
+        "spi_utils.judging.speed.measure_in_subprocess",
+        lambda path, **how: asked.update(how, path=path) or {"decode": [3, 2, 4]},
+    )
+    assert main(["speed", str(folder), "--device", "cpu", "--repeats", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"decode": [3, 2, 4]}
+    assert (asked["path"], asked["dtype"], asked["device"], asked["repeats"]) == (
+        folder,
+        "bfloat16",
+        "cpu",
+        2,
+    )
 
 
 # --- a stage alone ----------------------------------------------------------------------------------------
@@ -153,17 +229,15 @@ def test_version_and_help(folder):
     ],
 )
 def test_a_stage_alone_is_asked_for_its_own_parameters(monkeypatch, capsys, stage, name, value, said):
-    monkeypatch.setattr(headless, "execute", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr(book, "execute", lambda *_, **__: pytest.fail("it was started"))
     assert main(["run", "--only", stage, "-p", "run_dir", "runs/x", "-p", name, value]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_stage_alone_gets_its_parameters(monkeypatch, tmp_path):
     told = {}
-    monkeypatch.setattr(
-        headless, "execute", lambda name, output, given, show: told.update({name: given}) or 0.0
-    )
-    monkeypatch.setattr(headless, "update_info", lambda run, change: None)
+    monkeypatch.setattr(book, "execute", lambda name, output, given, show: told.update({name: given}) or 0.0)
+    monkeypatch.setattr(book, "update_info", lambda run, change: None)
     for stage, name, text in (("04_evaluate", "windows", "3"), ("02_visualize", "value", "1e-2")):
         given = ["-p", "rule", "max_kl"] if name == "value" else []
         assert main(["run", "--only", stage, "-p", "run_dir", str(tmp_path), "-p", name, text, *given]) == 0
@@ -208,9 +282,9 @@ def test_a_widget_leaves_no_line_in_the_log(folder, monkeypatch):
         "import ipywidgets as w\nbox = w.VBox([w.HBox([w.FloatSlider(), w.HTML('x')]), w.Output()])\nbox",
         "from IPython.display import display\ndisplay(box.children[0])\nprint('after it')",
     )
-    monkeypatch.setattr(headless, "notebook_path", lambda name: folder / "toy.ipynb")
+    monkeypatch.setattr(book, "notebook_path", lambda name: folder / "toy.ipynb")
     lines = []
-    headless.execute("toy", folder / "out.ipynb", {}, show=lines.append)
+    book.execute("toy", folder / "out.ipynb", {}, show=lines.append)
     assert lines == ["after it"]
 
 
@@ -218,9 +292,9 @@ def test_a_widget_leaves_no_line_in_the_log(folder, monkeypatch):
 def test_ctrl_c_ends_the_kernel_and_says_that_the_same_command_goes_on(folder):
     toy(folder, "import os, time\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom spi_utils import headless\n"
+        "import sys\nfrom pathlib import Path\nfrom spi_utils import notebook as book\n"
         "from spi_utils.__main__ import main\n"
-        f"headless.notebook_path = lambda name: Path({str(folder / 'toy.ipynb')!r})\n"
+        f"book.notebook_path = lambda name: Path({str(folder / 'toy.ipynb')!r})\n"
         f"sys.exit(main(['run', '-p', 'run_dir', {str(folder)!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from spi_utils import headless
+from spi_utils import notebook as book
 from spi_utils.runs import existing_run, update_info
 from tests.evaluated_run import ready_run
 from tests.synthetic import make_run
@@ -38,8 +38,8 @@ def full_for(tmp_path, monkeypatch):
 
 def refused(name, run, parameters):
     output = run.notebooks / f"{name}.ipynb"
-    with pytest.raises(headless.NotebookError) as found:
-        headless.execute(name, output, {"run_dir": str(run.path), **parameters})
+    with pytest.raises(book.NotebookError) as found:
+        book.execute(name, output, {"run_dir": str(run.path), **parameters})
     said = str(found.value)
     assert said.startswith(f"{name} failed: RunError: ") and "No space left on device" in said
     assert "Free some space" in said and "Traceback" not in said and "NotJSON" not in said
@@ -49,14 +49,14 @@ def refused(name, run, parameters):
 @pytest.mark.slow
 def test_in_02_the_plan_of_before_stays(tmp_path, full_for, monkeypatch):
     run = make_run(tmp_path / "run", count=42)
-    headless.execute("02_visualize", run.notebooks / "02_visualize.ipynb", {"run_dir": str(run.path)})
+    book.execute("02_visualize", run.notebooks / "02_visualize.ipynb", {"run_dir": str(run.path)})
     before = run.plan_json.read_bytes()
     full_for("plan.json")
     said = refused("02_visualize", run, {"score": "alpha_pl"})
     assert "plan.json" in said and run.plan_json.read_bytes() == before
     assert not [p for p in run.path.iterdir() if p.name.startswith(".plan")]
     monkeypatch.delenv("PYTHONPATH")
-    headless.execute(
+    book.execute(
         "02_visualize",
         run.notebooks / "02_visualize.ipynb",
         {"run_dir": str(run.path), "score": "alpha_pl"},
@@ -75,7 +75,5 @@ def test_in_04_what_was_scored_stays_and_the_same_call_ends_it(tmp_path, tiny, f
     scored = [*(run.path / "partial").rglob("*.npz")] or [*(run.path / "partial").rglob("*")]
     assert scored
     monkeypatch.delenv("PYTHONPATH")
-    headless.execute(
-        "04_evaluate", run.notebooks / "04_evaluate.ipynb", {"run_dir": str(run.path), **parameters}
-    )
+    book.execute("04_evaluate", run.notebooks / "04_evaluate.ipynb", {"run_dir": str(run.path), **parameters})
     assert existing_run(run.path).evaluation_json.exists()

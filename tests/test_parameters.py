@@ -6,12 +6,23 @@ import sys
 import pytest
 import yaml
 
-from spi_utils import headless
+from spi_utils import notebook as book
 from spi_utils.__main__ import main
-from spi_utils.batches.grid import expand, read_grid
+from spi_utils.batch import arguments_of, expand, read_grid
 from spi_utils.errors import ParameterError
-from spi_utils.headless import ALL, STAGES, check_given, parameters_of
-from spi_utils.parameters import LAB, LAB_TABLE, TABLE, check_values, coerce, from_command_line, problem_of
+from spi_utils.notebook import (
+    ALL,
+    LAB,
+    LAB_TABLE,
+    STAGES,
+    TABLE,
+    check_given,
+    check_values,
+    coerce,
+    from_command_line,
+    parameters_of,
+    problem_of,
+)
 
 TEXTS_ONLY = (
     "model",
@@ -194,7 +205,7 @@ def test_there_are_enough_wrong_values():
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(("name", "value", "said"), WRONG, ids=lambda x: str(x)[:30])
 def test_a_wrong_value_is_refused_by_the_first_cell(monkeypatch, name, value, said, alone):
-    monkeypatch.setattr(headless, "interactive", lambda: not alone)
+    monkeypatch.setattr(book, "interactive", lambda: not alone)
     notebooks = [notebook for notebook in (ALL, *STAGES) if name in parameters_of(notebook)]
     for notebook in notebooks:
         with pytest.raises(ParameterError) as refused:
@@ -306,14 +317,12 @@ def test_a_grid_reads_the_same(tmp_path, name, text, value):
     file.write_text(
         f"models: [a/b]\nparameters: {{{rule}{name}: {text if ', ' not in text else repr(text)}}}\n"
     )
-    (job,) = read_grid(file).jobs
+    (job,), _ = read_grid(file)
     assert job.parameters[name] == value and type(job.parameters[name]) is type(value)
 
 
 def test_a_batch_hands_on_what_its_grid_holds():
     """The grid's values go through a command line: they must come out as they went in."""
-    from spi_utils.batch import arguments_of
-
     given = {"revision": "1.0", "layers": "", "force_16bit": ["no", "1e-2"], "value": 0.01, "group": None}
     given |= {"double_quant": False, "refine_at": [5.65], "texts": "pydoc, pycode", "model": "5", "seed": 3}
     told = arguments_of(STAGES, given)
@@ -322,14 +331,12 @@ def test_a_batch_hands_on_what_its_grid_holds():
 
 
 def test_a_stage_is_told_only_its_own():
-    from spi_utils.batch import arguments_of
-
     told = arguments_of(["04_evaluate"], {"model": "a/b", "score": "fisher", "windows": 3})
     assert told[3:] == ("--only", "04_evaluate", "-p", "model", "a/b", "-p", "windows", "3")
 
 
 def test_typed_values_may_stand_in_a_grid_made_in_python():
-    (job,) = expand({"models": ["a/b"], "seeds": [3], "parameters": {"double_quant": True}}).jobs
+    (job,), _ = expand({"models": ["a/b"], "seeds": [3], "parameters": {"double_quant": True}})
     assert job.parameters == {"model": "a/b", "seed": 3, "double_quant": True}
     with pytest.raises(ParameterError, match=r"the grid: revision=1\.0: .*Write revision='1\.0'"):
         expand({"models": ["a/b"], "parameters": {"revision": 1.0}})

@@ -3,7 +3,7 @@
 import pytest
 
 from spi_utils.errors import ParameterError
-from spi_utils.headless import ALL, check_settings, parameters_of
+from spi_utils.notebook import ALL, check_settings, parameters_of
 from spi_utils.plan import make_plan
 from spi_utils.presets import DEFAULT, PRESETS, resolve, told
 from tests.synthetic import layer_table

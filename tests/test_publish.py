@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from spi_utils import publish as publishing
+from spi_utils.__main__ import main
 from spi_utils.errors import PublishError, RunError
 from spi_utils.hub import licences, tokens
 from spi_utils.hub.gates import quantized_modules
-from spi_utils.publish import Published, Rehearsal, main, publish
+from spi_utils.publish import Published, Rehearsal, publish
 from spi_utils.runs import Run, write_json
 from tests.finished_run import KEPT, make_finished_run
 
@@ -315,16 +316,16 @@ def test_without_a_token_the_run_stays_local_with_the_command_to_publish_it(run)
     done = publish(run, dry_run=False, private=False, allow_license="mit")
     assert not isinstance(done, Published) and done.note.startswith("Saved locally, not published")
     name = "tiny-llama-SPI-nf4-16bit-11.6bpw"
-    command = f'python -m spi_utils.publish "{run.path}" --repo-id {name} --public --allow-license mit'
+    command = f'python -m spi_utils publish "{run.path}" --repo-id {name} --public --allow-license mit'
     assert command in done.note
 
 
 def test_the_command_line_rehearses_and_refuses(run, capsys):
-    assert main([str(run.path), "--dry-run", "--allow-license", "mit"]) == 0
+    assert main(["publish", str(run.path), "--dry-run", "--allow-license", "mit"]) == 0
     assert "private repository your-name/tiny-llama-SPI-nf4-16bit-11.6bpw" in capsys.readouterr().out
-    assert main([str(run.path)]) == 1
+    assert main(["publish", str(run.path)]) == 1
     assert "BLOCKED licence" in capsys.readouterr().err
-    assert main([str(run.path / "nowhere")]) == 1
+    assert main(["publish", str(run.path / "nowhere")]) == 1
     assert "01_analyze" in capsys.readouterr().err
 
 

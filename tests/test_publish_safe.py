@@ -15,7 +15,8 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from spi_utils import headless, quantize
+from spi_utils import notebook as book
+from spi_utils import quantize
 from spi_utils import publish as publishing
 from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
@@ -288,12 +289,12 @@ def hub(monkeypatch, run):
 def test_the_environment_of_a_stage_holds_a_token_only_where_it_publishes(monkeypatch, tmp_path):
     """Through the very subprocess calls, with a stand-in for papermill that notes what it was given."""
     (tmp_path / "papermill.py").write_text(REPORT.replace("sys.argv[-1]", repr(str(tmp_path / "held"))))
-    monkeypatch.setattr(headless, "_python_path", lambda: str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
     held = {}
-    for name in (*headless.STAGES, headless.ALL):
-        headless.execute(name, tmp_path / "out.ipynb", {})
+    for name in (*book.STAGES, book.ALL):
+        book.execute(name, tmp_path / "out.ipynb", {})
         held[name] = json.loads((tmp_path / "held").read_text())
     own = {name for name, found in held.items() if found["HF_TOKEN"] is not None}
     assert own == {"05_publish", "00_run_all"} and held["05_publish"]["HF_TOKEN"] == TOKEN
@@ -385,8 +386,8 @@ def test_the_executed_notebook_of_a_refused_publication_holds_no_token(run, hub,
     hub.faults = [Fault("/commit/", 400, 99, message=ECHO)]
     output = run.notebooks / "05_publish.ipynb"
     given = {"run_dir": str(run.path), "dry_run": False, "allow_license": "mit"}
-    with pytest.raises(headless.NotebookError, match=r"Bearer \*\*\*"):
-        headless.execute("05_publish", output, given)
+    with pytest.raises(book.NotebookError, match=r"Bearer \*\*\*"):
+        book.execute("05_publish", output, given)
     assert hub.sent("POST", "/commit/") and TOKEN not in output.read_text()
 
 
@@ -397,7 +398,7 @@ def test_a_stage_without_a_token_finds_what_was_fetched_with_it(hub, tmp_path, m
     hub.repositories["someone/private"] = Repository(True, files, ["1" * 40])
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     empty = Run(tmp_path / "empty")
-    needed = headless._fetched(empty, "01_analyze", {"model": "someone/private", "revision": ""})
+    needed = book._fetched(empty, "01_analyze", {"model": "someone/private", "revision": ""})
     assert needed == {"model": "someone/private", "revision": "1" * 40}
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ModelError, match="no token was given"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spi_utils.headless import ALL, parameters_of
+from spi_utils.notebook import ALL, parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spi_utils import parameters, texts
+from spi_utils import notebook as book
+from spi_utils import texts
 from spi_utils.checkpoint import read_part, saved_files
 from spi_utils.errors import CheckpointError, ModelError, ParameterError
 from spi_utils.models import cache_key, convert_gguf, list_layers, resolve
@@ -114,11 +115,11 @@ def test_a_cut_plan_in_the_checkpoints_folder_is_healed(model, tmp_path):
 
 def test_a_backends_missing_package_is_said_before_anything_runs(monkeypatch):
     chosen = {"backend": "compressed-tensors"}
-    parameters.check_values(chosen, "00_run_all")
-    monkeypatch.setitem(parameters.PACKAGES, "compressed-tensors", "no_such_package_here")
+    book.check_values(chosen, "00_run_all")
+    monkeypatch.setitem(book.PACKAGES, "compressed-tensors", "no_such_package_here")
     for notebook in ("00_run_all", "02_visualize", "03_quantize"):
         with pytest.raises(ParameterError, match="pip install compressed-tensors"):
-            parameters.check_values(chosen, notebook)
+            book.check_values(chosen, notebook)
 
 
 def test_a_conversion_of_another_version_is_made_anew_and_a_readers_folder_stays(monkeypatch, tmp_path):

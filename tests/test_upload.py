@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
+from spi_utils.__main__ import main
 from spi_utils.hub import upload
 from spi_utils.hub.hub_calls import LONGEST_WAIT
-from spi_utils.publish import main
 from spi_utils.runs import Run
 from tests.finished_run import make_finished_run
 from tests.hub_server import Fault, Repository, git_oid, running_hub, sha256
@@ -29,8 +29,8 @@ import sys
 from spi_utils.hub import upload
 from spi_utils.hub.hub_calls import LONGEST_WAIT
 upload.SENT_ALONE = 1000
-from spi_utils.publish import main
-sys.exit(main(sys.argv[1:]))
+from spi_utils.__main__ import main
+sys.exit(main(['publish', *sys.argv[1:]]))
 """
 LOAD = """
 import sys
@@ -70,7 +70,7 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def published(hub, run, monkeypatch, capfd, caplog):
-    """`publish.main` in this process, against the hub: exit code and everything it said."""
+    """`spi-utils publish` in this process, against the hub: exit code and everything it said."""
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
@@ -80,7 +80,7 @@ def published(hub, run, monkeypatch, capfd, caplog):
     monkeypatch.setattr(upload, "SENT_ALONE", 1000)
 
     def call(*more):
-        code = main([str(run.path), "--allow-license", "mit", *more])
+        code = main(["publish", str(run.path), "--allow-license", "mit", *more])
         said = "".join(capfd.readouterr()) + caplog.text
         assert os.environ["HF_TOKEN"] not in said
         return code, " ".join(said.split())
@@ -409,4 +409,4 @@ def test_the_server_knows_gits_own_object_id(tmp_path):
 def test_without_a_token_nothing_reaches_the_hub(hub, run):
     code, said = published_alone(hub, run, HF_TOKEN="")
     assert code == 0 and "Saved locally, not published" in said and not hub.repositories
-    assert re.search(r"python -m spi_utils.publish \"\S+\" --repo-id tiny-llama-SPI-nf4-16bit-11.6bpw", said)
+    assert re.search(r"python -m spi_utils publish \"\S+\" --repo-id tiny-llama-SPI-nf4-16bit-11.6bpw", said)

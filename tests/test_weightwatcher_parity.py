@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spi_utils.models import list_layers, open_weights
-from spi_utils.parallel import one_thread
+from spi_utils.progress import one_thread
 from spi_utils.spectra import analyze_matrix, decompose, fit_power_law
 
 pytest.importorskip("weightwatcher", exc_type=ImportError)

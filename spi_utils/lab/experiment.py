@@ -27,8 +27,7 @@ from spi_utils.lab.damage import (
 )
 from spi_utils.lab.network import Corpus, Shape, load_corpus
 from spi_utils.lab.training import Recipe, Snapshot, train
-from spi_utils.parallel import spread
-from spi_utils.progress import progress
+from spi_utils.progress import progress, spread
 from spi_utils.runs import fingerprint, read_json, write_json
 
 SCHEMA = 1

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from spi_utils.explorer import ExplorerState
-from spi_utils.headless import notebook_path
+from spi_utils.notebook import notebook_path
 from spi_utils.plan import read_plan
 from tests.synthetic import make_run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.headless import notebook_path
+from spi_utils.notebook import notebook_path
 from spi_utils.plan import read_plan
 from tests.browser.fixtures import IPYWIDGETS
 from tests.browser.test_notebook import PATIENCE, Controls

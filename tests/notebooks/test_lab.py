@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from spi_utils.headless import execute
+from spi_utils.notebook import execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 NAME = "06_compactness_lab"

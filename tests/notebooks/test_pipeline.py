@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.headless import STAGES
 from spi_utils.models import resolve
+from spi_utils.notebook import STAGES
 from spi_utils.plan import ProtectionPlan, make_plan, read_plan
 from spi_utils.quantize import check_request
 from spi_utils.runs import Run, read_layers, read_spectra, run_info

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spi_utils.headless import ALL, STAGES, parameters_of
+from spi_utils.notebook import ALL, STAGES, parameters_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
