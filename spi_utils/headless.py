@@ -25,10 +25,10 @@ import yaml
 
 from spi_utils.batches.worker import end_tree
 from spi_utils.errors import ParameterError, RunError, SPIError
-from spi_utils.hub.tokens import hub_token, with_token, without_token
 from spi_utils.parameters import check_values
 from spi_utils.progress import interactive
 from spi_utils.runs import Run, code_hash, fingerprint, is_intact, run_info, sha256_file, update_info
+from spi_utils.tokens import hub_token, with_token, without_token
 
 STAGES = ("01_analyze", "02_visualize", "03_quantize", "04_evaluate", "05_publish")
 ALL = "00_run_all"

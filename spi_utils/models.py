@@ -36,9 +36,9 @@ from torch import nn
 from spi_utils.checkpoints.wide import widen
 from spi_utils.errors import ModelError
 from spi_utils.hub.hub_calls import server_delay
-from spi_utils.hub.tokens import hide_token, hub_token
 from spi_utils.progress import progress
 from spi_utils.runs import sha256_file, slug, write_json
+from spi_utils.tokens import hide_token, hub_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from spi_utils.errors import PublishError, SPIError
 from spi_utils.hub.licences import find_licence
 from spi_utils.hub.rehearsal import Published, Rehearsal, collect_files, rehearse
-from spi_utils.hub.tokens import Token, hub_token
 from spi_utils.hub.upload import owner_of, send
 from spi_utils.parameters import LONGEST_NAME, repository_problem
 from spi_utils.plan import nominal_bits
 from spi_utils.runs import NOTEBOOKS, Run, existing_run, fingerprint, read_json, run_info, sha256_file, stage
+from spi_utils.tokens import Token, hub_token
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -14,10 +14,10 @@ from spi_utils.hub import card
 from spi_utils.hub.gates import check_gates
 from spi_utils.hub.hub_calls import Caller
 from spi_utils.hub.licences import Licence, find_licence
-from spi_utils.hub.tokens import Token
 from spi_utils.models import load_model, open_weights, resolve
 from spi_utils.runs import open_run, run_info, stage, write_json, write_text
 from spi_utils.scoring import Switch, as_head_takes
+from spi_utils.tokens import Token
 from tests.evaluated_run import write_checkpoint
 from tests.finished_run import make_finished_run
 from tests.test_quantize import plan_for

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from spi_utils import publish as publishing
+from spi_utils import tokens
 from spi_utils.errors import PublishError, RunError
-from spi_utils.hub import licences, tokens
+from spi_utils.hub import licences
 from spi_utils.hub.gates import quantized_modules
 from spi_utils.publish import Published, Rehearsal, main, publish
 from spi_utils.runs import Run, write_json
@@ -32,7 +33,7 @@ def run(original, tmp_path):
 def nobody(monkeypatch, tmp_path):
     """No token of the machine's user, and no connection, in any test of this file."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
 
 

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from spi_utils import headless
+from spi_utils import headless, tokens
 from spi_utils import publish as publishing
 from spi_utils.checkpoints import verify
 from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
-from spi_utils.hub import licences, tokens
+from spi_utils.hub import licences
 from spi_utils.judging import speed
 from spi_utils.models import resolve
 from spi_utils.publish import publish
@@ -47,7 +47,7 @@ def run(original, tmp_path):
 def nobody(monkeypatch):
     """No token of the machine's user, and no connection, in any test of this file."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(tokens, "_hidden", [])
     monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
 

@@ -42,10 +42,10 @@ from spi_utils.checkpoints.ct_parts import serving_notes
 from spi_utils.checkpoints.tensorfile import PIECE, TensorReader
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import format_row, size_tolerance
-from spi_utils.hub.tokens import without_token
 from spi_utils.models import ModelSource, Weights, load_tokenizer, shard_paths
 from spi_utils.progress import progress
 from spi_utils.texts import load_text, make_windows, start_token
+from spi_utils.tokens import without_token
 
 if TYPE_CHECKING:
     from spi_utils.plan import ProtectionPlan

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spi_utils.errors import PublishError
-from spi_utils.hub.tokens import Token, redacted
+from spi_utils.tokens import Token, redacted
 
 Result = TypeVar("Result")
 

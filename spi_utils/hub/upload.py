@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PublishError
 from spi_utils.hub.hub_calls import Caller
-from spi_utils.hub.tokens import Token, redacted
 from spi_utils.progress import interactive, progress
+from spi_utils.tokens import Token, redacted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard
