@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
-from spi_utils.platforms import find_gpus, memory_bytes, platform_name
+from spi_utils.platforms import find_gpus, memory_bytes
+from spi_utils.tokens import platform_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,6 +9,7 @@ repository's code never runs unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -22,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -34,11 +36,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spi_utils.errors import ModelError
-from spi_utils.hub.hub_calls import server_delay
-from spi_utils.hub.tokens import hide_token, hub_token
 from spi_utils.progress import progress
 from spi_utils.runs import sha256_file, slug, write_json
 from spi_utils.safe_linear import widen
+from spi_utils.tokens import hide_token, hub_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -332,7 +333,7 @@ def download(
     except HFValidationError as error:
         raise ModelError(f"{repo_id!r} is no Hub id ({error}).") from error
     except Exception as error:
-        if not _is_transport_error(error):
+        if not is_transport_error(error):
             raise
         if (held := _cached(repo_id, revision, patterns)) is None:
             raise ModelError(
@@ -379,6 +380,17 @@ def _patiently(request: Callable[[], Result]) -> Result:
     return request()
 
 
+def server_delay(headers: Mapping[str, str]) -> float | None:
+    """Seconds from `Retry-After` (a number or a date) or the `RateLimit` header's `t=`; None from neither."""
+    after = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d*)?", after):
+        return float(after)
+    with contextlib.suppress(ValueError):  # no date either
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    return float(limit.group(1)) if limit else None
+
+
 def require_safetensors(repo_id: str, names: list[str]) -> None:
     """Refuse a repository whose files hold no safetensors.
 
@@ -421,7 +433,7 @@ def _explain(repo_id: str, revision: str | None, error: Any) -> str:
     return f"{repo_id}: the Hub answered {status}. Try again in a few minutes."
 
 
-def _is_transport_error(error: Exception) -> bool:
+def is_transport_error(error: BaseException) -> bool:
     """No connection: Python's own errors, or those of the HTTP library under hub 1.x or 2.x."""
     modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     libraries = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}

@@ -30,13 +30,13 @@ import yaml
 from spi_utils import runs
 from spi_utils.errors import ParameterError, PlanError, RunError, SPIError, suggest
 from spi_utils.formats import FORMATS
-from spi_utils.hub.tokens import hub_token, with_token, without_token
 from spi_utils.plan import DIRECTIONS, GROUPS, RULES, SCORES, TIERS, check_value
 from spi_utils.platforms import ATTACHED
 from spi_utils.presets import DEFAULT, PRESETS, resolve
 from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, is_intact, run_info, sha256_file, update_info
 from spi_utils.texts import NAMES
+from spi_utils.tokens import hub_token, with_token, without_token
 
 ALL = "00_run_all"
 STAGES = tuple(NOTEBOOKS.values())

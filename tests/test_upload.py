@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
+from spi_utils import publish
 from spi_utils.__main__ import main
-from spi_utils.hub import upload
-from spi_utils.hub.hub_calls import LONGEST_WAIT
+from spi_utils.publish import LONGEST_WAIT
 from spi_utils.runs import Run
 from tests.finished_run import make_finished_run
 from tests.hub_server import Fault, Repository, git_oid, running_hub, sha256
@@ -26,9 +26,8 @@ REPO = "me/tiny-llama-SPI-nf4-16bit-11.6bpw"
 # Small "large" files, so that a tiny checkpoint is sent shard by shard.
 PUBLISH = """
 import sys
-from spi_utils.hub import upload
-from spi_utils.hub.hub_calls import LONGEST_WAIT
-upload.SENT_ALONE = 1000
+from spi_utils import publish
+publish.SENT_ALONE = 1000
 from spi_utils.__main__ import main
 sys.exit(main(['publish', *sys.argv[1:]]))
 """
@@ -77,7 +76,7 @@ def published(hub, run, monkeypatch, capfd, caplog):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(run.path.parent / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(upload, "SENT_ALONE", 1000)
+    monkeypatch.setattr(publish, "SENT_ALONE", 1000)
 
     def call(*more):
         code = main(["publish", str(run.path), "--allow-license", "mit", *more])
@@ -328,7 +327,7 @@ def test_the_large_files_own_transport_is_waited_for_and_explained(
         return real(*arguments, **options)
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", breaking)
-    monkeypatch.setattr(upload, "SENT_ALONE", max(map(len, shards(run).values())))
+    monkeypatch.setattr(publish, "SENT_ALONE", max(map(len, shards(run).values())))
     done, said = published()
     sent_alone = len(calls) - (done == 0)  # the commit asks once more
     assert done == code and words in said and sent_alone == tries

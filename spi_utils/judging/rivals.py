@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spi_utils.errors import EvaluationError
-from spi_utils.hub.tokens import hub_token
 from spi_utils.scoring import Head, Reference, TokenScores, token_scores
+from spi_utils.tokens import hub_token
 
 if TYPE_CHECKING:
     from spi_utils.models import ModelSource

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
-from spi_utils.hub.tokens import without_token
 from spi_utils.runs import read_json
+from spi_utils.tokens import without_token
 
 if TYPE_CHECKING:
     import torch

@@ -1,1 +1,0 @@
-"""Model card, gates and upload: the parts of `publish`."""
