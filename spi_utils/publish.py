@@ -215,7 +215,7 @@ def publish(
             later = (
                 "Saved locally, not published: no Hub token was found. To publish it later, run `hf auth "
                 "login` (or set HF_TOKEN, or attach the secret HF_TOKEN) and then\n  python -m "
-                f'spi_utils.publish "{run.path}" --repo-id {name.removeprefix(f"{OWNER}/")}{flags}'
+                f'spi_utils publish "{run.path}" --repo-id {name.removeprefix(f"{OWNER}/")}{flags}'
             )
             return replace(rehearsal, note=later)
         url, commit, uploaded, removed = send(
