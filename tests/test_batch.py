@@ -359,6 +359,21 @@ def test_a_dask_cluster_runs_the_jobs_given_its_address(stubs, capsys):
     assert len(stubs.ran()) == 2 and len(pd.read_csv(stubs.out / "leaderboard.csv")) == 4
 
 
+@pytest.mark.slow
+def test_workers_that_declare_a_gpu_take_one_job_at_a_time(stubs):
+    distributed = pytest.importorskip("distributed")
+    stubs.write(models=["a/one"], parameters={})
+    stubs.behave(plan_alpha_hill="0.5", plan_fisher="0.5")
+    where = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    with distributed.LocalCluster(**where, resources={"GPU": 1}) as cluster:
+        assert stubs.run(scheduler=cluster.scheduler_address) == 0
+        assert most_at_once([one for one in stubs.ran() if one["kind"] == "plan"]) == 1
+        stubs.write(models=["a/one"], parameters={"device": "cpu"})
+        stubs.behave(plan_alpha_hill="2", plan_fisher="2")
+        assert stubs.run(scheduler=cluster.scheduler_address) == 0
+    assert most_at_once([one for one in stubs.ran() if one["kind"] == "plan"]) == 2
+
+
 def test_a_wrong_call_is_refused(stubs):
     with pytest.raises(BatchError, match="exclude each other"):
         stubs.run(workers=2, scheduler="tcp://127.0.0.1:1")
