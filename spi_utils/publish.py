@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from spi_utils import runs
 from spi_utils.card import Licence, base_of, make_card, read_base
-from spi_utils.errors import PublishError, SPIError
+from spi_utils.errors import PublishError, RunError, SPIError
 from spi_utils.formats import size_tolerance
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.models import is_transport_error, server_delay
@@ -191,10 +191,11 @@ def publish(
         if current.finished:
             return Rehearsal.read(run)
         token = None if dry_run else hub_token()
-        name = repo_id or default_name(run)
+        plan = ProtectionPlan.read(run.plan_json)
+        name = repo_id or default_name(plan, info["model"])
         if "/" not in name:
             name = f"{OWNER if token is None else owner_of(token, name, run.path)}/{name}"
-        rehearsal, card = rehearse(run, name, licence, languages, private)
+        rehearsal, card = rehearse(run, name, plan, licence, languages, private)
         current.record(repo_id=name, ready=rehearsal.ready, total_bytes=rehearsal.total_bytes)
         if dry_run:
             return rehearsal
@@ -243,11 +244,10 @@ def _as_name(text: str) -> str:
     return name.removesuffix(".git").removesuffix(".ipynb").strip("-.")
 
 
-def default_name(run: Run) -> str:
+def default_name(plan: ProtectionPlan, identity: Mapping[str, Any]) -> str:
     """A repository name that says what the file is, e.g. `Qwen3.5-4B-SPI-nf4-16bit-12.2bpw`."""
-    plan = ProtectionPlan.read(run.plan_json)
     formats = sorted(set(plan.formats.values()), key=nominal_bits)
-    model = _as_name(run_info(run)["model"]["id"].rstrip("/").split("/")[-1]) or "model"
+    model = _as_name(identity["id"].rstrip("/").split("/")[-1]) or "model"
     return "-".join([model, "SPI", *formats, f"{plan.bits_per_weight:.1f}bpw"])
 
 
@@ -255,11 +255,11 @@ def default_name(run: Run) -> str:
 
 
 def rehearse(
-    run: Run, repo_id: str, licence: Licence, languages: list[str], private: bool
+    run: Run, repo_id: str, plan: ProtectionPlan, licence: Licence, languages: list[str], private: bool
 ) -> tuple[Rehearsal, ModelCard]:
     """Write `publish/`: the card, the environment record and the manifest of what would be sent."""
     info = run_info(run)
-    plan, evaluation = ProtectionPlan.read(run.plan_json), Evaluation.read(run.evaluation_json)
+    evaluation = Evaluation.read(run.evaluation_json)
     files, weights = collect_files(run), weight_files(run.model_dir)
     config = run.model_dir / "config.json"
     card = make_card(
@@ -582,9 +582,7 @@ def send(
             "private=False to publish there, or choose another `repo_id`."
         )
     before = ask(lambda: _tree(api, repo_id, found.sha))
-    theirs: dict[str, Any] = {}
-    if RECORD in before:
-        theirs = ask(lambda: runs.read_json(Path(api.hf_hub_download(repo_id, RECORD, force_download=True))))
+    theirs = ask(lambda: _record_there(api, repo_id)) if RECORD in before and not overwrite else {}
     stale = _stale(repo_id, set(before), files, theirs, overwrite)
     large = [name for name, path in files.items() if path.stat().st_size >= SENT_ALONE]
     for name in progress(large, len(large), "large files at the Hub"):  # a kill costs at most one of them
@@ -643,6 +641,15 @@ def _tree(api: HfApi, repo_id: str, revision: str | None = None) -> dict[str, st
 
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     return {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _record_there(api: HfApi, repo_id: str) -> dict[str, Any]:
+    """The record of an earlier publication; empty where the file of that name is none."""
+    path = api.hf_hub_download(repo_id, RECORD, force_download=True)
+    try:
+        return runs.read_json(path)
+    except RunError:
+        return {}
 
 
 def _stale(
