@@ -315,7 +315,7 @@ def make_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[
-            *BACKEND_TAGS[backend],
+            *(BACKEND_TAGS[backend] if lower else ()),
             *(tag for tag in ("int4", "int8") if any(fmt.startswith(tag) for fmt in lower)),
             *TAGS,
             plan.score,
@@ -365,7 +365,7 @@ def make_card(
         packages=["transformers", "accelerate", *([backend] if lower else [])],
         backend=backend,
         remote_code=remote_code,
-        torn=_torn(plan, backend),
+        torn=_torn(plan, backend) if lower else [],
         held=held_words(plan.formats.values()),
         guided=held_words(guided),
         nearest=held_words(set(lower) - guided),

@@ -20,28 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from spi_utils import runs
 from spi_utils.card import Licence, base_of, make_card, read_base
-from spi_utils.errors import PublishError
+from spi_utils.errors import PublishError, RunError
 from spi_utils.formats import size_tolerance
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.models import is_transport_error, server_delay
 from spi_utils.notebook import LONGEST_NAME, repository_problem
 from spi_utils.plan import ProtectionPlan, nominal_bits
 from spi_utils.progress import interactive, progress
-from spi_utils.runs import (
-    NOTEBOOKS,
-    Run,
-    checkpoint_hash,
-    existing_run,
-    fingerprint,
-    read_json,
-    read_layers,
-    run_info,
-    sha256_file,
-    stage,
-    write_json,
-    write_text,
-)
+from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
 from spi_utils.tokens import Token, hub_token, redacted
 
 if TYPE_CHECKING:
@@ -114,7 +102,7 @@ class Rehearsal:
     @classmethod
     def read(cls, run: Run) -> Rehearsal:
         """The rehearsal that `publish/` holds."""
-        held = read_json(run.publish / MANIFEST, SCHEMA, "manifest", NOTEBOOKS["publish"])
+        held = runs.read_json(run.publish / MANIFEST, SCHEMA, "manifest", NOTEBOOKS["publish"])
         own = {name: run.publish / name for name in (CARD, RECORD)}
         return cls(
             held["repo_id"],
@@ -183,26 +171,29 @@ def publish(
     """
     if repo_id is not None:
         check_name(repo_id)
-    run = run if isinstance(run, Run) else existing_run(run)
+    run = run if isinstance(run, Run) else runs.existing_run(run)
     info = run_info(run)
     licence, languages = read_base(
         info["model"], run.model_dir, allow_license, location=info.get("location"), ask=not dry_run
     )
     inputs = {
-        **{"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": _as_dict(licence)},
+        **{"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": asdict(licence)},
         **{"languages": languages, "card": sha256_file(Path(__file__).with_name("card.md.jinja"))},
-        "stages": {name: fingerprint(entry) for name, entry in info["stages"].items() if name != "publish"},
+        "stages": {
+            name: runs.fingerprint(entry) for name, entry in info["stages"].items() if name != "publish"
+        },
         # By hash: a damaged disk changes neither a file's size nor its time.
         "files": {name: sha256_file(path) for name, path in collect_files(run).items() if path.exists()},
     }
-    with stage(run, "publish", inputs, ["publish"], force=force or not dry_run) as current:
+    with runs.stage(run, "publish", inputs, ["publish"], force=force or not dry_run) as current:
         if current.finished:
             return Rehearsal.read(run)
         token = None if dry_run else hub_token()
-        name = repo_id or default_name(run)
+        plan = ProtectionPlan.read(run.plan_json)
+        name = repo_id or default_name(plan, info["model"])
         if "/" not in name:
             name = f"{OWNER if token is None else owner_of(token, name, run.path)}/{name}"
-        rehearsal, card = rehearse(run, name, licence, languages, private)
+        rehearsal, card = rehearse(run, name, plan, licence, languages, private)
         current.record(repo_id=name, ready=rehearsal.ready, total_bytes=rehearsal.total_bytes)
         if dry_run:
             return rehearsal
@@ -251,11 +242,10 @@ def _as_name(text: str) -> str:
     return name.removesuffix(".git").removesuffix(".ipynb").strip("-.")
 
 
-def default_name(run: Run) -> str:
+def default_name(plan: ProtectionPlan, identity: Mapping[str, Any]) -> str:
     """A repository name that says what the file is, e.g. `Qwen3.5-4B-SPI-nf4-16bit-12.2bpw`."""
-    plan = ProtectionPlan.read(run.plan_json)
     formats = sorted(set(plan.formats.values()), key=nominal_bits)
-    model = _as_name(run_info(run)["model"]["id"].rstrip("/").split("/")[-1]) or "model"
+    model = _as_name(identity["id"].rstrip("/").split("/")[-1]) or "model"
     return "-".join([model, "SPI", *formats, f"{plan.bits_per_weight:.1f}bpw"])
 
 
@@ -263,38 +253,38 @@ def default_name(run: Run) -> str:
 
 
 def rehearse(
-    run: Run, repo_id: str, licence: Licence, languages: list[str], private: bool
+    run: Run, repo_id: str, plan: ProtectionPlan, licence: Licence, languages: list[str], private: bool
 ) -> tuple[Rehearsal, ModelCard]:
     """Write `publish/`: the card, the environment record and the manifest of what would be sent."""
     info = run_info(run)
-    plan, evaluation = ProtectionPlan.read(run.plan_json), Evaluation.read(run.evaluation_json)
+    evaluation = Evaluation.read(run.evaluation_json)
     files, weights = collect_files(run), weight_files(run.model_dir)
     config = run.model_dir / "config.json"
     card = make_card(
         repo_id,
         plan,
         evaluation,
-        read_layers(run),
+        runs.read_layers(run),
         identity=info["model"],
         licence=licence,
         languages=languages,
         figures=[name for name in files if name.startswith("figures/")],
         file_bytes=sum(path.stat().st_size for path in weights),
-        remote_code=config.is_file() and "auto_map" in read_json(config),
+        remote_code=config.is_file() and "auto_map" in runs.read_json(config),
     )
-    write_text(run.publish / CARD, str(card))
+    runs.write_text(run.publish / CARD, str(card))
     record = {
         "schema": SCHEMA,
         "base_model": base_of(info["model"])[1],
         "base_revision": info["model"].get("revision"),
         "base_weights_sha256": info["model"]["sha256"],
         "storage_dtype": info["model"]["storage_dtype"],
-        "checkpoint_sha256": checkpoint_hash(weights),
-        "licence": _as_dict(licence),
+        "checkpoint_sha256": runs.checkpoint_hash(weights),
+        "licence": {**asdict(licence), "condition": licence.condition},
         "stages": {name: held["environment"] for name, held in info["stages"].items() if name != "publish"},
         "files": {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()},
     }
-    write_json(run.publish / RECORD, record)
+    runs.write_json(run.publish / RECORD, record)
     files = dict(sorted({**files, CARD: run.publish / CARD, RECORD: run.publish / RECORD}.items()))
     gates = check_gates(run, plan, evaluation, files, licence)
     total = sum(path.stat().st_size for path in files.values())
@@ -309,12 +299,8 @@ def rehearse(
         "total_bytes": total,
         "files": {name: path.stat().st_size for name, path in files.items()},
     }
-    write_json(run.publish / MANIFEST, manifest)
+    runs.write_json(run.publish / MANIFEST, manifest)
     return rehearsal, card
-
-
-def _as_dict(licence: Licence) -> dict[str, Any]:
-    return {**asdict(licence), "condition": licence.condition}
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -354,6 +340,7 @@ BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of i
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
 WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
+NOT_SCORED = "not scored as loaded: "
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
 # Absolute paths as people's machines and hosted notebooks have them, no part of a web address.
@@ -369,7 +356,7 @@ OF_THE_BASE = re.compile(
 )
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
 QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
-AGAIN = {name: f"run notebook {NOTEBOOKS[name]} again" for name in ("quantize", "evaluate")}
+QUANTIZE, EVALUATE = (f"run notebook {NOTEBOOKS[name]}" for name in ("quantize", "evaluate"))
 
 
 def check_gates(
@@ -380,50 +367,79 @@ def check_gates(
     Each reads what is on the disk now, not what a stage once said: a file that was changed, or made from
     another plan, closes it.
     """
-    info, weights = run_info(run), weight_files(run.model_dir)
-    own = checkpoint_hash(weights)
-    size, planned = sum(path.stat().st_size for path in weights), plan.bytes["total"]
-    sizes = f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})"
-    allowed = size_tolerance(planned)
-    limit = f"allowed is ±{allowed:,} bytes"
-    kept = f"{len(plan.formats) - len(plan.protected)} modules quantized and {len(plan.protected)} kept"
-    proof = info["stages"].get("quantize", {}).get("proof") or {}
-    proven = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}"
-    unscored = evaluation.stock.get("agrees", "") is None and evaluation.stock.get("reason")
-    # (name, what is wrong or None, what is found where nothing is)
-    rows: tuple[tuple[str, str | None, str], ...] = (
-        ("stages", _unfinished(run, info), f"{', '.join(BEFORE_PUBLISH)} finished, their files unchanged"),
-        ("checkpoint", _incomplete(run), f"{len(weights)} weight file(s), tokenizer, generate.py"),
-        ("plan", unplanned(run, plan), f"{kept}, as planned"),
-        ("evaluation", _of_another(run, evaluation, own), f"of this very checkpoint, {own[:12]}"),
-        (
-            "proof by use",
-            None
-            if proof.get("finite") and "generation" in proof
-            else "no fresh process has run text through this checkpoint; run notebook "
-            f"{NOTEBOOKS['quantize']} on a machine that can load the checkpoint",
-            f"{proven}, and an answer to a prompt",
-        ),
-        (
-            "stock score",
-            None if unscored else _contradicted(evaluation.stock),
-            f"not scored as loaded: {unscored}" if unscored else _scores(evaluation.stock),
-        ),
-        ("size", f"{sizes}; {limit}; quantize again" if abs(size - planned) > allowed else None, sizes),
-        ("licence", _unlicensed(licence), f"{licence.id}, {licence.found}"),
-        ("secrets", _secret(files), f"none found in {len(files)} files (of the weights, in their headers)"),
-        ("local paths", _place(run, info, files), f"none found in {len(files)} files"),
-    )
+    # what a reader of a damaged file says names the file in full
     return tuple(
-        Gate(
-            name,
-            wrong is None,
-            # what a reader of a damaged file says names the file in full
-            (found if wrong is None else wrong).replace(f"{run.path}/", ""),
-            warning=name == "stock score" and bool(unscored),
-        )
-        for name, wrong, found in rows
+        Gate(name, wrong is None, (wrong or found).replace(f"{run.path}/", ""), found.startswith(NOT_SCORED))
+        for name, wrong, found in _conditions(run, plan, evaluation, files, licence)
     )
+
+
+def _conditions(
+    run: Run, plan: ProtectionPlan, evaluation: Evaluation, files: Mapping[str, Path], licence: Licence
+) -> Iterator[tuple[str, str | None, str]]:
+    """(gate, what is wrong or None, what is found where nothing is)."""
+    info, weights = run_info(run), weight_files(run.model_dir)
+    yield "stages", _unfinished(run, info), f"{', '.join(BEFORE_PUBLISH)} finished, their files unchanged"
+
+    missing = [name for name in CHECKPOINT_FILES if not (run.model_dir / name).is_file()]
+    missing += [] if weights else ["*.safetensors"]
+    wrong = f"model/ lacks {', '.join(missing)}; {QUANTIZE}" if missing else None
+    yield "checkpoint", wrong, f"{len(weights)} weight file(s), tokenizer, generate.py"
+
+    kept = len(plan.protected)
+    found = f"{len(plan.formats) - kept} modules quantized and {kept} kept, as planned"
+    yield "plan", unplanned(run, plan), found
+
+    own, wrong = runs.checkpoint_hash(weights), None
+    of = {evaluation.checkpoint_sha256, evaluation.hashes.get("checkpoint", own)} - {own}
+    if of:
+        wrong = f"it is of checkpoint {min(of)[:12]}, model/ holds {own[:12]}; {EVALUATE}"
+    elif evaluation.hashes.get("plan") != sha256_file(run.plan_json):
+        wrong = f"plan.json changed after it; {EVALUATE}"
+    yield "evaluation", wrong, f"of this very checkpoint, {own[:12]}"
+
+    # A fresh process has used the checkpoint as its readers will (notebook 03).
+    proof, wrong = info["stages"].get("quantize", {}).get("proof") or {}, None
+    if not proof.get("finite") or "generation" not in proof:
+        wrong = f"no fresh process has run text through this checkpoint; {QUANTIZE} where it can be loaded"
+    used = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}"
+    yield "proof by use", wrong, f"{used}, and an answer to a prompt"
+
+    # The model as loaded gave the numbers that its file's tensors gave (notebook 04).
+    stock, wrong = evaluation.stock, None
+    loaded, own_kl, near = (_number(stock.get(key)) for key in ("kl", "kl_file", "tolerance"))
+    found = f"KL {loaded:.4f} as loaded, {own_kl:.4f} in float32 from the file, allowed is ±{near:.4f}"
+    if "agrees" not in stock:
+        wrong = f"the checkpoint was not scored as stock transformers load it; {EVALUATE} again"
+    elif stock["agrees"] is None and stock.get("reason"):
+        found = f"{NOT_SCORED}{stock['reason']}"
+    elif stock["agrees"] is not True or not abs(loaded - own_kl) <= near:  # NaN too
+        wrong = f"{found}; {EVALUATE} again"
+    yield "stock score", wrong, found
+
+    size, planned = sum(path.stat().st_size for path in weights), plan.bytes["total"]
+    found, allowed = (
+        f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})",
+        size_tolerance(planned),
+    )
+    wrong = (
+        f"{found}; allowed is ±{allowed:,} bytes; quantize again" if abs(size - planned) > allowed else None
+    )
+    yield "size", wrong, found
+
+    why, wrong = "forbids passing on changed weights" if licence.forbids else "is unknown", None
+    if not licence.usable:
+        wrong = (
+            f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, "
+            "pass allow_license='<its id>' (the card will say that you did)"
+        )
+    yield "licence", wrong, f"{licence.id}, {licence.found}"
+
+    found = f"none found in {len(files)} files"
+    secret = next((name for name, path in files.items() if SECRET.search(_searchable(path))), None)
+    wrong = None if secret is None else f"{secret} holds what looks like an access token; remove it"
+    yield "secrets", wrong, f"{found} (of the weights, in their headers)"
+    yield "local paths", _place(run, info, files), found
 
 
 def _unfinished(run: Run, info: Mapping[str, Any]) -> str | None:
@@ -441,14 +457,7 @@ def _unfinished(run: Run, info: Mapping[str, Any]) -> str | None:
     for path in below:  # whatever a loader would take weights from
         hidden = any(part.startswith(".") for part in path.parts)
         if path.suffix in WEIGHT_TYPES and not hidden and path.as_posix() not in recorded:
-            return f"{path.as_posix()} was not written by quantize; remove it, or {AGAIN['quantize']}"
-    return None
-
-
-def _incomplete(run: Run) -> str | None:
-    missing = [name for name in CHECKPOINT_FILES if not (run.model_dir / name).is_file()]
-    if missing or not weight_files(run.model_dir):
-        return f"model/ lacks {', '.join(missing) or '*.safetensors'}; run notebook {NOTEBOOKS['quantize']}"
+            return f"{path.as_posix()} was not written by quantize; remove it, or {QUANTIZE} again"
     return None
 
 
@@ -458,12 +467,12 @@ def unplanned(run: Run, plan: ProtectionPlan) -> str | None:
     try:
         held = {_short(name) for name in quantized_modules(run.model_dir)}
     except PublishError as error:
-        return f"{error} {AGAIN['quantize'].capitalize()}"
+        return f"{error} {QUANTIZE.capitalize()} again"
     if planned == held:
         return None
     example = sorted(planned ^ held)[0]
     count = f"{len(planned ^ held)} modules differ between plan.json and model/"
-    return f"{count}, the first {example}; {AGAIN['quantize']}"
+    return f"{count}, the first {example}; {QUANTIZE} again"
 
 
 def _short(name: str) -> str:
@@ -488,51 +497,9 @@ def quantized_modules(model_dir: Path) -> set[str]:
     return {found["module"] for found in map(QUANTIZED.match, names) if found}
 
 
-def _of_another(run: Run, evaluation: Evaluation, own: str) -> str | None:
-    """The evaluation must name the hashes of the checkpoint and the plan that lie here now."""
-    for held in (evaluation.checkpoint_sha256, evaluation.hashes.get("checkpoint", own)):
-        if held != own:
-            return f"it is of checkpoint {held[:12]}, model/ holds {own[:12]}; {AGAIN['evaluate']}"
-    if evaluation.hashes.get("plan") != sha256_file(run.plan_json):
-        return f"plan.json changed after it; {AGAIN['evaluate']}"
-    return None
-
-
-def _contradicted(stock: Mapping[str, Any]) -> str | None:
-    """The model as loaded must give the numbers that its file's tensors gave (notebook 04)."""
-    if "agrees" not in stock:
-        return f"the checkpoint was not scored as stock transformers load it; {AGAIN['evaluate']}"
-    difference = abs(_number(stock, "kl") - _number(stock, "kl_file"))
-    agrees = stock["agrees"] is True and difference <= _number(stock, "tolerance")  # NaN is not
-    return None if agrees else f"{_scores(stock)}; {AGAIN['evaluate']}"
-
-
-def _scores(stock: Mapping[str, Any]) -> str:
-    loaded, file, allowed = (_number(stock, key) for key in ("kl", "kl_file", "tolerance"))
-    return f"KL {loaded:.4f} as loaded, {file:.4f} in float32 from the file, allowed is ±{allowed:.4f}"
-
-
-def _number(held: Mapping[str, Any], key: str) -> float:
+def _number(value: object) -> float:
     """A record's number; NaN, which no comparison passes, where there is none."""
-    value = held.get(key)
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _unlicensed(licence: Licence) -> str | None:
-    if licence.usable:
-        return None
-    why = "forbids passing on changed weights" if licence.forbids else "is unknown"
-    return (
-        f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, pass "
-        "allow_license='<its id>' (the card will say that you did)"
-    )
-
-
-def _secret(files: Mapping[str, Path]) -> str | None:
-    """No file may hold something that looks like a secret."""
-    found = (name for name, path in files.items() if SECRET.search(_searchable(path)))
-    name = next(found, None)
-    return None if name is None else f"{name} holds what looks like an access token; remove it"
 
 
 def _place(run: Run, info: Mapping[str, Any], files: Mapping[str, Path]) -> str | None:
@@ -613,9 +580,7 @@ def send(
             "private=False to publish there, or choose another `repo_id`."
         )
     before = ask(lambda: _tree(api, repo_id, found.sha))
-    theirs: dict[str, Any] = {}
-    if RECORD in before:
-        theirs = ask(lambda: read_json(Path(api.hf_hub_download(repo_id, RECORD, force_download=True))))
+    theirs = ask(lambda: _record_there(api, repo_id)) if RECORD in before and not overwrite else {}
     stale = _stale(repo_id, set(before), files, theirs, overwrite)
     large = [name for name, path in files.items() if path.stat().st_size >= SENT_ALONE]
     for name in progress(large, len(large), "large files at the Hub"):  # a kill costs at most one of them
@@ -674,6 +639,15 @@ def _tree(api: HfApi, repo_id: str, revision: str | None = None) -> dict[str, st
 
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     return {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _record_there(api: HfApi, repo_id: str) -> dict[str, Any]:
+    """The record of an earlier publication; empty where the file of that name is none."""
+    path = api.hf_hub_download(repo_id, RECORD, force_download=True)
+    try:
+        return runs.read_json(path)
+    except RunError:
+        return {}
 
 
 def _stale(
@@ -749,12 +723,12 @@ def _patiently(function: Callable[[], Result], *, token: Token, repo_id: str, lo
         except Exception as error:
             texts = [str(link) for link in _chain(error)]
             said = " ".join(redacted(texts[0], token).split())
-            response, status = _response(error), _status(error, said)
+            status, response = _status(error, said)
             code = status if response is None else response.status_code
             if code not in (UNREACHABLE, *RETRIED) or attempt == ATTEMPTS:
-                owner = repo_id.partition("/")[0]
                 if status is not None:
-                    advice = STATUS[status].format(token=token.source, owner=owner, said=said, status=status)
+                    words = {"token": token.source, "owner": repo_id.partition("/")[0], "said": said}
+                    advice = STATUS[status].format(**words, status=status)
                 elif any(text != redacted(text, token) for text in texts):
                     advice = f"{type(error).__name__}: {said}."
                 else:
@@ -777,22 +751,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _response(error: Exception) -> Any:
-    """The HTTP response behind an error, through the wrappers of upload threads; None if there was none."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _status(error: Exception, said: str) -> tuple[int | None, Any]:
+    """The row of STATUS that an error belongs to, None for one that isn't the Hub's; and the HTTP response
+    behind it, through the wrappers of upload threads, None if there was none."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    return next((link.response for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
-
-
-def _status(error: Exception, said: str) -> int | None:
-    """The row of STATUS that an error belongs to; None for an error that isn't the Hub's."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    links, response = list(_chain(error)), _response(error)
+    links = list(_chain(error))
+    response = next((link.response for link in links if isinstance(link, HfHubHTTPError)), None)
     full = QUOTA.search(said) is not None
     if response is not None:
         status = 507 if full and response.status_code in (402, 403, 413) else int(response.status_code)
-        return status if status in STATUS else 500 if status >= 500 else 400
+        return (status if status in STATUS else 500 if status >= 500 else 400), response
     # xet, which carries large files, raises plain RuntimeError and OSError where HTTP raises its own; those
     # that speak of a file of ours or of a refusal mean what they say.
     plain = isinstance(error, RuntimeError | OSError)
@@ -804,4 +773,4 @@ def _status(error: Exception, said: str) -> int | None:
         (isinstance(error, ValueError), 507 if full else 400),  # a card or a file that the Hub refuses
         (plain, UNREACHABLE),
     )
-    return next((status for holds, status in rows if holds), None)
+    return next((status for holds, status in rows if holds), None), None

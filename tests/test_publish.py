@@ -95,8 +95,10 @@ def test_what_is_smaller_and_better_is_named(run):
 
 
 def test_the_yaml_says_what_the_hub_asks_for(run):
+    (run.model_dir / "README.md").write_text("---\nlanguage: en\nlicense: gemma\n---\nbase\n")
     text = publish(run, repo_id="me/small", allow_license="mit").card.read_text()
     data = yaml.safe_load(text.split("---")[1])
+    assert data["language"] == ["en"]
     assert data["base_model"] == "someone/tiny-llama"
     assert data["base_model_relation"] == "quantized"
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == (

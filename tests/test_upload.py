@@ -360,8 +360,9 @@ def taken(hub, files, private=True):
     hub.repositories[REPO] = Repository(private, {".gitattributes": b"", **files}, ["1" * 40])
 
 
-def test_a_repository_of_another_origin_is_left_alone(hub, run, published):
-    taken(hub, {"README.md": b"a diary"})
+@pytest.mark.parametrize("record", [{}, {"environment.json": b"[1]"}, {"environment.json": b"{"}])
+def test_a_repository_of_another_origin_is_left_alone(hub, run, published, record):
+    taken(hub, {"README.md": b"a diary", **record})
     code, said = published()
     assert (
         code == 1
