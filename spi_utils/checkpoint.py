@@ -278,7 +278,7 @@ BESIDE = (
 
 def weight_files(model_dir: Path) -> list[Path]:
     """The checkpoint's safetensors files in name order; CheckpointError if there is none."""
-    files = sorted(Path(model_dir).glob("*.safetensors"))
+    files = sorted(path for path in Path(model_dir).glob("*.safetensors") if not path.name.startswith("."))
     if not files:
         raise CheckpointError(f"{model_dir} holds no safetensors file. Run notebook 03_quantize first.")
     return files
@@ -299,6 +299,7 @@ def saved_files(model_dir: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]
         return {
             name: (path, *entry)
             for path in shard_paths(model_dir)
+            if not path.name.startswith(".")
             for name, entry in read_header(path).items()
         }
     except ModelError as error:
@@ -394,10 +395,8 @@ def saved_weights(
     for name in model.state_dict():
         if name not in weights.recipes or not name.endswith(".weight"):
             continue
-        module, stem = (
-            name.removesuffix(".weight"),
-            weights.recipes[name].sources[0][1].removesuffix("weight"),
-        )
+        module = name.removesuffix(".weight")
+        stem = weights.recipes[name].sources[0][1].removesuffix("weight")
         formats[module] = "16bit"
         if method == "bitsandbytes" and stem + BLOB in files:
             formats[module] = "nf4"

@@ -1,8 +1,9 @@
 """Load a checkpoint the way a stranger would, and report what came out, or its KL to a reference.
 
-`verify.py` runs this file in a process of its own, with transformers and bitsandbytes or compressed-tensors,
-but without spi_utils: `python -P fresh_check.py request.json answer.json`. The model is used as its card
-says: real text behind a start token, and `generate` on a prompt, in the dtype that the file ships with.
+`quantize.py` runs this file in a process of its own, with transformers and bitsandbytes or
+compressed-tensors, but without spi_utils: `python -P fresh_check.py request.json answer.json`. The model is
+used as its card says: real text behind a start token, and `generate` on a prompt, in the dtype that the file
+ships with.
 """
 
 import functools
@@ -138,25 +139,19 @@ def on_meta(request: dict[str, Any], config: transformers.PretrainedConfig) -> t
 
 def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Class, dtype and device of every module that has a matrix of its own; of a packed one its scheme."""
-    packed = {name: module for name, module in model.named_modules() if hasattr(module, "weight_packed")}
-    return {
-        name: {
-            "class": f"{type(module).__module__}.{type(module).__name__}",
-            "dtype": "packed",
-            "device": module.weight_packed.device.type,
-            "scheme": [scheme.num_bits, scheme.group_size, scheme.symmetric],
-        }
-        for name, module in packed.items()
-        for scheme in [module.quantization_scheme.weights]
-    } | {
-        name: {
-            "class": f"{type(module).__module__}.{type(module).__name__}",
-            "dtype": str(module.weight.dtype).removeprefix("torch."),
-            "device": module.weight.device.type,
-        }
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter) and module.weight.ndim == 2
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "weight_packed"):
+            scheme = module.quantization_scheme.weights
+            how = [scheme.num_bits, scheme.group_size, scheme.symmetric]
+            place = module.weight_packed.device.type
+            found[name] = {"class": kind, "dtype": "packed", "device": place, "scheme": how}
+        elif isinstance(weight, torch.nn.Parameter) and weight.ndim == 2:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            found[name] = {"class": kind, "dtype": dtype, "device": weight.device.type}
+    return found
 
 
 @torch.inference_mode()
@@ -192,7 +187,8 @@ def read_text(model: transformers.PreTrainedModel, windows: list[list[int]]) -> 
     broken: list[str] = []
 
     def note(name: str, module: Any, inputs: Any, output: Any) -> None:
-        if odd(output):
+        value = output[0] if isinstance(output, tuple) else output
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             broken.append(name)
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
@@ -206,12 +202,6 @@ def read_text(model: transformers.PreTrainedModel, windows: list[list[int]]) -> 
     for handle in handles:
         handle.remove()
     return {"finite": finite, "first_nonfinite": None if finite else next(iter(broken), "the logits")}
-
-
-def odd(output: Any) -> bool:
-    """Whether a module's output holds an infinity or a NaN."""
-    value = output[0] if isinstance(output, tuple) else output
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
 
 
 def use(model: transformers.PreTrainedModel, request: dict[str, Any]) -> dict[str, Any]:
@@ -261,13 +251,8 @@ def generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     elif len(said) > 2 and len(set(said)) == 1:
         problem = "repeats one token"
     text = tokenizer.decode([token for token in ids if token < vocabulary], skip_special_tokens=True)
-    return {
-        "prompt": PROMPT,
-        "chat_template": chat,
-        "text": text,
-        "tokens": len(ids),
-        "problem": problem,
-    }
+    found = {"prompt": PROMPT, "chat_template": chat, "text": text}
+    return found | {"tokens": len(ids), "problem": problem}
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float | bool]:

@@ -39,12 +39,10 @@ from torch import nn
 
 from spi_utils.checkpoint import (
     BACKENDS,
-    SavedWeights,
     conv1d_modules,
     disk_bytes,
     read_part,
     saved_files,
-    saved_weights,
 )
 from spi_utils.errors import CheckpointError, PlanError, RunError, suggest
 from spi_utils.formats import (
@@ -80,21 +78,9 @@ from spi_utils.runs import (
     write_tensors,
     write_text,
 )
-from spi_utils.safe_linear import SafeFP16Linear, isolate, isolation_report
 from spi_utils.sensitivity import make_codes
 from spi_utils.texts import load_text, make_windows, start_token
 from spi_utils.tokens import without_token
-
-__all__ = [
-    "SafeFP16Linear",
-    "SavedWeights",
-    "check_request",
-    "isolate",
-    "isolation_report",
-    "proof_of",
-    "quantize",
-    "saved_weights",
-]
 
 OVERFLOW = ("keep_bf16", "error")
 SPARE_DISK = 50_000_000  # bytes beside the weights: tokenizer, index, directory entries
@@ -247,11 +233,11 @@ def _write_and_verify(folder: Path, source: ModelSource, saving: Saving, shard_b
     with open_weights(source) as weights:
         items = list_items(weights, saving)
         shards = _split(items, shard_bytes)
-        _check_resources(folder, shards, weights, saving.device)
+        _check_resources(folder, shards, weights)
         notes = {}
         for name in progress(list(shards), len(shards), "quantize"):
             note = folder.with_name(f"{name}.json")
-            if not (folder / name).exists():
+            if not ((folder / name).exists() and note.exists()):
                 write_shard(folder / name, note, shards[name], weights, saving)
             notes[name] = read_json(note, what="note on a shard", stage=NOTEBOOKS["quantize"])
         write_companions(folder, source, weights, saving, notes)
@@ -374,13 +360,9 @@ def _guided_codes(run: Run, source: ModelSource, plan: ProtectionPlan, place: to
     return codes
 
 
-def _check_resources(
-    folder: Path, shards: Mapping[str, Sequence[Item]], weights: Weights, device: torch.device
-) -> None:
+def _check_resources(folder: Path, shards: Mapping[str, Sequence[Item]], weights: Weights) -> None:
     """Estimate disk and memory before the first byte is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*"):  # temporary files of a killed run
-        stale.unlink()
     sizes = [sum(item.nbytes for item in items) for items in shards.values()]
     need = sum(sizes) + SPARE_DISK - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
@@ -389,9 +371,11 @@ def _check_resources(
             f"{folder}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some space, or "
             "choose a `run_dir` on another disk."
         )
-    # A shard, the tensor as read (32 bits at most), and scratch arrays of bounded size.
+    # A shard (safetensors before 0.8 copies it to write it), the tensor as read, of 32 bits at most, and
+    # scratch arrays of bounded size.
     largest = max(math.prod(shape) for shape in weights.shapes.values())
-    need = max(sizes) + 4 * largest + WORKING_MEMORY
+    copies = 1 if Version(metadata.version("safetensors")) >= Version("0.8") else 2
+    need = copies * max(sizes) + 4 * largest + WORKING_MEMORY
     free = psutil.virtual_memory().available
     if free < need:
         raise CheckpointError(

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spi_utils.analyze import analyze
-from spi_utils.checkpoint import BACKENDS
+from spi_utils.checkpoint import BACKENDS, saved_weights
 from spi_utils.errors import CheckpointError
 from spi_utils.formats import dequantize
 from spi_utils.plan import decide, read_plan
-from spi_utils.quantize import quantize, saved_weights
+from spi_utils.quantize import quantize
 from spi_utils.rounding import Codes
 from spi_utils.runs import run_info
 from spi_utils.workspace import begin_run
