@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spi_utils.budget import MACHINES, Cost, Machine, Model, beside_actual, budget, check_budget, work_of
+from spi_utils.presets import OWN_WINDOWS
 from spi_utils.runs import existing_run, read_layers, run_info, write_json
 
 LIMITS = {"quick": 20, "full": 40}  # minutes that the project promises on a T4
@@ -30,7 +31,7 @@ def qwen35_4b() -> Model:
 def table(model: Model, machine: Machine, profile: str, run: Path | None) -> tuple[list[Cost], str]:
     """The costs of one profile on one machine, and them as a Markdown table with its problems."""
     tokens, variants = work_of(profile)
-    costs = budget(model, machine, tokens=tokens, variants=variants)
+    costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
     stages = run_info(existing_run(run))["stages"] if run else {}
     notes = check_budget(costs, machine) or [
         f"fits; {LIMITS[profile]} minutes are promised after the download"

@@ -45,7 +45,7 @@ from spi_utils.figures import plotting
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.generalization import generalization
 from spi_utils.notebook import ALL, STAGES, parameters_of
-from spi_utils.presets import DEFAULT, PRESETS, resolve
+from spi_utils.presets import DEFAULT, PRESETS, resolve, with_own_windows
 from spi_utils.progress import cores
 from spi_utils.runs import Run, fingerprint, sha256_file, slug
 
@@ -213,7 +213,7 @@ def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Set
         entries = _list(held[axis], f"{where}: {axis}") if held.get(axis) is not None else [{}]
         axes.append([_entry(one, axis, name, where) for one in entries])
     axes += [[{name: one} for one in _list(more[name], f"{where}: axes: {name}")] for name in more]
-    chosen = [_settings([*choice, fixed], where) for choice in itertools.product(*axes)]
+    chosen = [with_own_windows(_settings([*choice, fixed], where)) for choice in itertools.product(*axes)]
 
     defaults, analyses, keys, labels, marks = parameters_of(ALL), {}, [], [], []
     own = parameters_of(ANALYZE)

@@ -7,6 +7,7 @@ two: enough to see that a run doesn't fit, or that a stage hangs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
 from spi_utils.platforms import find_gpus, memory_bytes
+from spi_utils.presets import OWN_WINDOWS
 from spi_utils.tokens import platform_name
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
     from spi_utils.models import ModelSource
 
-MOMENT_TOKENS, SLOPE_TOKENS = 32 * 256, 8 * 256  # of the pass in spi_utils.sensitivity
+# Of spi_utils.sensitivity: tokens a window; windows for rounding to one for slopes; windows written together.
+OWN_LENGTH, HELD_OUT, TOGETHER = 256, 4, 40
 BACKWARD = 4  # a forward pass, each block's again, and a backward pass, in forward passes
 CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
 GUIDED = 2  # formats that are rounded under guidance: NF4 and int4
@@ -135,7 +138,9 @@ class Cost:
     disk: float
 
 
-def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: float = 0.55) -> list[Cost]:
+def budget(
+    model: Model, machine: Machine, *, tokens: int, variants: int, kept: float = 0.55, own: int = 32
+) -> list[Cost]:
     """The cost of every stage.
 
     Args:
@@ -144,7 +149,9 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
         tokens: scored in all texts together: windows × length × texts.
         variants: that are scored, the reference included.
         kept: share of the planned weights that stay in 16-bit.
+        own: windows of own text that guide the rounding.
     """
+    guiding, sloping = own * OWN_LENGTH, own // HELD_OUT * OWN_LENGTH  # tokens
     size, planned, shapes = model.bytes_16bit, model.planned, model.shapes
     matrix = max(rows * cols for rows, cols in shapes)
     nf4, int8, int4 = (model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
@@ -162,11 +169,12 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
         work, moved = 2.0 * short**2 * long + 2.0 / 3 * short**3, 4.0 / 3 * short**3
         solve += FARMS + work / machine.single + moved / machine.gpu_bandwidth + LAUNCH * short
         # its second moment, the inverse's factor, and the columns one by one in a format
-        work = 2.0 * MOMENT_TOKENS * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
+        work = 2.0 * guiding * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
         guided += work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
-    write = 256 * size / machine.gpu_bandwidth  # all windows at once, token after token
-    passes = (MOMENT_TOKENS + SLOPE_TOKENS) * BACKWARD * model.forward
-    passes += SLOPE_TOKENS * CHANGES * 2.0 * planned
+    batches = math.ceil((guiding + sloping) / OWN_LENGTH / TOGETHER)
+    write = batches * OWN_LENGTH * size / machine.gpu_bandwidth  # token after token
+    passes = (guiding + sloping) * BACKWARD * model.forward
+    passes += sloping * CHANGES * 2.0 * planned
     read = 2 * size / machine.disk  # once for the spectra, once for the model
     analyze = solve + write + passes / machine.half + guided + read
     # its peak: one block's graph for a batch of windows, its second moments, the factors of the largest of
@@ -175,7 +183,7 @@ def budget(model: Model, machine: Machine, *, tokens: int, variants: int, kept: 
     moments = 4 * sum(cols**2 for _, cols in shapes) / model.blocks
     factors = 4 * 4 * max(cols for _, cols in shapes) ** 2
     gradients = size + max(graph + moments, moments + factors) + 12 * matrix + LOGITS
-    inputs = (MOMENT_TOKENS + SLOPE_TOKENS) * 2 * model.hidden * model.blocks
+    inputs = (guiding + sloping) * 2 * model.hidden * model.blocks
 
     # 03: read, write and read back for the proof; the codes themselves are bound by the disk
     quantize = (size + 3 * checkpoint) / machine.disk
@@ -272,7 +280,7 @@ def announce(
     machine = replace(machine, name=name, gpu_bytes=gpus[0].memory_bytes, ram_bytes=memory_bytes())
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
-    costs = budget(model, machine, tokens=tokens, variants=variants)
+    costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
     problems = check_budget(costs, machine)
     said = f"{source.id} does not fit: {'; '.join(problems)}."
     if problems and over_budget == "stop":

@@ -32,7 +32,7 @@ from spi_utils.errors import ParameterError, PlanError, RunError, SPIError, sugg
 from spi_utils.formats import FORMATS
 from spi_utils.plan import DIRECTIONS, GROUPS, RULES, SCORES, TIERS, check_value
 from spi_utils.platforms import ATTACHED
-from spi_utils.presets import DEFAULT, PRESETS, resolve
+from spi_utils.presets import DEFAULT, PRESETS, resolve, with_own_windows
 from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, is_intact, run_info, sha256_file, update_info
 from spi_utils.texts import NAMES
@@ -682,6 +682,7 @@ def run_stages(
     """
     chosen = STAGES if only is None else tuple(sorted(only))
     check_settings(parameters, *chosen)
+    parameters = with_own_windows(parameters)
     took = {}
     for name in chosen:
         known = parameters_of(name)

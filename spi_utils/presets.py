@@ -25,6 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "near-lossless": _COST | {"value": 8.1, "backend": "compressed-tensors"},
 }
 DEFAULT = "claim"
+# Windows of own text that guide the rounding, where none are asked for: docs/results.md has the curve.
+OWN_WINDOWS = {"quick": 32, "full": 128}
 
 
 def resolve(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,3 +52,9 @@ def told(preset: str, given: Mapping[str, Any]) -> str:
     """What a preset and the parameters beside it come to, in a line."""
     parts = (f"{name}={value!r}" for name, value in resolve(preset, given).items() if value not in (None, []))
     return f"preset {preset!r}: {', '.join(parts)}"
+
+
+def with_own_windows(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All stages' parameters, the windows of own text those of the profile unless they are given."""
+    windows = given.get("sensitivity_windows") or OWN_WINDOWS.get(given.get("profile", "quick"), 0)
+    return {**given, **({"sensitivity_windows": windows} if given.get("profile") == "full" else {})}
