@@ -38,7 +38,6 @@ from spi_utils.figures.plan_figures import FORMAT_LABELS, LayerGrid, draw_grid
 from spi_utils.figures.plotting import FORMAT_COLOURS, score_label, short_label, shorten
 from spi_utils.figures.score_figures import histogram_edges, is_wide, planned_layers
 from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of, single_spectrum
-from spi_utils.judging.evaluation import Evaluation
 from spi_utils.plan import (
     SCORES,
     Patterns,
@@ -222,6 +221,8 @@ class ExplorerState:
         if kl is not None and able(self.planned, "int8").all():
             found.append(("int8 everywhere", price(self.layers, everywhere)["total"], kl))
         if self.run is not None and self.run.evaluation_json.exists():
+            from spi_utils.judging.evaluation import Evaluation  # loads torch, which a slider doesn't need
+
             nearest = Evaluation.read(self.run.evaluation_json).variants.get("nf4_nearest")
             if nearest is not None:
                 found.append(("NF4, nearest (measured)", int(nearest["bytes"]), float(nearest["kl_mean"])))
