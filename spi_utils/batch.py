@@ -36,7 +36,7 @@ from spi_utils.batches.worker import (
     wait_for_tasks,
 )
 from spi_utils.errors import BatchError, SPIError
-from spi_utils.figures.plotting import save_figure
+from spi_utils.figures import save_figure
 from spi_utils.headless import MADE, STAGES, parameters_of
 from spi_utils.parallel import cores, spread
 from spi_utils.runs import Run, atomic_path, fingerprint, layers_fingerprint

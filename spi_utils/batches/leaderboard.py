@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from spi_utils.batches.grid import Job
-from spi_utils.figures.plotting import (
+from spi_utils.figures import (
     BLACK,
     GREEN,
     GREY,
