@@ -104,7 +104,7 @@ def layers_html(rows: pd.DataFrame) -> HTML:
         values = rows[name]
         if pd.api.types.is_numeric_dtype(values):
             known = values.dropna().astype(float).abs()
-            digits = 0 if (known % 1 == 0).all() else 3 if known.max() >= 0.1 else 6
+            digits = 0 if (known % 1 == 0).all() else 3 if known.median() >= 0.01 else 6
             columns.append(["–" if pd.isna(value) else f"{value:.{digits}f}" for value in values])
         else:
             columns.append([str(value) for value in values])

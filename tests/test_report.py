@@ -17,11 +17,13 @@ from spi_utils.evaluation_figures import (
     LOOKS,
     RANDOM,
     RIVAL,
+    marked,
     prediction_finding,
     quality_by_bytes,
     quality_finding,
     window_differences,
 )
+from spi_utils.figures import FORMAT_COLOURS
 from spi_utils.judging import measures
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
@@ -300,6 +302,15 @@ def test_no_two_variants_look_alike():
     looks = [*LOOKS.values(), RIVAL, RANDOM]
     assert len({(one.colour, one.line) for one in looks}) == len(looks)
     assert len({(one.colour, one.marker, one.hollow) for one in looks}) == len(looks)
+
+
+def test_int4_and_int8_keep_their_colour_and_draws_lie_under_the_plan():
+    for variant, fmt in (("int8", "int8"), ("int4", "int4_g64")):
+        same = {key for key, one in LOOKS.items() if one.colour == FORMAT_COLOURS[fmt]}
+        assert same == {variant} and RIVAL.colour != FORMAT_COLOURS[fmt]
+    draw, plan = marked("random_0"), marked("plan")
+    assert draw["zorder"] < plan["zorder"] and draw["markersize"] < plan["markersize"] / 2
+    assert draw["markerfacecolor"] == "none"
 
 
 def test_the_predictions_finding_names_the_plans_own_error():

@@ -43,7 +43,7 @@ from spi_utils.figures import (
     type_styles,
 )
 from spi_utils.formats import gigabytes
-from spi_utils.plan import make_plan
+from spi_utils.plan import make_plan, price
 from spi_utils.runs import Run, existing_run
 from tests.synthetic import layer_table, make_run, spectra_of
 
@@ -212,7 +212,23 @@ def test_fitted_tail_holds_the_tails_share(layers, spectra):
 def test_rank_decay_recovers_an_exact_power(layers):
     name = planned_layers(layers)["name"][0]
     figure = rank_decay(layers, {name: 7 * np.arange(1.0, 401.0) ** -0.7}, [name])
-    assert "a = 0.70" in figure.axes[0].get_legend_handles_labels()[1][0]
+    assert figure.axes[0].get_legend_handles_labels()[1][0].endswith("a = 0.70, R² 1.00")
+
+
+def test_rank_decay_tells_how_badly_a_power_law_fits(layers):
+    name, ranks = planned_layers(layers)["name"][0], np.arange(1.0, 401.0)
+    figure = rank_decay(layers, {name: np.exp(-ranks / 40)}, [name])
+    fit = stats.linregress(np.log(ranks[1:200]), -ranks[1:200] / 40)
+    label = figure.axes[0].get_legend_handles_labels()[1][0]
+    assert label.endswith(f"a = {-fit.slope:.2f}, R² {fit.rvalue**2:.2f}") and fit.rvalue**2 < 0.9
+
+
+def test_nothing_is_written_over_a_density_or_a_histogram(layers, spectra):
+    names = list(planned_layers(layers)["name"][:2])
+    for axes in spectra_figure(layers, spectra, names).axes:
+        assert not axes.texts and "KS" in axes.get_title(loc="left")
+    (label,) = score_histogram(layers, threshold=4.0).axes[0].texts
+    assert label.xy[1] == 1.0 and label.get_verticalalignment() == "baseline"  # above the axes
 
 
 def test_layers_are_picked_from_end_to_end(layers):
@@ -293,6 +309,18 @@ def test_frontier_draws_the_optimum_below_every_score(layers):
     plan = make_plan(layers)
     assert lines["the plan"].get_ydata()[0] == pytest.approx(plan.predicted_kl)
     assert f"{plan.predicted_kl:.3g} nats a token" in title(figure)
+
+
+def test_frontier_marks_one_format_everywhere_and_says_that_it_predicts(layers):
+    figure = frontier_figure(layers, make_plan(layers), frontier(layers, seeds=20, points=5))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    planned = planned_layers(layers)
+    for fmt, label in (("nf4", "NF4 everywhere, nearest"), ("int8", "int8 everywhere")):
+        (size,), (kl,) = lines[label].get_data()
+        assert size == pytest.approx(price(layers, dict.fromkeys(planned["name"], fmt))["total"] / 1e6)
+        assert kl == pytest.approx(planned[f"predicted_{fmt}"].sum())
+    assert figure.axes[0].get_ylabel().startswith("predicted KL") and "MB" in figure.axes[0].get_xlabel()
+    assert "predicted" in title(figure) and "predictions" in detail(figure)
 
 
 def test_frontier_needs_predictions(layers):
