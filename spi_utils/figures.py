@@ -352,17 +352,10 @@ def score_histogram(
     if threshold is not None:
         for panel in panels:
             panel.axvline(threshold, color=VERMILLION, lw=1.8, zorder=4)
-        panels[0].annotate(
-            "kept in 16-bit →" if high else "← kept in 16-bit",
-            (threshold, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="left" if high else "right",
-            color=VERMILLION,
-            fontsize=9,
-            fontweight="bold",
-        )
+        words, side = ("kept in 16-bit →", "left") if high else ("← kept in 16-bit", "right")
+        look: dict[str, Any] = {"color": VERMILLION, "fontsize": 9, "fontweight": "bold", "va": "bottom"}
+        above = panels[0].get_xaxis_transform()  # written above the axes, where no bar is
+        panels[0].text(threshold, 1.01, words, transform=above, ha=side, **look)
         kept = int((values >= threshold if high else values <= threshold).sum())
         sign = "≥" if high else "≤"
         parts.append(f"{name} {sign} {threshold:.4g} keeps {kept} of {len(values)} layers in 16-bit")
@@ -459,11 +452,7 @@ def score_against_sensitivity(
     left.set_yscale("log" if both.any() else "linear")
 
     styles, counts, overall = type_styles(types), types.value_counts(), rank_correlation(values, cost)
-    within = {
-        name: rank_correlation(values[here], cost[here])
-        for name in styles
-        for here in [(types == name).to_numpy()]
-    }
+    within = {name: rank_correlation(values[types == name], cost[types == name]) for name in styles}
     shown = [name for name in within if styles[name].marker != "."][::-1]
     for height, name in enumerate(shown):
         right.plot([0, within[name]], [height, height], color=styles[name].colour, lw=2)
@@ -633,8 +622,8 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | No
         name, colour = layer_title(row), styles[row["type"]].colour
         # Two layers of one type share its colour, as in every figure, and differ by their line.
         line = LINES[[other["type"] for other in rows[:place]].count(row["type"]) % len(LINES)]
-        exponent, fit = draw_decay(axes, spectra[row["name"]], relative=True, color=colour, ls=line)
-        axes.lines[-2].set_label(f"{name}: a = {exponent:.2f}, R² {fit:.2f}")
+        exponent, fit = draw_decay(axes, spectra[row["name"]], colour, colour, line=line, relative=True)
+        axes.lines[-1].set_label(f"{name}: a = {exponent:.2f}, R² {fit:.2f}")
         if np.isfinite(exponent):
             found[name] = (exponent, fit)
     axes.set_ylabel("singular value σₖ / σ₁")
@@ -652,27 +641,29 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | No
     return figure
 
 
-def draw_decay(axes: Axes, sigma: Floats, *, relative: bool = False, **look: Any) -> tuple[float, float]:
-    """Draw singular values by rank with their least-squares power law σ ~ k^-a over k = 2 … M/2.
+def draw_decay(
+    axes: Axes, sigma: Floats, colour: str, fit_colour: str, *, line: Any = "-", relative: bool = False
+) -> tuple[float, float]:
+    """Draw singular values by rank over their least-squares power law σ ~ k^-a, fitted for k = 2 … M/2.
+
+    Args:
+        relative: divide by the largest.
 
     Returns:
-        a, and the R² of log σ over those ranks; NaN below four values.
+        a, and the R² of log σ over those ranks; NaN below four values. The curve is the last of the lines.
     """
     sigma = np.asarray(sigma, dtype=np.float64)
     sigma = sigma[np.isfinite(sigma) & (sigma > 0)]
     sigma = sigma / sigma[0] if relative and len(sigma) else sigma
     ranks = np.arange(1, len(sigma) + 1, dtype=np.float64)
     exponent = fit = float("nan")
-    k, fitted = ranks[1 : len(sigma) // 2], np.empty(0)
-    if len(k) < 2:
-        k = fitted
-    else:
-        x, y = np.log(k), np.log(sigma[1 : len(sigma) // 2])
-        slope, level = np.polyfit(x, y, 1)
-        exponent, fitted, total = -float(slope), np.exp(level) * k**slope, ((y - y.mean()) ** 2).sum()
-        fit = 1 - float(((y - level - slope * x) ** 2).sum() / total) if total > 0 else 1.0
-    axes.plot(ranks, sigma, lw=1.8, **look)
-    axes.plot(k, fitted, color=look["color"], lw=1.2, ls=":")
+    k, y = ranks[1 : len(sigma) // 2], np.log(sigma[1 : len(sigma) // 2])
+    if len(k) > 1:
+        slope, level = np.polyfit(np.log(k), y, 1)
+        law, spread = level + slope * np.log(k), float(y.var())
+        exponent, fit = -float(slope), 1 - float(np.mean((y - law) ** 2)) / spread if spread else 1.0
+        axes.plot(k, np.exp(law), color=fit_colour, lw=1.2, ls=":")
+    axes.plot(ranks, sigma, color=colour, lw=1.8, ls=line)
     axes.set(xscale="log", yscale="log", xlabel="rank k")
     return exponent, fit
 
@@ -686,8 +677,7 @@ def single_spectrum(layers: pd.DataFrame, spectra: Spectra, name: str) -> Figure
     if name in spectra:
         draw_density(left, spectra[name], row)
         left.set_ylabel("density of eigenvalues")
-        exponent, fit = draw_decay(right, spectra[name], color=BLUE)
-        right.lines[-1].set_color(VERMILLION)
+        exponent, fit = draw_decay(right, spectra[name], BLUE, VERMILLION)
         right.set_ylabel("singular value σₖ")
         said = f"slope −a with a = {exponent:.2f}, R² {fit:.2f}" if np.isfinite(fit) else "too few for a fit"
         right.set_title(said, fontsize=9, loc="left")
