@@ -193,7 +193,7 @@ def finding(beside: list[dict[str, Any]]) -> str:
 
 def draw(result: dict[str, Any], path: str) -> None:
     """KL against matrix bits, every family a line, uniform formats as points."""
-    from spi_utils.figures.plotting import BLACK, CYCLE, MARKERS, headline, new_figure, styled
+    from spi_utils.figures import BLACK, CYCLE, MARKERS, headline, new_figure, styled
 
     @styled
     def picture() -> Any:

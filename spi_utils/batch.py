@@ -39,9 +39,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from spi_utils import notebook, runs
+from spi_utils import figures, notebook, runs
 from spi_utils.errors import BatchError, ParameterError, RunError, SPIError, suggest
-from spi_utils.figures import plotting
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.generalization import generalization
 from spi_utils.notebook import ALL, STAGES, parameters_of
@@ -561,7 +560,7 @@ def _report(out: Path, done: Sequence[Job], failed: Sequence[Outcome], total: in
         table.to_csv(path, index=False, lineterminator="\n")
     print("", *sentences(table), sep="\n")
     print(f"\nleaderboard  {out / 'leaderboard.csv'}")
-    print(f"figure       {plotting.save_figure(draw(table), Run(out), 'leaderboard')}")
+    print(f"figure       {figures.save_figure(draw(table), Run(out), 'leaderboard')}")
     if failed:
         print(f"\n{len(failed)} of {total} failed:")
     for one in failed:
@@ -575,10 +574,10 @@ def _report(out: Path, done: Sequence[Job], failed: Sequence[Outcome], total: in
 
 # What the audit calls "the plan's KL is lower than the random mean's" -> colour, marker, words.
 VERDICTS = {
-    "supported": (plotting.GREEN, "o", "beats random"),
-    "refuted": (plotting.VERMILLION, "s", "worse than random"),
-    "not separable": (plotting.GREY, "D", "not separable"),
-    "not tested": (plotting.BLACK, "x", "no random control"),
+    "supported": (figures.GREEN, "o", "beats random"),
+    "refuted": (figures.VERMILLION, "s", "worse than random"),
+    "not separable": (figures.GREY, "D", "not separable"),
+    "not tested": (figures.BLACK, "x", "no random control"),
 }
 COLUMNS = (
     *("job", "model", "score", "direction", "rule", "value", "seed", "bytes", "matrix_bits", "verdict"),
@@ -639,7 +638,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     """
     said = []
     for (score, direction), rows in table.groupby(["score", "direction"], sort=False):
-        who = f"{plotting.short_label(str(score))}, {direction} end,"
+        who = f"{figures.short_label(str(score))}, {direction} end,"
         tested = rows[rows["verdict"] != "not tested"].sort_values("kl_difference")
         if tested.empty:
             said.append(f"{who} was not compared with random layers.")
@@ -661,13 +660,13 @@ def _interval(row: pd.Series) -> str:
     return f"{row['kl_difference']:+.4f} ({' … '.join(ends)})".replace("-", "−")
 
 
-@plotting.styled
+@figures.styled
 def draw(table: pd.DataFrame) -> Figure:
     """Each run's KL minus the random mean's, with its interval; left of the line the plan is better."""
     rows = table[table["kl_difference"].notna()].reset_index(drop=True)
-    figure = plotting.new_figure(9.0, 2.2 + 0.34 * max(len(rows), 1))
+    figure = figures.new_figure(9.0, 2.2 + 0.34 * max(len(rows), 1))
     axes = figure.subplots()
-    axes.axvline(0, color=plotting.BLACK, linewidth=1)
+    axes.axvline(0, color=figures.BLACK, linewidth=1)
     for verdict, (colour, marker, words) in VERDICTS.items():
         some = rows[rows["verdict"] == verdict]
         if some.empty:
@@ -678,12 +677,12 @@ def draw(table: pd.DataFrame) -> Figure:
             middle, some.index, xerr=[middle - ends[0], ends[1] - middle], fmt=marker, color=colour,
             capsize=3, label=words,
         )  # fmt: skip
-    axes.set_yticks(rows.index, [plotting.shorten(job, 56) for job in rows["job"]])
+    axes.set_yticks(rows.index, [figures.shorten(job, 56) for job in rows["job"]])
     axes.invert_yaxis()
     axes.set_xlabel("KL of the plan − KL of random layers at equal bytes (nats a token)")
     if len(rows):
         axes.legend(loc="best")
     said = [*sentences(table), "no run is finished"]
     detail = "Bars: 95 % interval over windows. Left of the line the score's layers are better."
-    plotting.headline(figure, said[0], detail)
+    figures.headline(figure, said[0], detail)
     return figure

@@ -30,14 +30,24 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from spi_utils import runs
+from spi_utils import figures, runs
 from spi_utils.curves import Chooser, Field
 from spi_utils.errors import PlanError, RunError, SPIError
-from spi_utils.figures import plotting
-from spi_utils.figures.plan_figures import FORMAT_LABELS, LayerGrid, draw_grid
-from spi_utils.figures.plotting import FORMAT_COLOURS, score_label, short_label, shorten
-from spi_utils.figures.score_figures import histogram_edges, is_wide, planned_layers
-from spi_utils.figures.spectrum_figures import density_of, eigenvalues_of, single_spectrum
+from spi_utils.figures import (
+    FORMAT_COLOURS,
+    FORMAT_LABELS,
+    LayerGrid,
+    density_of,
+    draw_grid,
+    eigenvalues_of,
+    histogram_edges,
+    is_wide,
+    planned_layers,
+    score_label,
+    short_label,
+    shorten,
+    single_spectrum,
+)
 from spi_utils.plan import (
     SCORES,
     Patterns,
@@ -416,7 +426,7 @@ class Picture:
     and paints the map's cells into it: matplotlib's resampling would take half of the time.
     """
 
-    @plotting.styled
+    @figures.styled
     def __init__(self, state: ExplorerState) -> None:
         lower, self.values = FORMAT_COLOURS[state.lower], values_of(state.chooser)
         self.edges = histogram_edges(self.values)
@@ -433,11 +443,11 @@ class Picture:
             grid = state.field.file_bytes / size
             low, middle, high = np.quantile(state.field.random, (0.05, 0.5, 0.95), axis=0)
             right.fill_between(grid, low, high, color="#DDDDDD", label="random, 90 %")
-            right.plot(grid, middle, color=plotting.GREY, lw=1)
+            right.plot(grid, middle, color=figures.GREY, lw=1)
             own = state.chooser
-            right.plot(own.file_bytes / size, own.kl, color=plotting.BLUE, lw=1.8, label="this score")
+            right.plot(own.file_bytes / size, own.kl, color=figures.BLUE, lw=1.8, label="this score")
             right.plot(
-                grid, state.field.optimum, color=plotting.BLACK, lw=1.4, ls="--", label="least predicted"
+                grid, state.field.optimum, color=figures.BLACK, lw=1.4, ls="--", label="least predicted"
             )
             right.set(xlabel=f"model size ({unit})", ylabel="predicted KL (nats a token)")
             right.set_title("What a gigabyte buys", loc="left", fontsize=10)
@@ -445,12 +455,12 @@ class Picture:
             right.set_ylim(0, None)
             right.xaxis.set_major_locator(MaxNLocator(nbins=6))
             right.legend(loc="upper right", fontsize=8)
-            look = {"ms": 9, "color": plotting.VERMILLION, "mec": "white", "mew": 1.5, "zorder": 6}
+            look = {"ms": 9, "color": figures.VERMILLION, "mec": "white", "mew": 1.5, "zorder": 6}
             (self.point,) = right.plot([], [], "o", animated=True, **look)
         axes.stairs(counts, self.edges, fill=True, color=lower)
         kept = FORMAT_COLOURS["16bit"]
         self.kept = axes.stairs(np.zeros(len(counts)), self.edges, fill=True, color=kept, animated=True)
-        self.line = axes.axvline(self.edges[0], color=plotting.BLACK, lw=2, animated=True)
+        self.line = axes.axvline(self.edges[0], color=figures.BLACK, lw=2, animated=True)
         axes.set(xlabel=score_label(state.score), ylabel="layers", ylim=(0, max(counts.max(), 1) * 1.15))
         axes.set_xscale("log" if is_wide(self.values) else "linear")
         lost = len(self.values) - int(counts.sum())
@@ -476,7 +486,7 @@ class Picture:
         middle = np.mean(state.size_bounds) / state.unit[0]
         for label, count, kl in state.landmarks:
             size = count / state.unit[0]
-            axes.plot(size, kl, "D", ms=6, mfc="none", mec=plotting.BLACK)
+            axes.plot(size, kl, "D", ms=6, mfc="none", mec=figures.BLACK)
             look: dict[str, Any] = {"xytext": (7 if size < middle else -7, 5), "fontsize": 8}
             look["ha"] = "left" if size < middle else "right"
             axes.annotate(label, (size, kl), textcoords="offset points", **look)
@@ -762,7 +772,7 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
         "notes": " ".join(state.notes),
         "unit": state.unit,
         "rest": state.rest,
-        "colours": {"kept": FORMAT_COLOURS["16bit"], "spectrum": plotting.SKY, "fit": plotting.VERMILLION},
+        "colours": {"kept": FORMAT_COLOURS["16bit"], "spectrum": figures.SKY, "fit": figures.VERMILLION},
         "layers": [
             {"name": name, "label": shorten(str(kind), 24), "depth": depth, "fixed": held, "tip": tip}
             for name, kind, depth, held, tip in places

@@ -110,6 +110,11 @@ def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, d
     return row.size(row, rows, cols, double_quant, dtype)
 
 
+def gigabytes(count: float) -> str:
+    """Bytes in units of 10⁹ or 10⁶, as prose writes them: "6.41 GB", "205 MB"."""
+    return f"{count / 1e9:.2f} GB" if abs(count) >= 999.5e6 else f"{count / 1e6:.3g} MB"
+
+
 def size_tolerance(planned: int) -> int:
     """How far a checkpoint's files may be from the plan's bytes, in bytes."""
     return max(int(SIZE_TOLERANCE * planned), SIZE_FLOOR)

@@ -1,47 +1,39 @@
-"""report.html: a run on one page that can be sent to a colleague, and the figures that stand in it.
+"""report.html, a run on one page that can be sent to a colleague; its tables and figures for notebooks too.
 
-Self-contained (figures inline, no script, nothing fetched), readable in light and dark themes. Every sentence
-with a number in it is made from the run's own files.
+The page is self-contained (figures inline, no script, nothing fetched) and readable in light and dark themes.
+report.html.jinja holds every table, shared by the page and by what notebooks show. Every sentence with a
+number in it is made from the run's own files.
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import math
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from importlib import resources
+from functools import cache
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from spi_utils import runs, stats
-from spi_utils.figures.evaluation_figures import (
-    kl_survival,
-    predicted_and_real,
-    quality_by_bytes,
-    window_differences,
-)
-from spi_utils.figures.plotting import save_figure
+from spi_utils.errors import SPIError
+from spi_utils.evaluation_figures import kl_survival, predicted_and_real, quality_by_bytes, window_differences
+from spi_utils.figures import save_figure
+from spi_utils.formats import gigabytes
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
+from spi_utils.judging.generalization import QUESTIONS, count_verdicts, evaluated_beside, generalization
 from spi_utils.judging.sentences import headline_of, switching_sentence
 from spi_utils.quantize import proof_by_use
-from spi_utils.report_html import (
-    Html,
-    code,
-    interval_cell,
-    legend,
-    p_cell,
-    picture,
-    section,
-    signed,
-    size,
-    spread,
-    table,
-    text,
-    verbatim,
-    verdict_cell,
-)
-from spi_utils.report_runs import other_runs
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 HEADLINE = "quality_by_bytes"
 FIGURES = {
@@ -50,8 +42,6 @@ FIGURES = {
     "kl_survival": kl_survival,
     "predicted_and_real": predicted_and_real,
 }
-# Figures of notebook 02 that the report shows where they are there.
-ANALYSIS = ("plan_map", "score_by_depth", "sensitivity", "frontier")
 
 
 def figures(run: runs.Run) -> dict[str, Path]:
@@ -93,6 +83,41 @@ def _evaluated(run: runs.Run) -> AbstractContextManager[None]:
     return runs.believing(run.evaluation_json, "evaluation", runs.NOTEBOOKS["evaluate"])
 
 
+# --- tables for notebooks --------------------------------------------------------------------------------
+
+
+def table_html(evaluation: Evaluation) -> HTML:
+    """The evaluation's numbers as report.html shows them, the plan highlighted, a legend of columns below."""
+    return _shown(_pieces().evaluation_in_notebook(evaluation.variants))
+
+
+def claims_html(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> HTML:
+    """The audit as report.html shows it; `speed` is run.json's of the stage "evaluate"."""
+    return _shown(_pieces().claims_in_notebook(audit(evaluation, speed)))
+
+
+def layers_html(rows: pd.DataFrame) -> HTML:
+    """Rows of the layer table, its columns and statuses explained below."""
+
+    columns = []
+    for name in rows:
+        values = rows[name]
+        if pd.api.types.is_numeric_dtype(values):
+            known = values.dropna().astype(float).abs()
+            digits = 0 if (known % 1 == 0).all() else 3 if known.median() >= 0.01 else 6
+            columns.append(["–" if pd.isna(value) else f"{value:.{digits}f}" for value in values])
+        else:
+            columns.append([str(value) for value in values])
+    cells = list(zip(*columns, strict=True))
+    return _shown(_pieces().layers_in_notebook(list(rows.columns), cells))
+
+
+def _shown(content: str) -> HTML:
+    from IPython.display import HTML
+
+    return HTML(str(content))
+
+
 # --- the page --------------------------------------------------------------------------------------------
 
 
@@ -102,314 +127,134 @@ def write_report(run: runs.Run) -> Path:
     Raises:
         RunError: the run has no evaluation; says which notebook to run.
     """
-    evaluation = Evaluation.read(run.evaluation_json)
-    info = runs.run_info(run)
+    evaluation, pieces = Evaluation.read(run.evaluation_json), _pieces()
+    stages = {"quantize": {}, "evaluate": {}} | runs.run_info(run)["stages"]
     figures(run)
     with _evaluated(run):
-        title, _ = f"{evaluation.model['id']}: what the hybrid is worth", evaluation.model["kind"]
-    stages = {"quantize": {}, "evaluate": {}} | info["stages"]
+        facts: dict[str, Any] = {
+            "model": f"{evaluation.model['id']} ({evaluation.model['kind']})",
+            "revision": evaluation.model.get("revision") or "–",
+        }
     with runs.believing(run.info_json, "record of the stage quantize", runs.NOTEBOOKS["quantize"]):
-        proof, answer = _proof(stages["quantize"]), _answer(stages["quantize"].get("proof"))
+        made = stages["quantize"]
+        notebook = runs.NOTEBOOKS["quantize"]
+        proof = f"not proven: run notebook {notebook} where stock transformers can run the checkpoint"
+        if made.get("proof"):
+            proof = proof_by_use(made)
+        said = pieces.answer(made["proof"]) if made.get("proof") else ""
     with runs.believing(run.info_json, "record of the stage evaluate", runs.NOTEBOOKS["evaluate"]):
-        speed = stages["evaluate"].get("speed")
-        timed, environment = _speed_table(speed), _environment(stages["evaluate"], evaluation)
+        speed, found = stages["evaluate"].get("speed"), stages["evaluate"].get("environment", {})
+        timing = pieces.timed(speed) if speed else ""
+        versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+        gpu = found.get("gpu") or "none"
+        facts["machine"] = f"{found.get('machine')}, {found.get('cores')} cores, GPU: {gpu}"
+        facts["versions"] = f"Python {found.get('python')}, {versions}"
     with _evaluated(run):
-        parts = [
-            _top(evaluation, proof),
-            _quality(run, evaluation),
-            _selection(evaluation),
-            _details(run),
-            _claims(evaluation, speed),
-            _other_texts(evaluation),
-            other_runs(run),
-            timed,
-            answer,
-            _tasks(evaluation),
-            _analysis(run),
-            _method(evaluation),
-            environment,
-        ]
-    page = Template(resources.files("spi_utils").joinpath("report_page.html").read_text(encoding="utf-8"))
-    body = "\n".join(filter(None, parts))
-    runs.write_text(run.report, page.substitute(title=text(title), body=body))
+        facts |= {f"SHA-256 of {name}": value for name, value in evaluation.hashes.items()}
+        page = pieces.page(
+            title=f"{evaluation.model['id']}: what the hybrid is worth",
+            evaluation=evaluation,
+            files={path.stem: base64.b64encode(path.read_bytes()).decode() for path in _pictures(run)},
+            headline=headline_of(evaluation),
+            advice=switching_sentence(evaluation),
+            proof=proof,
+            claims=audit(evaluation, speed),
+            beside=other_runs(run),
+            timing=timing,
+            said=said,
+            surroundings=pieces.environment(facts),
+            draws=stats.DRAWS,
+            least=stats.MIN_CLUSTERS,
+        )
+    runs.write_text(run.report, page.strip() + "\n")
     return run.report
 
 
-def _top(evaluation: Evaluation, proof: str) -> str:
-    plan, one = evaluation.plan, evaluation.variants["plan"]
-    facts = {
-        "weights on disk": size(plan["bytes_on_disk"]),
-        "bits a weight, all · planned matrices": f"{plan['bits_per_weight']:.2f} · {plan['matrix_bits']:.2f}",
-        "perplexity against 16-bit": f"×{one['perplexity_ratio'][0]:.3f}",
-        "mean KL to 16-bit, nats a token, float32 from the file's tensors": f"{one['kl_mean']:.4f}",
-        "tokens whose first choice stays": f"{one['same_top1']:.1%}",
+def _pictures(run: runs.Run) -> list[Path]:
+    return [path for path in run.figures.glob("*.png") if not runs.is_temporary(path)]
+
+
+def other_runs(run: runs.Run) -> str:
+    """The section on the evaluated runs beside this one: does it generalize? Empty if there are none."""
+    tables, unread = [], []
+    for folder in evaluated_beside(run):
+        try:
+            tables.append(generalization([folder]))
+        # Another run's broken file is no reason to withhold this run's report.
+        except (SPIError, LookupError, TypeError, ValueError):
+            unread.append(folder.name)
+    if len(tables) + len(unread) < 2:
+        return ""
+    held = pd.concat(tables, ignore_index=True)
+    rows = held.to_dict("records")
+    for row in rows:
+        row |= {end: None for end in ("Δ low", "Δ high") if math.isnan(row[end])}  # None: unbounded
+    answers = "; ".join(f"“{words}” is {count_verdicts(held, key)}" for key, words in QUESTIONS.items())
+    return _pieces().other_runs(rows, QUESTIONS, answers, unread, run.path.resolve().name)
+
+
+# --- how values are written ------------------------------------------------------------------------------
+
+NEGATIVE = re.compile(r"(?<![\w.\-])-(?=\d)")  # in a date, a range or a name a hyphen stands after something
+
+
+class Missing(StrictUndefined):
+    """An entry that a file lacks: a KeyError, as everywhere else (`runs.believing` tells it)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"exc": KeyError} | kwargs)
+
+
+@cache
+def _pieces() -> Any:
+    """The macros of report.html.jinja; all text is escaped, negative numbers get a true minus."""
+    pages = Environment(
+        loader=PackageLoader("spi_utils", "."),
+        autoescape=True,
+        undefined=Missing,
+        finalize=_with_minus,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {
+        "size": gigabytes,
+        "signed": signed,
+        "number": number,
+        "percent": percent,
+        "p": p_value,
+        "code": code,
+        "verbatim": lambda words: Markup(html.escape(words)),
+        "lower_verdict": lambda one: stats.verdict(stats.Estimate.from_dict(one), "lower"),
     }
-    tiles = (f'<div class="fact"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())
-    return (
-        f"<h1>{text(evaluation.model['id'])}</h1>"
-        f'<p class="lead">{code(headline_of(evaluation))}</p>'
-        f'<p class="advice">{code(switching_sentence(evaluation))}</p>'
-        f'<div class="facts">{"".join(tiles)}</div>'
-        f"{_handed_over(evaluation, proof)}"
-        f'<p class="note">{text(plan["reason"])}{_gguf_note(evaluation)}</p>'
-    )
+    return pages.get_template("report.html.jinja").module
 
 
-def _proof(stage: Mapping[str, Any]) -> str:
-    if stage.get("proof"):
-        return proof_by_use(stage)
-    notebook = runs.NOTEBOOKS["quantize"]
-    return f"not proven: run notebook {notebook} where stock transformers can run the checkpoint"
+def _with_minus(value: Any) -> Any:
+    """Text with true minus signs; what is HTML already stays as it is."""
+    return value if isinstance(value, Markup) else NEGATIVE.sub("−", str(value))
 
 
-def _handed_over(evaluation: Evaluation, proof: str) -> str:
-    """The report's first table: is the file that is handed over the one that was measured?"""
-    stock, one = evaluation.stock, evaluation.variants["plan"]
-    rows = [["proof by use", proof]]
-    if stock.get("agrees") is None:
-        why = stock.get("reason", "this evaluation is older than that check: run 04_evaluate again")
-        rows.append(["KL, stock as loaded", f"not measured: {why}"])
-    else:
-        where = f"the first {stock['windows']} windows of {stock['text']}"
-        half = "not a number" if stock["kl_16bit"] is None else f"{stock['kl_16bit']:.4f}"
-        said = f"{stock['kl']:.4f} on {where}; the 16-bit model loaded likewise: {half}"
-        rows.append([f"KL, stock as loaded ({stock['dtype']} on {stock['device']})", said])
-        rows.append(["KL, float32 from the file's tensors", f"{stock['kl_file']:.4f} on {where}"])
-    shape = f"all {evaluation.text['windows']} windows of {evaluation.text['name']}"
-    rows.append(["KL, float32 from the file's tensors", f"{one['kl_mean']:.4f} on {shape}"])
-    return table(["the file that is handed over", "nats a token, to the 16-bit model"], rows, words=(0, 1))
+def signed(value: float, plus: bool = True, digits: int = 4) -> str:
+    """A number with a minus as wide as its plus; `plus`: that is shown too."""
+    return f"{value:{'+' if plus else ''}.{digits}f}".replace("-", "−")
 
 
-def _gguf_note(evaluation: Evaluation) -> str:
-    if evaluation.model["kind"] not in ("bundled", "gguf"):
-        return ""
-    return (
-        " The 16-bit reference was read from a GGUF file: where that file is quantized, the reference "
-        "already lies on its grid, which flatters formats that share the grid."
-    )
+def number(value: float | None, digits: int = 4) -> str:
+    """A number, or a dash where it is unknown."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-LOSS_HEADS = ("variant", "size", "matrix bits", "perplexity", "Δ loss", "p (Holm)", "KL")
-DIVERGENCE_HEADS = (
-    *("variant", "KL median", "99 %", "99.9 %", "same top-1", "Δp mean", "Δp RMS", "predicted KL"),
-    *("word perplexity", "byte perplexity"),
-)
-LOSS_MEANINGS = {
-    "matrix bits": "bits a weight over the matrices that a plan decides on, the formats' overhead included",
-    "Δ loss": "loss minus the 16-bit reference's on the same windows; above zero is worse",
-    "p (Holm)": "how often chance alone would give a Δ loss this far from zero, corrected for all rows",
-    "KL": "how far the predictions are from the 16-bit model's; zero is the same model. In float32 from the "
-    "file's tensors, as all numbers here; the table at the top has the plan's as stock loads it",
-}
-DIVERGENCE_MEANINGS = {
-    "KL median, 99 %, 99.9 %": "of single tokens: half, and all but 1 % or 0.1 % of them, lie below",
-    "same top-1": "tokens for which the most probable next token is the 16-bit model's",
-    "Δp mean, Δp RMS": "change of the probability given to the text's own next token: its mean, and the root "
-    "of its mean square",
-    "predicted KL": "what notebook 01's sensitivity foretold, before anything was quantized",
-    "word, byte perplexity": "the same loss spread over words or bytes, for models with other tokenizers",
-}
-SELECTION_MEANINGS = {
-    "loss − random's, KL − random's": "difference to the mean of the random selections; below zero is better",
-    "p (Holm)": "how often chance alone would give a KL this far from random's, corrected for all rows",
-    "KL beats": "of how many random selections this one has the lower KL",
-    "miss in bytes": "its size minus the plan's, as a share of the 16-bit model's",
-}
+def percent(share: float) -> str:
+    """A share: "89.9 %", and "100 %" where it is whole."""
+    return "100 %" if share == 1 else f"{100 * share:.1f} %"
 
 
-def _quality(run: runs.Run, evaluation: Evaluation) -> str:
-    variants = evaluation.variants.values()
-    return section(
-        "Quality against bytes",
-        "Loss and KL are in nats a token, float32 from the file's tensors, with 95 % intervals over windows "
-        "below them. Δ loss is paired with the 16-bit reference, window by window; p is corrected for all "
-        "rows. A lower perplexity with a high KL is a different model, not a better one.",
-        picture(run.figures / f"{HEADLINE}.png"),
-        table(LOSS_HEADS, [_loss_row(one) for one in variants], _marks(evaluation)),
-        legend(LOSS_MEANINGS),
-        *(f'<p class="note">Not scored: {text(k)}. {text(why)}</p>' for k, why in evaluation.skipped.items()),
-        table(DIVERGENCE_HEADS, [_divergence_row(one) for one in variants], _marks(evaluation)),
-        legend(DIVERGENCE_MEANINGS),
-    )
+def p_value(value: float | None) -> str:
+    """A p-value, bounded where it is tiny."""
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _loss_row(one: Mapping[str, Any]) -> list[str]:
-    delta, bits = one.get("delta"), one["matrix_bits"]
-    return [
-        one["label"],
-        size(one["bytes"]),
-        "–" if bits is None else f"{bits:.2f}",
-        f"{one['perplexity']:.3f}",
-        interval_cell(delta),
-        p_cell(delta and delta["p_holm"]),
-        interval_cell(one.get("kl"), plus=False),
-    ]
-
-
-def _divergence_row(one: Mapping[str, Any]) -> list[str]:
-    predicted = one["predicted_kl"]
-    return [
-        one["label"],
-        f"{one['kl_median']:.4f}",
-        f"{one['kl_p99']:.3f}",
-        f"{one['kl_p999']:.3f}",
-        f"{one['same_top1']:.1%}",
-        signed(one["dp_mean"]),
-        f"{one['dp_rms']:.4f}",
-        "–" if predicted is None else f"{predicted:.4f}",
-        f"{one['word_perplexity']:.1f}",
-        f"{one['byte_perplexity']:.3f}",
-    ]
-
-
-def _selection(evaluation: Evaluation) -> str:
-    held = {key: one for key, one in evaluation.variants.items() if "vs_random" in one}
-    rows = []
-    for one in held.values():
-        beside = one["vs_random"]
-        kl = stats.Estimate.from_dict(beside["kl"])
-        rows.append(
-            [
-                one["label"],
-                verdict_cell(stats.verdict(kl, "lower")),
-                interval_cell(beside["kl"]),
-                p_cell(kl.p_holm),
-                f"{beside['kl_beats']} of {beside['controls']}",
-                interval_cell(beside["nll"]),
-                f"{100 * one['bytes_miss']:+.2f} %",
-            ]
-        )
-    heads = ["at equal bytes", "better than random?", "KL − random's", "p (Holm)", "KL beats"]
-    return section(
-        "Is the selection worth something?",
-        "A rule is worth something only if it beats random layers of the same size. The intervals hold for "
-        "the random selections that were drawn.",
-        table(
-            [*heads, "loss − random's", "miss in bytes"],
-            rows,
-            ["plan" if key == "plan" else "" for key in held],
-        ),
-        legend(SELECTION_MEANINGS) if rows else "",
-    )
-
-
-def _details(run: runs.Run) -> str:
-    pictures = [picture(run.figures / f"{name}.png") for name in FIGURES if name != HEADLINE]
-    return section("Where the difference comes from", "", *pictures)
-
-
-def _claims(evaluation: Evaluation, speed: Mapping[str, Any] | None) -> str:
-    rows = [
-        [code(row["stated"]), verdict_cell(row["verdict"]), code(row["measured"])]
-        for row in audit(evaluation, speed)
-    ]
-    return section(
-        "The claim, audited",
-        "Verdicts are computed: from intervals over windows where chance is involved, else from whether the "
-        "measured number rounds to the stated one.",
-        table(["stated", "verdict", "measured here"], rows, words=(0, 1, 2)),
-    )
-
-
-def _other_texts(evaluation: Evaluation) -> str:
-    parts = [
-        f"<p>{text(_convention(other['text']))}</p>"
-        + table(LOSS_HEADS, [_loss_row(one) for one in other["variants"].values()], _marks(evaluation))
-        for other in evaluation.other_texts
-    ]
-    return section("Other texts", "", *parts) if parts else ""
-
-
-def _speed_table(speed: Mapping[str, Any] | None) -> str:
-    if not speed:
-        return ""
-    one = speed["plan"]
-    modules = ", ".join(f"{count} {name}" for name, count in one["kernels"]["modules"].items())
-    heads = ["batch 1", "prefill, tokens/s", "decode, tokens/s", "bandwidth allows", "first token, s"]
-    rows = [_speed_row("16-bit model", speed["reference"]), _speed_row("this checkpoint", one)]
-    return section(
-        "Speed and memory",
-        f"Median (least–most) of {one['repeats']} generations of {one['new_tokens']} tokens after "
-        f"{one['prompt_tokens']}, on {one['device']} ({one['threads']} threads), with stock transformers "
-        f"in {one['dtype']}, as the file ships ({modules}). The bound is the device's measured bandwidth "
-        "over the bytes that a token reads.",
-        table([*heads, "GB a token", "peak GB"], rows, ["", "plan"]),
-    )
-
-
-def _answer(proof: Mapping[str, Any] | None) -> str:
-    """What the checkpoint said when notebook 03 used it, in a process of its own."""
-    if not proof:
-        return ""
-    said = proof["generation"]
-    return section(
-        "What it says",
-        f"Asked “{said['prompt']}”, the checkpoint as loaded by stock transformers ({proof['dtype']}, greedy"
-        f"{', its own chat template' if said['chat_template'] else ''}) answers:",
-        f"<blockquote>{verbatim(said['text'].strip())}</blockquote>",
-    )
-
-
-def _speed_row(label: str, one: Mapping[str, Any]) -> list[str]:
-    memory = one["memory"].get("peak_allocated_gb", one["memory"]["peak_rss_gb"])
-    return [
-        label,
-        spread(one["prefill"], ".0f"),
-        spread(one["decode"], ".1f"),
-        f"{one['decode_bound']:.0f}",
-        spread(one["first_token_s"], ".2f"),
-        f"{one['gb_per_token']:.2f}",
-        f"{memory:.2f}",
-    ]
-
-
-def _tasks(evaluation: Evaluation) -> str:
-    rows = [
-        [task, variant, f"{score['value']:.3f} ± {score['stderr']:.3f}", str(score["samples"])]
-        for task, scores in evaluation.tasks.items()
-        for variant, score in scores.items()
-    ]
-    return (
-        section("Tasks", "", table(["task", "variant", "accuracy ± s.e.", "samples"], rows)) if rows else ""
-    )
-
-
-def _analysis(run: runs.Run) -> str:
-    pictures = [picture(run.figures / f"{name}.png") for name in ANALYSIS]
-    return section("The layers and the plan", "", *pictures) if any(pictures) else ""
-
-
-def _method(evaluation: Evaluation) -> str:
-    return section(
-        "How it was measured",
-        _convention(evaluation.text),
-        f"<p>Intervals: paired cluster bootstrap over windows, studentized, {stats.DRAWS:,} draws; below "
-        f"{stats.MIN_CLUSTERS} windows no verdict is given. Arithmetic: {text(evaluation.kernel)}. All "
-        "variants come from the same 16-bit weights; the plan alone is scored from the tensors of the saved "
-        "checkpoint, each of which was compared with its source first.</p>",
-    )
-
-
-def _convention(held: Mapping[str, Any]) -> str:
-    return (
-        f"{held['source']}: {held['windows']} windows of {held['window_length']} tokens, {held['tokens']:,} "
-        f"scored tokens ({held['words']:,} words, {held['bytes']:,} bytes); {held['convention']}."
-    )
-
-
-def _environment(stage: Mapping[str, Any], evaluation: Evaluation) -> str:
-    found = stage.get("environment", {})
-    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    facts = {
-        "model": f"{evaluation.model['id']} ({evaluation.model['kind']})",
-        "revision": evaluation.model.get("revision") or "–",
-        "machine": f"{found.get('machine')}, {found.get('cores')} cores, GPU: {found.get('gpu') or 'none'}",
-        "versions": f"Python {found.get('python')}, {versions}",
-        **{f"SHA-256 of {name}": value for name, value in evaluation.hashes.items()},
-    }
-    rows = [[name, Html(f'<span class="code">{text(value)}</span>')] for name, value in facts.items()]
-    return section("Environment and hashes", "", table([], rows, words=(1,)))
-
-
-def _marks(evaluation: Evaluation) -> list[str]:
-    return ["plan" if key == "plan" else "" for key in evaluation.variants]
+def code(sentence: str) -> Markup:
+    """Escaped text in which `names` in backticks become code."""
+    pieces = html.escape(_with_minus(sentence)).split("`")
+    return Markup("".join(f"<code>{p}</code>" if index % 2 else p for index, p in enumerate(pieces)))

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from spi_utils.parameters import from_command_line
 
 from spi_utils import card, runs
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.sentences import headline_of
 from spi_utils.models import resolve
+from spi_utils.notebook import from_command_line
 from spi_utils.plan import ProtectionPlan, decide
 from spi_utils.presets import resolve as resolve_preset
 from spi_utils.runs import open_run, read_layers, run_info

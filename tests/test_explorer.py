@@ -22,7 +22,7 @@ from spi_utils.explorer import (
     three_digits,
     write_explorer,
 )
-from spi_utils.figures.plotting import FORMAT_COLOURS
+from spi_utils.figures import FORMAT_COLOURS
 from spi_utils.plan import ProtectionPlan, available_scores, check_writer, make_plan
 from spi_utils.runs import layers_fingerprint, read_layers
 from tests.synthetic import layer_table, make_run, spectra_of

@@ -9,24 +9,27 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from IPython.display import HTML
 
 from spi_utils import report, runs
 from spi_utils.errors import RunError
-from spi_utils.figures.evaluation_figures import (
+from spi_utils.evaluation_figures import (
     LOOKS,
     RANDOM,
     RIVAL,
+    marked,
     prediction_finding,
     quality_by_bytes,
     quality_finding,
     window_differences,
 )
+from spi_utils.figures import FORMAT_COLOURS
 from spi_utils.judging import measures
 from spi_utils.judging.claims import audit
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.judging.sentences import better_sentence, dearest_sentence
-from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text, verbatim
 from spi_utils.scoring import TokenScores
+from tests.synthetic import layer_table
 
 WINDOWS, TOKENS = 24, 40
 KL = {
@@ -169,10 +172,10 @@ def test_the_first_table_is_about_the_file_that_is_handed_over(run, evaluation):
     make_evaluation(stock=STOCK).write(run.evaluation_json)
     known = first_table(run)
     assert "proven by use: transformers 5.1, bfloat16 on cpu" in known and "not proven" not in known
-    assert "stock as loaded (bfloat16 on cpu)" in known and "0.1234 on the first 4 windows" in known
-    assert "float32 from the file's tensors 0.1212" in known and "likewise: not a number" in known
+    assert "stock, as loaded (bfloat16 on cpu)" in known and "0.1234 on the first 4 windows" in known
+    assert "float32, from the file's tensors 0.1212" in known and "likewise: not a number" in known
     whole = f"{evaluation.variants['plan']['kl_mean']:.4f} on all 24 windows"
-    assert f"float32 from the file's tensors {whole}" in known
+    assert f"float32, from the file's tensors {whole}" in known
     make_evaluation(stock={"agrees": None, "reason": "no GPU"}).write(run.evaluation_json)
     assert "not measured: no GPU" in first_table(run)
 
@@ -180,7 +183,7 @@ def test_the_first_table_is_about_the_file_that_is_handed_over(run, evaluation):
 def test_numbers_of_kl_say_which_arithmetic_they_are(run):
     page = Page(report.write_report(run).read_text(encoding="utf-8"))
     seen = " ".join(" ".join(page.words).split())
-    assert seen.count("float32") >= 3 and "KL are in nats a token, float32 from the file's tensors" in seen
+    assert seen.count("float32") >= 3 and "KL are in nats a token, float32, from the file's tensors" in seen
 
 
 def without(*path):
@@ -232,7 +235,8 @@ def test_damaged_files_are_told_in_one_sentence(run, file, damage, notebook):
 
 
 def test_speed_says_in_which_dtype_it_was_timed(run):
-    assert "in bfloat16, as the file ships" in report._speed_table({"plan": SPEED, "reference": SPEED})
+    seen = " ".join(report.write_report(run).read_text("utf-8").split())
+    assert "in bfloat16, as the file ships" in seen
 
 
 def test_the_same_run_gives_the_same_report(run):
@@ -287,17 +291,26 @@ def test_points_stand_at_their_true_size_and_draws_beside_it_in_order_of_seeds(e
         (c.get_label(), float(c[0].get_xdata()[0])) for c in quality_by_bytes(evaluation).axes[0].containers
     ]
     at = [x for label, x in drawn if label == "random, equal bytes"]
-    assert at == sorted(at) and np.mean(at) == pytest.approx(0.205)
-    assert np.ptp(at) < 0.03 * (0.269 - 0.117)  # of the axis: two millimetres
+    assert at == sorted(at) and np.mean(at) == pytest.approx(205)
+    assert np.ptp(at) < 0.03 * (269 - 117)  # of the axis: two millimetres
     for label, x in drawn:
         if label in ("plan", "other_direction", "fisher", "nf4", "int8", "reference"):
-            assert x == SIZES.get(label, 205e6) / 1e9
+            assert x == SIZES.get(label, 205e6) / 1e6
 
 
 def test_no_two_variants_look_alike():
     looks = [*LOOKS.values(), RIVAL, RANDOM]
     assert len({(one.colour, one.line) for one in looks}) == len(looks)
     assert len({(one.colour, one.marker, one.hollow) for one in looks}) == len(looks)
+
+
+def test_int4_and_int8_keep_their_colour_and_draws_lie_under_the_plan():
+    for variant, fmt in (("int8", "int8"), ("int4", "int4_g64")):
+        same = {key for key, one in LOOKS.items() if one.colour == FORMAT_COLOURS[fmt]}
+        assert same == {variant} and RIVAL.colour != FORMAT_COLOURS[fmt]
+    draw, plan = marked("random_0"), marked("plan")
+    assert draw["zorder"] < plan["zorder"] and draw["markersize"] < plan["markersize"] / 2
+    assert draw["markerfacecolor"] == "none"
 
 
 def test_the_predictions_finding_names_the_plans_own_error():
@@ -401,24 +414,43 @@ def test_a_run_without_evaluation(tmp_path, evaluation):
         report.write_report(empty)
 
 
-def test_pieces():
-    assert text("−0.5, -0.00 %, (-1 … -0.2), 2018-01-22, smollm2-135m") == (
-        "−0.5, −0.00 %, (−1 … −0.2), 2018-01-22, smollm2-135m"
-    )
-    assert verbatim("<-1>") == "&lt;-1&gt;"
-    assert text("<&>") == "&lt;&amp;&gt;" and text(Html("<b>")) == "<b>"
-    assert code("use `x<y` now") == "use <code>x&lt;y</code> now"
-    assert (size(6.41e9), size(205_043_671), p_cell(0.0002), p_cell(None)) == (
-        "6.41 GB",
-        "205 MB",
-        "< 0.001",
-        "–",
-    )
+def test_how_values_are_written():
+    pieces = report._pieces()
+    negative = "−0.5, -0.00 %, (-1 … -0.2), 2018-01-22, smollm2-135m"
+    cells = pieces.row([negative, "<&>"], plan=True, words=(1,))
+    seen = "<tr class=plan><td>−0.5, −0.00 %, (−1 … −0.2), 2018-01-22, smollm2-135m</td>"
+    assert cells.strip() == f"{seen}<td class=words>&lt;&amp;&gt;</td></tr>"
+    assert report.code("use `x<y` now") == "use <code>x&lt;y</code> now"
+    assert [report.percent(share) for share in (1.0, 0.8988)] == ["100 %", "89.9 %"]
+    assert [report.p_value(p) for p in (0.0002, 0.04, None)] == ["< 0.001", "0.040", "–"]
     open_end = {"mean": 0.5, "low": None, "high": 1.0}
-    assert interval_cell(open_end) == "+0.5000<br><small>unbounded … +1.0000</small>"
-    assert "<tr class=plan><td>1</td><td class=words>2</td></tr>" in table(
-        ["a", "b"], [["1", "2"]], ["plan"], [1]
-    )
+    assert pieces.interval(open_end) == "+0.5000<br><small>unbounded … +1.0000</small>"
+
+
+def test_notebooks_show_the_reports_own_tables(run, evaluation):
+    """The same cells in the same words, the plan highlighted, columns explained, nothing that runs."""
+    speed = {"plan": SPEED, "reference": SPEED}
+    page = report.write_report(run).read_text("utf-8")
+    for shown in (report.table_html(evaluation), report.claims_html(evaluation, speed)):
+        assert isinstance(shown, HTML) and "<script" not in shown.data and not Page(shown.data).open
+        for table in re.findall(r"<table>.*?</table>", shown.data, re.DOTALL):
+            assert table in page
+        assert '<dl class="legend">' in shown.data
+    numbers = report.table_html(evaluation).data
+    assert numbers.count("<tr class=plan>") == 2
+    assert ">100 %<" in numbers and ">1.0000<" not in numbers
+
+
+def test_a_layer_table_explains_its_columns_and_statuses():
+    rows = layer_table(8)[["name", "rows", "status", "alpha_pl", "fisher_nf4"]]
+    shown = report.layers_html(rows)
+    words = " ".join(Page(shown.data).words)
+    assert "model.embed_tokens" in words and "–" in words and "49152" in words
+    assert f"{rows['fisher_nf4'][1]:.6f}" in words and f"{rows['alpha_pl'][1]:.3f}" in words
+    for column in ("status", "alpha_pl", "fisher_nf4"):
+        assert f"<dt>{column}</dt>" in shown.data
+    for status in ("ok", "short_tail", "few_values", "poor_fit", "failed", "listed"):
+        assert f"<b>{status}</b>" in shown.data
 
 
 @pytest.mark.browser

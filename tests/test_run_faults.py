@@ -368,8 +368,9 @@ def test_a_disk_that_fills_during_an_analysis_loses_nothing(analysed, model, tmp
 
 @pytest.mark.parametrize("lost", ["figures/plan_map.png", "explorer.html"])
 def test_a_lost_figure_or_page_is_missed_by_the_stage(tmp_path, lost):
+    from spi_utils.explorer import write_explorer
+    from spi_utils.figures import draw_all
     from spi_utils.plan import decide
-    from spi_utils.visualize import draw_all, write_explorer
     from tests.synthetic import make_run
 
     run = make_run(tmp_path / "run", count=14)

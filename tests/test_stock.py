@@ -130,6 +130,5 @@ def test_what_ships_is_timed_in_the_dtype_that_it_ships_with(dtype, tmp_path):
 
 def test_the_report_shows_the_answer_that_proved_the_checkpoint():
     said = {"prompt": "Why <b>?", "chat_template": True, "text": "It is 1 < 2 & so.", "tokens": 9}
-    html = report._answer({"generation": said, "dtype": "bfloat16"})
+    html = report._pieces().answer({"generation": said, "dtype": "bfloat16"})
     assert "It is 1 &lt; 2 &amp; so." in html and "Why &lt;b&gt;?" in html and "bfloat16" in html
-    assert report._answer(None) == ""

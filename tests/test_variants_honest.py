@@ -19,7 +19,7 @@ from spi_utils.judging.rivals import LoadedRival, Rival
 from spi_utils.judging.sentences import better_sentence, switching_sentence
 from spi_utils.models import load_model, resolve
 from spi_utils.plan import ProtectionPlan, decide, make_plan
-from spi_utils.report_runs import other_runs
+from spi_utils.report import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
 from tests.finished_run import make_finished_run

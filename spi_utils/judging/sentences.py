@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spi_utils import stats
+from spi_utils.formats import gigabytes
 from spi_utils.judging.evaluation import Evaluation
 from spi_utils.plan import held_words
-from spi_utils.report_html import size
 
 # Variants that may hold more than two formats: what they were chosen from.
 MIXES = {"fisher_int8": "NF4, int8 and 16-bit", "fisher_int4": "int4, int8 and 16-bit"}
@@ -42,9 +42,9 @@ def _rounding(evaluation: Evaluation) -> str:
     plan, nearest = variants["plan"], variants["plan_nearest"]
     paired = stats.paired(plan["window_kl"], nearest["window_kl"], seed=evaluation.settings["seed"])
     return (
-        f"Guided rounding makes its KL {plan['kl_mean']:.4f} nats a token; bitsandbytes' nearest levels give "
-        f"{nearest['kl_mean']:.4f} in the same bytes (difference {paired.mean:+.4f}, 95 % interval "
-        f"{paired.low:+.4f} … {paired.high:+.4f})."
+        f"Guided rounding makes its KL (float32, from the file's tensors) {plan['kl_mean']:.4f} nats a "
+        f"token; bitsandbytes' nearest levels give {nearest['kl_mean']:.4f} in the same bytes (difference "
+        f"{paired.mean:+.4f}, 95 % interval {paired.low:+.4f} … {paired.high:+.4f})."
     )
 
 
@@ -55,7 +55,7 @@ def _gist(evaluation: Evaluation) -> str:
     saved = 1 - kept["bytes_on_disk"] / reference["bytes"]
     return (
         f"{kept['protected']} of {kept['planned']} matrices in 16-bit, the others quantized: "
-        f"{size(reference['bytes'])} become {size(kept['bytes_on_disk'])} (−{saved:.0%}), and "
+        f"{gigabytes(reference['bytes'])} become {gigabytes(kept['bytes_on_disk'])} (−{saved:.0%}), and "
         f"perplexity {reference['perplexity']:.2f} becomes {plan['perplexity']:.2f} "
         f"(×{ratio:.3f}, 95 % interval {low:.3f}–{high:.3f})."
     )
@@ -94,12 +94,14 @@ def better_sentence(evaluation: Evaluation) -> str:
     mix = variants[best]
     bits = f"{evaluation.plan['matrix_bits']:.2f}"
     model = {"bundled": "bundled", "hub": evaluation.model["id"]}.get(evaluation.model["kind"], "MODEL")
-    smaller = "these bytes" if mix["bytes"] > plan["bytes"] * (1 - SLACK) else f"only {size(mix['bytes'])}"
+    smaller = (
+        "these bytes" if mix["bytes"] > plan["bytes"] * (1 - SLACK) else f"only {gigabytes(mix['bytes'])}"
+    )
     chosen = best.startswith("fisher")
     what = f"{held_words(mix['layers'])} chosen by predicted cost" if chosen else mix["label"]
     return (
         f"A better file of {smaller}: {what}, KL {mix['kl_mean']:.4f} "
-        f"instead of {plan['kl_mean']:.4f}: "
+        f"instead of {plan['kl_mean']:.4f} (float32, from the file's tensors): "
         f"`spi-utils run -p model {model} {RECIPES[best].format(bits=bits)}`."
     )
 
@@ -136,9 +138,10 @@ def switching_sentence(evaluation: Evaluation) -> str:
     change = f"lower the KL by {lower:.0%}" if lower >= 0 else f"raise the KL by {-lower:.0%}"
     sentence = (
         f"Switching `score` from `{score}` to `fisher` would, at the same bytes, {change}: from "
-        f"{plan['kl_mean']:.4f} to {fisher['kl_mean']:.4f} nats a token (difference {paired.mean:+.4f}, 95 % "
-        f"interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is better” is {verdict}), and the "
-        f"perplexity from {plan['perplexity']:.3f} to {fisher['perplexity']:.3f}"
+        f"{plan['kl_mean']:.4f} to {fisher['kl_mean']:.4f} nats a token (float32, from the file's tensors; "
+        f"difference {paired.mean:+.4f}, 95 % interval {paired.low:+.4f} … {paired.high:+.4f}; “fisher is "
+        f"better” is {verdict}), and the perplexity from {plan['perplexity']:.3f} to "
+        f"{fisher['perplexity']:.3f}"
     )
     for key, menu in MIXES.items():
         if key in variants:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from spi_utils.figures.plotting import (
+from spi_utils.figures import (
     BLACK,
     BLUE,
     GREEN,

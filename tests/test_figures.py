@@ -13,31 +13,38 @@ import pytest
 from matplotlib.colors import to_rgb
 from scipy import stats
 
-from spi_utils import visualize
 from spi_utils.curves import frontier
 from spi_utils.errors import AnalysisError, PlanError, RunError
-from spi_utils.figures.plan_figures import LayerGrid, frontier_figure, plan_map
-from spi_utils.figures.plotting import FORMAT_COLOURS, balanced, gigabytes, save_figure, shorten, type_styles
-from spi_utils.figures.score_figures import (
+from spi_utils.figures import (
+    FORMAT_COLOURS,
+    LayerGrid,
+    all_figures,
+    balanced,
     between_share,
+    cut_of,
+    density_of,
+    draw_all,
+    frontier_figure,
     histogram_edges,
     is_wide,
+    pick_layers,
+    plan_map,
     planned_layers,
     rank_correlation,
+    rank_decay,
+    save_figure,
+    score_against_sensitivity,
     score_by_depth,
     score_histogram,
-)
-from spi_utils.figures.sensitivity_figures import score_against_sensitivity
-from spi_utils.figures.spectrum_figures import (
-    density_of,
-    pick_layers,
-    rank_decay,
+    shorten,
+    show,
     single_spectrum,
     spectra_figure,
+    type_styles,
 )
-from spi_utils.plan import make_plan
+from spi_utils.formats import gigabytes
+from spi_utils.plan import make_plan, price
 from spi_utils.runs import Run, existing_run
-from spi_utils.visualize import all_figures, cut_of
 from tests.synthetic import layer_table, make_run, spectra_of
 
 
@@ -205,7 +212,23 @@ def test_fitted_tail_holds_the_tails_share(layers, spectra):
 def test_rank_decay_recovers_an_exact_power(layers):
     name = planned_layers(layers)["name"][0]
     figure = rank_decay(layers, {name: 7 * np.arange(1.0, 401.0) ** -0.7}, [name])
-    assert "a = 0.70" in figure.axes[0].get_legend_handles_labels()[1][0]
+    assert figure.axes[0].get_legend_handles_labels()[1][0].endswith("a = 0.70, R² 1.00")
+
+
+def test_rank_decay_tells_how_badly_a_power_law_fits(layers):
+    name, ranks = planned_layers(layers)["name"][0], np.arange(1.0, 401.0)
+    figure = rank_decay(layers, {name: np.exp(-ranks / 40)}, [name])
+    fit = stats.linregress(np.log(ranks[1:200]), -ranks[1:200] / 40)
+    label = figure.axes[0].get_legend_handles_labels()[1][0]
+    assert label.endswith(f"a = {-fit.slope:.2f}, R² {fit.rvalue**2:.2f}") and fit.rvalue**2 < 0.9
+
+
+def test_nothing_is_written_over_a_density_or_a_histogram(layers, spectra):
+    names = list(planned_layers(layers)["name"][:2])
+    for axes in spectra_figure(layers, spectra, names).axes:
+        assert not axes.texts and "KS" in axes.get_title(loc="left")
+    (label,) = score_histogram(layers, threshold=4.0).axes[0].texts
+    assert label.get_position()[1] > 1.0 and label.get_verticalalignment() == "bottom"  # above the axes
 
 
 def test_layers_are_picked_from_end_to_end(layers):
@@ -254,14 +277,14 @@ def test_sizes_have_three_figures(count, said):
 
 def test_plans_of_three_formats_are_drawn(layers):
     plan = make_plan(layers, score="fisher", rule="matrix_bits", value=7.0, formats=("nf4", "int8", "16bit"))
-    figures = visualize.all_figures(layers, spectra_of(layers), plan)
+    figures = all_figures(layers, spectra_of(layers), plan)
     labels = [text.get_text() for text in figures["plan_map"].legends[0].get_texts()]
     assert "8-bit (int8)" in labels
     optimum = next(
         line for line in figures["frontier"].axes[0].lines if line.get_label() == "least predicted KL"
     )
     assert plan.predicted_kl == pytest.approx(
-        np.interp(plan.bytes["total"] / 1e9, optimum.get_xdata(), optimum.get_ydata()), rel=0.5
+        np.interp(plan.bytes["total"] / 1e6, optimum.get_xdata(), optimum.get_ydata()), rel=0.5
     )
 
 
@@ -275,7 +298,7 @@ def test_cells_that_several_layers_share_show_the_share_of_weights():
 
 
 def test_frontier_draws_the_optimum_below_every_score(layers):
-    figure = frontier_figure(frontier(layers, seeds=20, points=11), make_plan(layers))
+    figure = frontier_figure(layers, make_plan(layers), frontier(layers, seeds=20, points=11))
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     lowest = lines["least predicted KL"]
     for line in figure.axes[0].lines:
@@ -288,9 +311,25 @@ def test_frontier_draws_the_optimum_below_every_score(layers):
     assert f"{plan.predicted_kl:.3g} nats a token" in title(figure)
 
 
+def test_frontier_marks_one_format_everywhere_and_says_that_it_predicts(layers):
+    figure = frontier_figure(layers, make_plan(layers), frontier(layers, seeds=20, points=5))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    planned = planned_layers(layers)
+    for fmt, label in (("nf4", "NF4 everywhere, nearest"), ("int8", "int8 everywhere")):
+        (size,), (kl,) = lines[label].get_data()
+        assert size == pytest.approx(price(layers, dict.fromkeys(planned["name"], fmt))["total"] / 1e6)
+        assert kl == pytest.approx(planned[f"predicted_{fmt}"].sum())
+    assert figure.axes[0].get_ylabel().startswith("predicted KL") and "MB" in figure.axes[0].get_xlabel()
+    assert "predicted" in title(figure) and "predictions" in detail(figure)
+
+
 def test_frontier_needs_predictions(layers):
     with pytest.raises(AnalysisError, match="no predicted KL"):
-        frontier_figure(frontier(layers.drop(columns=["predicted_nf4", "predicted_int8"]), points=5))
+        frontier_figure(
+            layers,
+            make_plan(layers),
+            frontier(layers.drop(columns=["predicted_nf4", "predicted_int8"]), points=5),
+        )
 
 
 # --- unusual tables --------------------------------------------------------------------------------------
@@ -321,7 +360,7 @@ def test_every_figure_copes(case):
         spectra_figure(table, spectra, names),
         rank_decay(table, spectra, names),
         plan_map(table, plan),
-        frontier_figure(frontier(table, ["alpha_hill"], points=5), plan),
+        frontier_figure(table, plan, frontier(table, ["alpha_hill"], points=5)),
     ]
     for figure in figures:
         file = io.BytesIO()
@@ -371,33 +410,33 @@ def test_the_same_data_give_the_same_bytes(layers, tmp_path):
 def test_draw_all_saves_every_figure(tmp_path):
     run = make_run(tmp_path / "run", 35)
     plan = make_plan(layer_table(35), model={"sha256": "0" * 64})
-    figures = visualize.draw_all(run, plan)
+    figures = draw_all(run, plan)
     assert set(figures) == {
         "score_by_depth", "spectra", "rank_decay", "histogram", "plan_map", "sensitivity", "frontier",
     }  # fmt: skip
     assert all(path.exists() and path.with_suffix(".svg").exists() for path in figures.values())
-    assert visualize.show(figures, "plan_map").data[:4] == b"\x89PNG"
+    assert show(figures, "plan_map").data[:4] == b"\x89PNG"
 
 
 def test_what_needs_a_sensitivity_is_left_out_without_one():
     table = layer_table(21)
     table = table.drop(columns=[c for c in table if c.startswith(("fisher", "measured", "predicted"))])
-    figures = visualize.all_figures(table, spectra_of(table), make_plan(table))
+    figures = all_figures(table, spectra_of(table), make_plan(table))
     assert list(figures) == ["score_by_depth", "spectra", "rank_decay", "histogram", "plan_map"]
     with pytest.raises(RunError, match="sensitivity='self'"):
-        visualize.show(dict.fromkeys(figures, Path("x.png")), "frontier")
+        show(dict.fromkeys(figures, Path("x.png")), "frontier")
 
 
 def test_the_cut_of_a_plan_is_known_only_where_one_exists(layers):
     by_score = make_plan(layers, rule="top_k", value=20)
-    assert visualize.cut_of(layers, by_score) == layers["alpha_hill"].nlargest(20).min()
+    assert cut_of(layers, by_score) == layers["alpha_hill"].nlargest(20).min()
     forced = make_plan(layers, rule="top_k", value=20, force_16bit=r"layers\.0\.self_attn\.q_proj")
-    assert visualize.cut_of(layers, forced) is None
+    assert cut_of(layers, forced) is None
 
 
 def test_a_run_without_analysis_says_which_notebook_to_run(tmp_path):
     with pytest.raises(RunError, match="01_analyze"):
-        visualize.draw_all(Run(tmp_path / "nothing"))
+        draw_all(Run(tmp_path / "nothing"))
     with pytest.raises(RunError, match="01_analyze"):
         existing_run(tmp_path / "nothing")
 
@@ -406,8 +445,8 @@ def test_no_global_drawing_state_and_no_torch():
     code = (
         "import sys; from matplotlib import rcParams; keys = ['font.size', 'axes.grid', 'svg.hashsalt']\n"
         "before = [rcParams[key] for key in keys]\n"
-        "from spi_utils import visualize; from tests.synthetic import layer_table\n"
-        "visualize.score_by_depth(layer_table(14))\n"
+        "from spi_utils import figures; from tests.synthetic import layer_table\n"
+        "figures.score_by_depth(layer_table(14))\n"
         "assert [rcParams[key] for key in keys] == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )

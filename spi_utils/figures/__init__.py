@@ -1,1 +1,0 @@
-"""Functions from data to a matplotlib Figure. No model, no pyplot."""
