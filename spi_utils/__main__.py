@@ -113,8 +113,7 @@ def _echo(line: str) -> None:
 def _print_summary(run_dir: Path) -> None:
     import pandas as pd
 
-    from spi_utils.evaluate import Evaluation
-    from spi_utils.judging.sentences import stock_sentence
+    from spi_utils.claims import Evaluation, stock_sentence
     from spi_utils.quantize import proof_by_use
     from spi_utils.report import headline
     from spi_utils.runs import existing_run, run_info

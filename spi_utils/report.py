@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from spi_utils import runs, stats
+from spi_utils.claims import Evaluation, audit, headline_of, size, switching_sentence
 from spi_utils.figures.evaluation_figures import (
     kl_survival,
     predicted_and_real,
@@ -21,9 +22,6 @@ from spi_utils.figures.evaluation_figures import (
     window_differences,
 )
 from spi_utils.figures.plotting import save_figure
-from spi_utils.judging.claims import audit
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import headline_of, switching_sentence
 from spi_utils.quantize import proof_by_use
 from spi_utils.report_html import (
     Html,
@@ -34,7 +32,6 @@ from spi_utils.report_html import (
     picture,
     section,
     signed,
-    size,
     spread,
     table,
     text,

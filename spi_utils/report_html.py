@@ -99,11 +99,6 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{median} ({least}–{most})"
 
 
-def size(count: float) -> str:
-    """Bytes in units of 10⁹ or 10⁶: "6.41 GB", "205 MB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
 def picture(path: Path) -> str:
     """A PNG inline, or nothing if it isn't there."""
     if not path.exists():

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from spi_utils import runs
+from spi_utils.claims import QUESTIONS, count_verdicts, evaluated_beside, generalization
 from spi_utils.errors import SPIError
-from spi_utils.judging.generalization import QUESTIONS, count_verdicts, evaluated_beside, generalization
 from spi_utils.report_html import interval_cell, section, table, text, verdict_cell
 
 

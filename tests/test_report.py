@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from spi_utils import report, runs
+from spi_utils import evaluate, report, runs
+from spi_utils.claims import Evaluation, audit, better_sentence, dearest_sentence, size
 from spi_utils.errors import RunError
 from spi_utils.figures.evaluation_figures import (
     LOOKS,
@@ -21,11 +22,7 @@ from spi_utils.figures.evaluation_figures import (
     quality_finding,
     window_differences,
 )
-from spi_utils.judging import measures
-from spi_utils.judging.claims import audit
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import better_sentence, dearest_sentence
-from spi_utils.report_html import Html, code, interval_cell, p_cell, size, table, text, verbatim
+from spi_utils.report_html import Html, code, interval_cell, p_cell, table, text, verbatim
 from spi_utils.scoring import TokenScores
 
 WINDOWS, TOKENS = 24, 40
@@ -60,9 +57,6 @@ def make_evaluation(**changes):
         kl = (mean * rng.gamma(1, 1, (WINDOWS, TOKENS))).astype(np.float32)
         noise = (0.2 * mean * rng.normal(size=(WINDOWS, TOKENS))).astype(np.float32)
         scores = TokenScores(base + kl / 2 + noise, kl, rng.random(base.shape) > mean, noise / 10)
-        variants[key] = measures.variant_numbers(scores, counts)
-    measures.compare(variants, EQUAL)
-    for key, numbers in variants.items():
         described = {
             "label": "the plan (alpha_hill, high)" if key == "plan" else key,
             "bytes": int(SIZES.get(key, 205e6)),
@@ -73,7 +67,8 @@ def make_evaluation(**changes):
             "bytes_miss": 0.0,
             "layers": {},
         }
-        variants[key] = described | numbers
+        variants[key] = described | evaluate.variant_numbers(scores, counts)
+    evaluate.compare(variants)
     shape = {"tokens": WINDOWS * TOKENS, "windows": WINDOWS, "window_length": TOKENS + 1, "start_token": 1}
     held = {
         "model": {"id": "someone/<script>", "kind": "gguf", "revision": None, "sha256": "5" * 64},

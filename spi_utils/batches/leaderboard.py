@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from spi_utils.batches.grid import Job
+from spi_utils.claims import Evaluation, generalization
 from spi_utils.figures.plotting import (
     BLACK,
     GREEN,
@@ -22,8 +23,6 @@ from spi_utils.figures.plotting import (
     shorten,
     styled,
 )
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.generalization import generalization
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from spi_utils import stats
+from spi_utils.claims import SURVIVAL, is_random
 from spi_utils.figures.plotting import (
     BLACK,
     BLUE,
@@ -25,13 +26,12 @@ from spi_utils.figures.plotting import (
     new_figure,
     styled,
 )
-from spi_utils.judging.measures import SURVIVAL, is_random
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from spi_utils.judging.evaluation import Evaluation
+    from spi_utils.claims import Evaluation
 
 
 class Look(NamedTuple):
