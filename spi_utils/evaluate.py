@@ -1,9 +1,9 @@
 """What a checkpoint is worth: its tokens' losses and divergence beside controls, on the same windows.
 
-The page follows the evaluation: `evaluate` from what is asked to evaluation.json, the variants that are
-compared, the one loop that scores them, the numbers that token scores give, the model as stock transformers
-load it, the checkpoints of others, and multiple-choice tasks. One model is loaded, once, and its layers are
-switched in place through every variant; the plan alone is scored from the tensors saved in `model/`.
+The page follows the evaluation: `evaluate` from what is asked to evaluation.json, the one loop that scores
+the variants of `controls.py`, the numbers that token scores give, the model as stock transformers load it,
+the checkpoints of others, and multiple-choice tasks. One model is loaded, once, and its layers are switched
+in place through every variant; the plan alone is scored from the tensors saved in `model/`.
 
 Definitions. With N scored tokens, `nll` = −Σ ln p(token)/N in nats, `perplexity` = e^nll; as
 lm-evaluation-harness defines them, `word_perplexity` = e^(Σnll/words) and `byte_perplexity` = e^(Σnll/bytes),
@@ -12,7 +12,6 @@ words = `len(re.split(r"\\s+", text))`, bytes in UTF-8, both of the raw text beh
 share of tokens where both rank the same token first; Δp = p_var(token) − p_ref(token).
 
 evaluation.json holds no time: the same inputs and seed give the same file. Speed and memory go to `run.json`.
-To add a control, add a row to `CONTROLS`.
 """
 
 from __future__ import annotations
@@ -187,6 +186,10 @@ def evaluate(
             numbers = {key: described[key] | variant_numbers(one[index], text) for key, one in scores.items()}
             compare(numbers, seed=seed)
             found.append({"text": text, "variants": numbers})
+        stock: dict[str, Any] = {"agrees": None, "reason": UNPROVEN}
+        if proven:
+            stock = score_stock(opened, run, source, settings["device"], samples[0], scores["plan"][0])
+        tasks = score_tasks(opened, source, seed, lm_eval_tasks, lm_eval_limit) if lm_eval_tasks else {}
         held = list(plan.formats.values())  # of the file too: `put_saved` has refused any other
         evaluation = Evaluation(
             model=source.identity(),
@@ -200,12 +203,9 @@ def evaluate(
             checkpoint_sha256=hashes["checkpoint"],
             hashes=hashes,
             kernel=_kernel(settings),
+            tasks=tasks,
+            stock=stock,
         )
-        stock: dict[str, Any] = {"agrees": None, "reason": UNPROVEN}
-        if proven:
-            stock = score_stock(opened, run, source, settings["device"], samples[0], scores["plan"][0])
-        tasks = score_tasks(opened, source, seed, lm_eval_tasks, lm_eval_limit) if lm_eval_tasks else {}
-        evaluation = replace(evaluation, stock=stock, tasks=tasks)
         evaluation = replace(evaluation, claims=audit(evaluation))
         evaluation.write(run.evaluation_json)
         if speed_repeats:
@@ -292,7 +292,7 @@ def open_models(
         switch = Switch(
             model,
             weights,
-            list(plan.formats),
+            list(variants["reference"].formats),
             double_quant=plan.double_quant,
             seed=settings["seed"],
             codes=Codes(run.rounded) if plan.rounding == "guided" else {},
@@ -386,10 +386,9 @@ def count_text(pieces: Sequence[str]) -> dict[str, int]:
 def variant_numbers(scored: TokenScores, text: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's own numbers, without comparisons: perplexities, KL, flips, Δp and its window means.
 
-    `text` holds the counts of `words` and `bytes` behind the windows.
-
-    KL quantiles are over tokens, linearly interpolated; `kl_survival` is the KL that a share of `SURVIVAL` of
-    the tokens reaches or exceeds, shares below one token left out.
+    `text` holds the counts of `words` and `bytes` behind the windows. KL quantiles are over tokens, linearly
+    interpolated; `kl_survival` is the KL that a share of `SURVIVAL` of the tokens reaches or exceeds, shares
+    below one token left out.
     """
     nll = scored.nll.mean(axis=1, dtype=np.float64)  # (W,): one mean a window
     total, mean = float(scored.nll.sum(dtype=np.float64)), float(nll.mean())

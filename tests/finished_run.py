@@ -134,6 +134,11 @@ def make_evaluation(run: Run) -> dict:
     variants["plan"]["vs_random"] = {"controls": 5, "kl": {**gain, "p_holm": 2e-4}, "kl_beats": 5}
     return {
         "schema": 1,
+        "model": {"id": "tiny/llama", "kind": "hub", "revision": None, "sha256": "5" * 64},
+        "plan": {"score": "alpha_hill", "direction": "high", "rule": "claim", "matrix_bits": 10.79},
+        "settings": {"seed": 0, "profile": "quick", "dtype": "float32", "device": "cpu"},
+        "skipped": {},
+        "checkpoint": {"16bit": 4, "nf4": 24},
         "checkpoint_sha256": checkpoint_hash(run.model_dir),
         "hashes": {"plan": hashlib.sha256(run.plan_json.read_bytes()).hexdigest()},
         "text": {
