@@ -79,8 +79,8 @@ def machine(out: Path, tiny: bool) -> dict[str, Any]:
     """The GPU, its bandwidth and FLOPs, versions."""
     import torch
 
-    from spi_utils.judging.speed import measure_bandwidth
     from spi_utils.platforms import SHOWN, installed_versions
+    from spi_utils.speed import kernel_path, measure_bandwidth
 
     versions = installed_versions()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -99,6 +99,7 @@ def machine(out: Path, tiny: bool) -> dict[str, Any]:
         "device": device,
         "cores": os.cpu_count(),
         "bandwidth_gb_s": measure_bandwidth(device, half) / 1e9,
+        "kernel_path": kernel_path(device),
         "half_tflops": 2 * size**3 / statistics.median(times[1:]) / 1e12,
         "versions": {name: versions.get(name.replace("_", "-"), "absent") for name in SHOWN},
         "date": date.today().isoformat(),

@@ -146,8 +146,7 @@ def _run(options: argparse.Namespace) -> None:
 def _print_summary(run_dir: Path) -> None:
     import pandas as pd
 
-    from spi_utils.evaluate import Evaluation
-    from spi_utils.judging.sentences import stock_sentence
+    from spi_utils.claims import Evaluation, stock_sentence
     from spi_utils.quantize import proof_by_use
     from spi_utils.report import headline
     from spi_utils.runs import existing_run, run_info
@@ -171,9 +170,9 @@ def _print_summary(run_dir: Path) -> None:
 
 
 def _speed(options: argparse.Namespace) -> None:
-    from spi_utils.judging.speed import measure_in_subprocess
     from spi_utils.models import resolve_device
     from spi_utils.runs import existing_run, read_json
+    from spi_utils.speed import measure_in_subprocess
 
     folder = options.run_dir
     if not (folder / "config.json").exists():

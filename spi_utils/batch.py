@@ -40,9 +40,8 @@ import pandas as pd
 import yaml
 
 from spi_utils import figures, notebook, runs
+from spi_utils.claims import Evaluation, generalization
 from spi_utils.errors import BatchError, ParameterError, RunError, SPIError, suggest
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.generalization import generalization
 from spi_utils.notebook import ALL, STAGES, parameters_of
 from spi_utils.presets import DEFAULT, PRESETS, resolve, with_own_windows
 from spi_utils.progress import cores

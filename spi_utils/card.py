@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spi_utils.claims import Evaluation, headline_of
 from spi_utils.errors import ModelError, PublishError
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import headline_of
 from spi_utils.models import is_transport_error, weights_hash
 from spi_utils.plan import (
     AUTO_GROUP,

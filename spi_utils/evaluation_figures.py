@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from spi_utils import stats
+from spi_utils.claims import SURVIVAL, is_random
 from spi_utils.figures import (
     BLACK,
     BLUE,
@@ -26,12 +27,11 @@ from spi_utils.figures import (
     size_unit,
     styled,
 )
-from spi_utils.judging.measures import SURVIVAL, is_random
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from spi_utils.judging.evaluation import Evaluation
+    from spi_utils.claims import Evaluation
 
 WHOSE = "float32, from the file's tensors"  # what every KL of an evaluation's variants is
 WINE = "#882255"  # Tol's muted palette: told apart from the others by the colour-blind too

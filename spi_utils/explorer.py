@@ -31,6 +31,7 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 
 from spi_utils import figures, runs
+from spi_utils.claims import Evaluation
 from spi_utils.curves import Chooser, Field
 from spi_utils.errors import PlanError, RunError, SPIError
 from spi_utils.figures import (
@@ -231,8 +232,6 @@ class ExplorerState:
         if kl is not None and able(self.planned, "int8").all():
             found.append(("int8 everywhere", price(self.layers, everywhere)["total"], kl))
         if self.run is not None and self.run.evaluation_json.exists():
-            from spi_utils.judging.evaluation import Evaluation  # loads torch, which a slider doesn't need
-
             nearest = Evaluation.read(self.run.evaluation_json).variants.get("nf4_nearest")
             if nearest is not None:
                 found.append(("NF4, nearest (measured)", int(nearest["bytes"]), float(nearest["kl_mean"])))

@@ -742,7 +742,7 @@ def _fetched(run: Run, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     here = all(one == "bundled" or Path(one).expanduser().exists() for one in (model, *rivals))
     if here or hub_token() is None:  # without a token the stage fetches as well as this process would
         return parameters
-    from spi_utils.judging.rivals import find_rivals
+    from spi_utils.evaluate import find_rivals
     from spi_utils.models import chosen_model, download, is_hub_id
 
     commit = held["model"].get("revision") or parameters.get("revision") or None

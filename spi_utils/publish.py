@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from spi_utils import runs
 from spi_utils.card import Licence, base_of, make_card, read_base
+from spi_utils.claims import Evaluation
 from spi_utils.errors import PublishError, RunError
 from spi_utils.formats import size_tolerance
-from spi_utils.judging.evaluation import Evaluation
 from spi_utils.models import is_transport_error, server_delay
 from spi_utils.notebook import LONGEST_NAME, repository_problem
 from spi_utils.plan import ProtectionPlan, nominal_bits

@@ -22,14 +22,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from spi_utils import runs, stats
+from spi_utils.claims import (
+    QUESTIONS,
+    Evaluation,
+    audit,
+    count_verdicts,
+    evaluated_beside,
+    generalization,
+    headline_of,
+    switching_sentence,
+)
 from spi_utils.errors import SPIError
 from spi_utils.evaluation_figures import kl_survival, predicted_and_real, quality_by_bytes, window_differences
 from spi_utils.figures import save_figure
 from spi_utils.formats import gigabytes
-from spi_utils.judging.claims import audit
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.generalization import QUESTIONS, count_verdicts, evaluated_beside, generalization
-from spi_utils.judging.sentences import headline_of, switching_sentence
 from spi_utils.quantize import proof_by_use
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from spi_utils.errors import EvaluationError
 DRAWS = 10_000  # bootstrap draws: p-values resolve 2e-4, enough for Holm over 40 variants
 LEVEL = 0.95
 MIN_CLUSTERS = 12  # below, no verdict: the interval's own error is too large
+SUPPORTED, REFUTED, OPEN = "supported", "refuted", "not separable"  # what `verdict` says
 
 Floats = NDArray[np.float64]
 
@@ -47,12 +48,9 @@ class Estimate:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Plain numbers for JSON; an unbounded end is None."""
-        ends = {"low": self.low, "high": self.high}
-        bounded = {name: end if math.isfinite(end) else None for name, end in ends.items()}
-        return {"mean": self.mean, "se": self.se, **bounded, **self._tests()}
-
-    def _tests(self) -> dict[str, float | int | None]:
-        return {"p": self.p, "p_holm": self.p_holm, "clusters": self.clusters}
+        low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
+        tests = {"p": self.p, "p_holm": self.p_holm, "clusters": self.clusters}
+        return {"mean": self.mean, "se": self.se, "low": low, "high": high, **tests}
 
     @classmethod
     def from_dict(cls, numbers: dict) -> Estimate:
@@ -113,39 +111,24 @@ def estimates(values: Floats, *, draws: int = DRAWS, level: float = LEVEL, seed:
     if clusters < 2:
         return [Estimate(float(m), math.inf, -math.inf, math.inf, 1.0, clusters) for m in mean]
     stars = np.sort(studentized(values, draw_counts(clusters, draws, seed)), axis=0)
-    tail = (1 - level) / 2
-    upper, lower = _row(stars, 1 - tail), _row(stars, tail)
+    # Order statistics, never interpolated: ±inf must survive.
+    last, tail = len(stars) - 1, (1 - level) / 2
+    lower, upper = stars[math.floor(tail * last)], stars[math.ceil((1 - tail) * last)]
     with np.errstate(invalid="ignore"):  # se = 0 and t* = ±inf: all windows agree
         low = np.where(se > 0, mean - upper * se, mean)
         high = np.where(se > 0, mean - lower * se, mean)
-    return [
-        Estimate(
-            float(mean[v]),
-            float(se[v]),
-            float(low[v]),
-            float(high[v]),
-            _p(stars[:, v], mean[v], se[v]),
-            clusters,
-        )
-        for v in range(columns)
-    ]
-
-
-def _row(stars: Floats, quantile: float) -> Floats:
-    """The order statistic at `quantile` of each sorted column (no interpolation: ±inf must survive)."""
-    last = len(stars) - 1
-    place = math.ceil(quantile * last) if quantile > 0.5 else math.floor(quantile * last)
-    return stars[place]
+    p = [_p(stars[:, v], mean[v], se[v]) for v in range(columns)]
+    rows = zip(mean.tolist(), se.tolist(), low.tolist(), high.tolist(), p, strict=True)
+    return [Estimate(*numbers, clusters) for numbers in rows]
 
 
 def _p(stars: Floats, mean: float, se: float) -> float:
     """Two-sided p of mean = 0: twice the share of sorted t* at least as extreme as mean/se."""
     if se == 0:
         return 1.0 if mean == 0 else 0.0
-    observed = mean / se
-    above = len(stars) - np.searchsorted(stars, observed, side="left")
-    below = np.searchsorted(stars, observed, side="right")
-    return float(min(1.0, 2 * (1 + min(above, below)) / (1 + len(stars))))
+    above = len(stars) - np.searchsorted(stars, mean / se, side="left")
+    below = np.searchsorted(stars, mean / se, side="right")
+    return min(1.0, 2 * (1 + min(above, below)) / (1 + len(stars)))
 
 
 def estimate(values: Floats, **options: float) -> Estimate:
@@ -199,27 +182,13 @@ def verdict(one: Estimate, claim: str, *, than: float = 0.0, level: float = LEVE
     """
     if claim not in ("lower", "higher"):
         raise ValueError(f'claim is "lower" or "higher", got {claim!r}')
-    if one.clusters < MIN_CLUSTERS:
-        return "not separable"
-    if than == 0.0 and one.p_holm is not None and one.p_holm > 1 - level:
-        return "not separable"
-    sign = 1 if claim == "higher" else -1
-    ends = sorted((sign * (one.low - than), sign * (one.high - than)))
-    if ends[0] > 0:
-        return "supported"
-    return "refuted" if ends[1] < 0 else "not separable"
-
-
-def kl_quantiles(kl: Floats) -> dict[str, float]:
-    """Mean, median, 99 % and 99.9 % of the tokens' KL (any shape), in nats; linear interpolation."""
-    flat = np.asarray(kl, dtype=np.float64).ravel()
-    median, p99, p999 = np.quantile(flat, (0.5, 0.99, 0.999))
-    return {
-        "kl_mean": float(flat.mean()),
-        "kl_median": float(median),
-        "kl_p99": float(p99),
-        "kl_p999": float(p999),
-    }
+    if one.clusters < MIN_CLUSTERS or (than == 0.0 and one.p_holm is not None and one.p_holm > 1 - level):
+        return OPEN
+    if one.low > than:
+        return SUPPORTED if claim == "higher" else REFUTED
+    if one.high < than:
+        return SUPPORTED if claim == "lower" else REFUTED
+    return OPEN
 
 
 def effect_windows(difference: Floats) -> dict:

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from spi_utils import card, runs
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import headline_of
+from spi_utils.claims import Evaluation, headline_of
 from spi_utils.models import resolve
 from spi_utils.notebook import from_command_line
 from spi_utils.plan import ProtectionPlan, decide

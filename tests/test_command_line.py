@@ -200,7 +200,7 @@ def test_a_checkpoints_speed_is_told_as_json(monkeypatch, capsys, folder):
     (folder / "config.json").write_text('{"dtype": "bfloat16"}')
     asked = {}
     monkeypatch.setattr(
-        "spi_utils.judging.speed.measure_in_subprocess",
+        "spi_utils.speed.measure_in_subprocess",
         lambda path, **how: asked.update(how, path=path) or {"decode": [3, 2, 4]},
     )
     assert main(["speed", str(folder), "--device", "cpu", "--repeats", "2"]) == 0

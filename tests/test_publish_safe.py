@@ -15,12 +15,11 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from spi_utils import card, quantize, tokens
+from spi_utils import card, quantize, speed, tokens
 from spi_utils import notebook as book
 from spi_utils import publish as publishing
 from spi_utils.errors import CheckpointError, ModelError, PlatformError, PublishError, RunError
 from spi_utils.formats import size_tolerance
-from spi_utils.judging import speed
 from spi_utils.models import resolve
 from spi_utils.publish import publish
 from spi_utils.runs import Run, write_json

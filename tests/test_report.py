@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from IPython.display import HTML
 
-from spi_utils import report, runs
+from spi_utils import evaluate, report, runs
+from spi_utils.claims import Evaluation, audit, better_sentence, dearest_sentence
 from spi_utils.errors import RunError
 from spi_utils.evaluation_figures import (
     LOOKS,
@@ -24,10 +25,6 @@ from spi_utils.evaluation_figures import (
     window_differences,
 )
 from spi_utils.figures import FORMAT_COLOURS
-from spi_utils.judging import measures
-from spi_utils.judging.claims import audit
-from spi_utils.judging.evaluation import Evaluation
-from spi_utils.judging.sentences import better_sentence, dearest_sentence
 from spi_utils.scoring import TokenScores
 from tests.synthetic import layer_table
 
@@ -63,9 +60,6 @@ def make_evaluation(**changes):
         kl = (mean * rng.gamma(1, 1, (WINDOWS, TOKENS))).astype(np.float32)
         noise = (0.2 * mean * rng.normal(size=(WINDOWS, TOKENS))).astype(np.float32)
         scores = TokenScores(base + kl / 2 + noise, kl, rng.random(base.shape) > mean, noise / 10)
-        variants[key] = measures.variant_numbers(scores, counts)
-    measures.compare(variants, EQUAL)
-    for key, numbers in variants.items():
         described = {
             "label": "the plan (alpha_hill, high)" if key == "plan" else key,
             "bytes": int(SIZES.get(key, 205e6)),
@@ -76,7 +70,8 @@ def make_evaluation(**changes):
             "bytes_miss": 0.0,
             "layers": {},
         }
-        variants[key] = described | numbers
+        variants[key] = described | evaluate.variant_numbers(scores, counts)
+    evaluate.compare(variants)
     shape = {"tokens": WINDOWS * TOKENS, "windows": WINDOWS, "window_length": TOKENS + 1, "start_token": 1}
     held = {
         "model": {"id": "someone/<script>", "kind": "gguf", "revision": None, "sha256": "5" * 64},

@@ -172,11 +172,6 @@ def test_holm_family_keeps_the_estimates_and_orders_the_p_values():
     assert family["a"].p_holm == pytest.approx(family["a"].p)
 
 
-def test_kl_quantiles_by_hand():
-    found = stats.kl_quantiles(np.arange(1001.0))
-    assert found == pytest.approx({"kl_mean": 500, "kl_median": 500, "kl_p99": 990, "kl_p999": 999})
-
-
 def test_a_gain_that_five_windows_carry_is_shown_as_such():
     difference = np.concatenate([np.full(5, -6.0), np.full(251, 0.01)])
     found = stats.effect_windows(difference)

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spi_utils import report, runs
+from spi_utils.claims import Evaluation, stock_sentence
 from spi_utils.errors import EvaluationError, RunError
-from spi_utils.evaluate import Evaluation, evaluate
-from spi_utils.judging.sentences import stock_sentence
+from spi_utils.evaluate import evaluate
 from spi_utils.plan import ProtectionPlan
 from spi_utils.quantize import quantize
 from spi_utils.texts import load_text, make_windows

@@ -10,15 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spi_utils import runs, scoring, texts
+from spi_utils import controls, runs, scoring, texts
+from spi_utils import evaluate as judging
+from spi_utils.claims import better_sentence, evaluated_beside, switching_sentence
 from spi_utils.errors import EvaluationError
-from spi_utils.evaluate import evaluate
-from spi_utils.judging import controls, session
-from spi_utils.judging.generalization import evaluated_beside
-from spi_utils.judging.rivals import LoadedRival, Rival
-from spi_utils.judging.sentences import better_sentence, switching_sentence
+from spi_utils.evaluate import TwoHeads, evaluate
 from spi_utils.models import load_model, resolve
-from spi_utils.plan import ProtectionPlan, decide, make_plan
+from spi_utils.plan import EQUAL, ProtectionPlan, decide, make_plan
 from spi_utils.report import other_runs
 from spi_utils.scoring import Head, reference_states, token_scores
 from tests.evaluated_run import ready_run
@@ -39,7 +37,7 @@ def windows():
     return torch.randint(0, VOCABULARY - 64, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_rivals_4_bit_head_scores_as_its_dequantized_weights_do(model, windows, tmp_path):
+def test_a_rivals_4_bit_head_scores_as_its_dequantized_weights_do(model, windows):
     bnb = pytest.importorskip("bitsandbytes")
     weight = model.lm_head.weight.detach()
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
@@ -54,8 +52,7 @@ def test_a_rivals_4_bit_head_scores_as_its_dequantized_weights_do(model, windows
     assert quantized.lm_head.weight.dtype == torch.uint8
 
     reference, own = reference_states(model, windows), Head(model)
-    rival = Rival("rival:x", "x", tmp_path, 0, "bitsandbytes")
-    want, got = (LoadedRival(rival, one).score(windows, reference, own) for one in (plain, quantized))
+    want, got = (token_scores(one, windows, reference, head=TwoHeads(one, own)) for one in (plain, quantized))
     assert want.kl.mean() > 1e-4  # a 4-bit head is another head
     # bitsandbytes multiplies in bfloat16 on some CPUs
     assert got.nll == pytest.approx(want.nll, abs=5e-3)
@@ -136,7 +133,7 @@ def test_controls_do_not_depend_on_the_plan_scored_before_them_nor_on_where_a_ru
     resumed.evaluation_json.unlink()
     shutil.rmtree(resumed.partial, ignore_errors=True)
     score = scoring.token_scores
-    for stop in (1, 3, 4, 2, 3):  # blocks until the process is killed: in NF4, the plan, the controls
+    for stop in (0, 1, 1, 2):  # variants until the process is killed: in NF4, the plan, the controls
         left = [stop]
 
         def killed(*args, left=left, **kwargs):
@@ -145,13 +142,13 @@ def test_controls_do_not_depend_on_the_plan_scored_before_them_nor_on_where_a_ru
             left[0] -= 1
             return score(*args, **kwargs)
 
-        monkeypatch.setattr(session, "token_scores", killed)
+        monkeypatch.setattr(judging, "token_scores", killed)
         try:
             evaluate(resumed, source, **asked)
             break
         except KeyboardInterrupt:
             continue
-    monkeypatch.setattr(session, "token_scores", score)
+    monkeypatch.setattr(judging, "token_scores", score)
     evaluate(resumed, source, **asked)
     assert resumed.evaluation_json.read_bytes() == content
 
@@ -187,7 +184,7 @@ def test_controls_at_equal_bytes_obey_the_plans_patterns(formats, bits, group):
     for key, one in equal.items():
         assert {one.formats[name] for name in forced} == {"16bit"}, key
         assert "16bit" not in {one.formats[name] for name in forbidden}, key
-        assert abs(one.bytes_miss) <= controls.EQUAL_BYTES, key
+        assert abs(one.bytes_miss) <= EQUAL, key
     assert len({tuple(variants[f"random_{i}"].formats.values()) for i in range(5)}) == 5
 
 

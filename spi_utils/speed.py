@@ -5,7 +5,7 @@ is the checkpoint's own and the kernels are the stock ones. Batch 1, greedy; `ge
 through a streamer, whose clock gives the time to the first token and the decoding rate of one and the same
 call. Rates are tokens a second, times are seconds, memory is in units of 10⁹ bytes.
 
-`python -m spi_utils.judging.speed MODEL_DIR` prints one JSON object.
+`python -m spi_utils.speed MODEL_DIR` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -19,65 +19,32 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import EvaluationError
-from spi_utils.runs import read_json
+from spi_utils.runs import peak_rss_bytes
 from spi_utils.tokens import without_token
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from spi_utils.models import ModelSource
-
 PROBE_ROWS = 8192  # the bandwidth probe multiplies a PROBE_ROWS × PROBE_ROWS matrix with a vector
 
 
-class Clock:
-    """A transformers streamer that notes when each token arrives (the prompt is its first call)."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Note the time of the prompt, then of every new token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do when generation ends."""
-
-
 def measure_in_subprocess(
-    model_dir: Path,
-    *,
-    device: str,
-    dtype: str,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    trust_remote_code: bool = False,
+    model_dir: Path, *, device: str, dtype: str, trust_remote_code: bool = False, **counts: int
 ) -> dict[str, Any]:
-    """`measure` of a model folder in a fresh Python process.
+    """`measure` of a model folder in a fresh Python process; `counts` are its `prompt_tokens` and so on.
 
     Raises EvaluationError with the process' last lines if it fails (out of memory, unreadable folder).
     """
-    command = [
-        sys.executable,
-        "-m",
-        "spi_utils.judging.speed",
-        str(model_dir),
-        "--device",
-        device,
-        "--dtype",
-        dtype,
-    ]
-    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    command += ["--repeats", str(repeats)]
+    command = [sys.executable, "-m", "spi_utils.speed", str(model_dir), "--device", device, "--dtype", dtype]
+    for name, count in counts.items():
+        command += [f"--{name.replace('_', '-')}", str(count)]
     command += ["--trust-remote-code"] * trust_remote_code
-    package_home = str(Path(__file__).resolve().parents[2])  # also where the package isn't installed
+    package_home = str(Path(__file__).resolve().parents[1])  # also where the package isn't installed
     search = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH", "")]))
     environment = {**without_token(os.environ), "PYTHONPATH": search}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -118,43 +85,55 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
-    _unpack(model, ids)
+    # compressed-tensors unpacks a model at its first forward pass: what is measured then reads 16 bits.
+    if any(hasattr(module, "weight_packed") for module in model.modules()):
+        with torch.inference_mode():
+            model(ids[:, :1], use_cache=False)
     moved = bytes_per_token(model)
-    kernels = kernel_path(model)  # before the first forward: bitsandbytes repacks weights in it
-    runs = [_one_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
+    kernels = model_kernels(model)  # before the first generation: bitsandbytes repacks weights in it
+    firsts, rates = zip(*[_one_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:], strict=True)
     bandwidth = measure_bandwidth(device, getattr(torch, dtype))
+    memory = {"peak_rss_gb": peak_rss_bytes() / 1e9}
+    if device.startswith("cuda"):
+        memory["peak_allocated_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        memory["peak_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "threads": torch.get_num_threads(),
+        "kernel_path": kernel_path(device),
         "dtype": dtype,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "prefill": spread([prompt_tokens / first for first, _ in runs]),
-        "decode": spread([rate for _, rate in runs]),
-        "first_token_s": spread([first for first, _ in runs]),
+        "prefill": _spread([prompt_tokens / first for first in firsts]),
+        "decode": _spread(rates),
+        "first_token_s": _spread(firsts),
         "gb_per_token": moved / 1e9,
         "bandwidth_gb_s": bandwidth / 1e9,
         "decode_bound": bandwidth / moved,
-        "memory": peak_memory(device),
+        "memory": memory,
         "kernels": kernels,
     }
 
 
-def _unpack(model: Any, ids: torch.Tensor) -> None:
-    """compressed-tensors unpacks a model at its first forward pass: what is measured then reads 16 bits."""
-    import torch
+class _Clock:
+    """A transformers streamer that notes when each token arrives (the prompt is its first call)."""
 
-    if any(hasattr(module, "weight_packed") for module in model.modules()):
-        with torch.inference_mode():
-            model(ids[:, :1], use_cache=False)
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and tokens a second of those after it; prompt (1, T)."""
     import torch
 
-    clock = Clock()
+    clock = _Clock()
     if prompt.is_cuda:
         torch.cuda.synchronize(prompt.device)
     start = time.perf_counter()
@@ -172,7 +151,7 @@ def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
     return first - start, (new_tokens - 1) / (last - first)
 
 
-def spread(values: list[float]) -> list[float]:
+def _spread(values: Any) -> list[float]:
     """[median, least, most]."""
     return [statistics.median(values), min(values), max(values)]
 
@@ -180,46 +159,22 @@ def spread(values: list[float]) -> list[float]:
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of weights that decoding one token reads: all but an embedding that is only looked up.
 
-    A tied embedding is read as the head. The KV cache and activations come on top and are not counted.
+    A tied embedding is read as the head. The KV cache and activations come on top and are not counted, nor is
+    the constant code table of a bitsandbytes QuantState; its scales are.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    skipped = set() if tied else {id(p) for p in embedding.parameters()}
+    looked_up = set() if tied else {id(p) for p in embedding.parameters()}
     total = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in skipped:
-                continue
-            skipped.add(id(parameter))
-            state = getattr(parameter, "quant_state", None)
-            total += parameter.numel() * parameter.element_size()
-            total += 0 if state is None else state_bytes(state)
+    for parameter in model.parameters():  # each once, however often it is tied
+        if id(parameter) in looked_up:
+            continue
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # scales, and the scales of scales where those are quantized too
+            total += state.absmax.numel() * state.absmax.element_size()
+            state = getattr(state, "state2", None)
     return total
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of a bitsandbytes QuantState: its absmax, nested or not (the code table is a constant)."""
-    nested = getattr(state, "state2", None)
-    own = state.absmax.numel() * state.absmax.element_size()
-    return own + (0 if nested is None else state_bytes(nested))
-
-
-def measure_run(
-    model_dir: Path, source: ModelSource, settings: Mapping[str, Any], repeats: int
-) -> dict[str, Any]:
-    """Speed and memory of a saved checkpoint ("plan") and of the 16-bit model ("reference"), both in the
-    dtype that the checkpoint ships with: what users will run."""
-    options: dict[str, Any] = {
-        "device": settings["device"],
-        "dtype": str(read_json(model_dir / "config.json", what="config.json").get("dtype") or "float16"),
-        "repeats": repeats,
-        "trust_remote_code": source.trust_remote_code,
-    }
-    print("evaluate: speed and memory of the checkpoint, then of the 16-bit model", flush=True)
-    return {
-        "plan": measure_in_subprocess(model_dir, **options),
-        "reference": measure_in_subprocess(source.directory, **options),
-    }
 
 
 def measure_bandwidth(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -240,29 +195,19 @@ def measure_bandwidth(device: str, dtype: torch.dtype, repeats: int = 5) -> floa
     return matrix.numel() * matrix.element_size() / min(times[1:])
 
 
-def peak_memory(device: str) -> dict[str, float]:
-    """Peak memory of this process so far: resident on the host, allocated and reserved on a GPU."""
-    import torch
+def kernel_path(device: str) -> str:
+    """bitsandbytes' version and which of its code runs on a device: "bitsandbytes 0.49.1, CUDA kernels"."""
+    import bitsandbytes
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
-    peaks = {"peak_rss_gb": _peak_rss() / 1e9}
-    if device.startswith("cuda"):
-        peaks["peak_allocated_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        peaks["peak_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
-    return peaks
-
-
-def _peak_rss() -> int:
-    """Peak resident bytes. On Linux from VmHWM: `ru_maxrss` of a child starts at its parent's size."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    from spi_utils.runs import peak_rss_bytes
-
-    return peak_rss_bytes()
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        kernels = "no native library: torch's own operations"
+    else:
+        kernels = "CUDA kernels" if device.startswith("cuda") else "native CPU kernels"
+    return f"bitsandbytes {bitsandbytes.__version__}, {kernels}"
 
 
-def kernel_path(model: PreTrainedModel) -> dict[str, Any]:
+def model_kernels(model: PreTrainedModel) -> dict[str, Any]:
     """Which code runs the model: matrix module classes, attention, 4-bit and linear-attention kernels."""
     from bitsandbytes.functional import has_avx512bf16
     from transformers.utils.import_utils import (
@@ -275,16 +220,15 @@ def kernel_path(model: PreTrainedModel) -> dict[str, Any]:
         for m in model.modules()
         if type(m).__name__.startswith(("Linear", "Conv1D", "HQQLinear"))
     )
-    on_cpu = model.device.type == "cpu"
-    path = {
+    found = {
         "modules": dict(sorted(classes.items())),
         "attention": model.config._attn_implementation,
-        "cpu_avx512_bf16": bool(has_avx512bf16()) if on_cpu else None,
+        "cpu_avx512_bf16": bool(has_avx512bf16()) if model.device.type == "cpu" else None,
     }
     if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
         fast = is_flash_linear_attention_available() and is_causal_conv1d_available()
-        path["linear_attention"] = "flash-linear-attention" if fast else "torch fallback (slow)"
-    return path
+        found["linear_attention"] = "flash-linear-attention" if fast else "torch fallback (slow)"
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,246 @@
+"""Which format each layer has in every variant that an evaluation compares.
+
+All variants are choices of formats over one and the same set of weights. Controls have the plan's bytes, so
+that a difference between them is the selection's and not the budget's. To add a control, add a row to
+`CONTROLS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from spi_utils.errors import EvaluationError, PlanError
+from spi_utils.plan import (
+    ProtectionPlan,
+    able,
+    available_scores,
+    bit_rates,
+    equal_bytes_plan,
+    fused_groups,
+    held_words,
+    matches,
+    nominal_bits,
+    payload_bytes,
+    predicted_kl,
+    price,
+    score_values,
+)
+from spi_utils.scoring import NEAREST
+
+QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
+FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
+INT4 = "int4_g64"  # the uniform 4-bit rival, and the low tier of the mixes for vLLM
+Formats = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice of formats over the planned layers.
+
+    `formats` {module: a row of `formats.FORMATS`, the same with "_nearest", or "noise"}; `bytes` as the saved
+    file would hold it (`noise` counts as the NF4 it stands for); `bits_per_weight` over all weights,
+    `matrix_bits` over the planned matrices; `predicted_kl` in nats a token, None without sensitivity;
+    `equal_bytes` marks the plan and the controls that share its budget, `bytes_miss` their distance from it,
+    a share of the 16-bit model's bytes.
+    """
+
+    label: str
+    formats: Formats
+    bytes: int
+    bits_per_weight: float
+    matrix_bits: float
+    predicted_kl: float | None
+    equal_bytes: bool
+    bytes_miss: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a variant is called, what chooses its formats from the layer table and the plan, and whether the
+    choice has the plan's bytes. "{held}" in the label becomes the formats that were chosen."""
+
+    label: str
+    choose: Callable[[pd.DataFrame, ProtectionPlan], Formats]
+    equal_bytes: bool = True
+
+
+def make_variants(
+    layers: pd.DataFrame, plan: ProtectionPlan, controls: Sequence[str], random_seeds: int = 5, seed: int = 0
+) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The 16-bit reference, pure NF4, the plan, and the controls asked for.
+
+    Args:
+        layers: the layer table, all rows.
+        plan: what is judged.
+        controls: names of `FULL`; "random" stands for `random_0` … `random_{random_seeds − 1}`.
+        random_seeds: how many random selections.
+        seed: of the first of them.
+
+    Returns the variants in the order in which they are scored, and {control: reason} for those that this
+    layer table can't give (no sensitivity column). Raises EvaluationError for an unknown control's name.
+    """
+    unknown = [key for key in controls if key not in FULL]
+    if unknown:
+        raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
+    rows = {key: one for key, one in ENDS.items() if plan.rounding == "guided" or not key.endswith(NEAREST)}
+    rows |= {key: one for key, one in CONTROLS.items() if key in controls}
+    for index in range(random_seeds if "random" in controls else 0):
+        choose = partial(_by_score, score="random", seed=seed + index)
+        rows[f"random_{index}"] = Control(f"random, seed {seed + index}", choose)
+    found: dict[str, Variant] = {}
+    skipped: dict[str, str] = {}
+    for key, control in rows.items():
+        try:
+            formats = control.choose(layers, plan)
+        except PlanError as error:
+            skipped[key] = str(error)
+            continue
+        # Noise stands for NF4, and how codes were rounded is no format.
+        stored = {n: "nf4" if fmt == "noise" else fmt.removesuffix(NEAREST) for n, fmt in formats.items()}
+        # Labels name what is held: not all on a menu may have been chosen, nor one format fit every layer.
+        held = held_words({stored[name] for name, fmt in formats.items() if fmt != "noise"})
+        label = control.label.format(held=held, score=plan.score, direction=plan.direction)
+        if len(set(formats.values())) > 1:
+            label = label.replace("everywhere", "where it fits")
+        cost = price(layers, stored, plan.double_quant)
+        overall, matrix = bit_rates(layers, stored, plan.double_quant)
+        miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"]
+        found[key] = Variant(
+            label=label,
+            formats=dict(formats),
+            bytes=cost["total"],
+            bits_per_weight=overall,
+            matrix_bits=matrix,
+            # Predictions speak of the run's own rounding; none was ever made for noise.
+            predicted_kl=predicted_kl(layers, stored) if stored == formats else None,
+            equal_bytes=control.equal_bytes,
+            bytes_miss=miss if control.equal_bytes else 0.0,
+        )
+    return found, skipped
+
+
+def _everywhere(layers: pd.DataFrame, plan: ProtectionPlan, fmt: str) -> Formats:
+    fits, planned = able(layers, fmt.removesuffix(NEAREST)), layers["quantizable"].to_numpy(bool)
+    rows = zip(layers["name"][planned], fits[planned], strict=True)
+    return {name: fmt if held else "16bit" for name, held in rows}
+
+
+def _plan_nearest(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
+    return {name: fmt if fmt == "16bit" else fmt + NEAREST for name, fmt in plan.formats.items()}
+
+
+def _noise(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
+    if "nf4" not in plan.formats.values():
+        raise PlanError("the plan has no NF4 layer that noise could stand for.")
+    return {name: "noise" if fmt == "nf4" else fmt for name, fmt in plan.formats.items()}
+
+
+def _by_score(
+    layers: pd.DataFrame,
+    plan: ProtectionPlan,
+    score: str = "",
+    formats: Sequence[str] = (),
+    seed: int = 0,
+    flip: bool = False,
+    group: str | None = None,
+) -> Formats:
+    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end, and no
+    `formats` are the plan's two tiers: its smallest one (NF4 if there is none) and 16-bit."""
+    low = min(set(plan.formats.values()) - {"16bit"}, key=nominal_bits, default="nf4")
+    chosen = tuple(formats) or (low, "16bit")
+    if not formats and score != "fisher" and set(plan.formats.values()) - set(chosen):
+        return _in_plans_formats(layers, plan, score or plan.score, low, seed, flip)
+    if score and score not in available_scores(layers, chosen):
+        raise PlanError(
+            f"layers.csv lacks {score}'s column for {', '.join(chosen)}. Run notebook 01_analyze with "
+            "sensitivity='self' and these among its cost_formats."
+        )
+    other = "low" if plan.direction == "high" else "high"
+    return equal_bytes_plan(
+        layers,
+        total_bytes=plan.bytes["total"],
+        score=score or plan.score,
+        direction=other if flip else "high",
+        formats=chosen,
+        double_quant=plan.double_quant,
+        seed=seed,
+        group=group if formats else plan.options.get("group"),
+        # What the plan's user settled: a control that chose there too would differ in more than the score.
+        force_16bit=plan.options.get("force_16bit"),
+        forbid_16bit=plan.options.get("forbid_16bit"),
+    ).formats
+
+
+def _in_plans_formats(
+    layers: pd.DataFrame, plan: ProtectionPlan, score: str, low: str, seed: int, flip: bool
+) -> Formats:
+    """The plan's own formats, each with the bytes that the plan spends on it, given out in a score's order.
+
+    For plans with a format between 4-bit and 16-bit: what differs from the plan is then which layers get
+    what, not how many bits there are of each kind. Merged layers stay together if the plan's do, and layers
+    that the plan's patterns force into 16-bit, or forbid it, obey them here too. The highest format goes
+    first.
+    """
+    planned = layers["quantizable"].to_numpy(bool)
+    rows = layers[planned].reset_index(drop=True)
+    names = list(rows["name"])
+    groups = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    values = score_values(layers, score, formats=(low, "16bit"), seed=seed)[planned]
+    own = [plan.formats[name] for name in names]
+    forced = matches(names, plan.options.get("force_16bit"), "force_16bit")
+    forbidden = matches(names, plan.options.get("forbid_16bit"), "forbid_16bit")
+    movable = able(rows, low) & ~forced  # others keep the plan's format, and so do those merged with them
+    for group in groups:
+        movable[group] = movable[group].all()
+    groups = [group for group in groups if movable[group[0]]]
+    mean = np.array([np.nanmean(values[group]) for group in groups])
+    order = np.argsort(mean if flip else -mean, kind="stable")
+    chosen = [low if held else fmt for held, fmt in zip(movable, own, strict=True)]
+    base = payload_bytes(rows, low, plan.double_quant)
+    left = 0
+    for fmt in sorted(set(own) - {low}, key=nominal_bits, reverse=True):
+        extra = payload_bytes(rows, fmt, plan.double_quant) - base
+        left += sum(int(extra[place]) for place, held in enumerate(own) if held == fmt and movable[place])
+        for group in (groups[place] for place in order):
+            cost = int(extra[group].sum())
+            barred = fmt == "16bit" and forbidden[group].any()
+            fitting = cost <= left and able(rows.iloc[group], fmt).all()
+            if chosen[group[0]] == low and fitting and not barred:
+                left -= cost
+                for place in group:
+                    chosen[place] = fmt
+    return dict(zip(names, chosen, strict=True))
+
+
+ENDS: dict[str, Control] = {
+    "reference": Control("16-bit reference", partial(_everywhere, fmt="16bit"), equal_bytes=False),
+    "nf4": Control("pure NF4", partial(_everywhere, fmt="nf4"), equal_bytes=False),
+    "plan": Control("the plan ({score}, {direction})", lambda layers, plan: plan.formats),
+    # What bitsandbytes would have made of the same weights, where rounding is guided: the claim as stated.
+    "nf4_nearest": Control("pure NF4, nearest", partial(_everywhere, fmt="nf4" + NEAREST), equal_bytes=False),
+    "plan_nearest": Control("the plan, nearest", _plan_nearest, equal_bytes=False),
+}
+CONTROLS: dict[str, Control] = {
+    "other_direction": Control("the score's other end", partial(_by_score, flip=True)),
+    "fisher": Control("Fisher's optimum", partial(_by_score, score="fisher")),
+    # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
+    "fisher_int8": Control(
+        "Fisher's optimum of {held}", partial(_by_score, score="fisher", formats=("nf4", "int8", "16bit"))
+    ),
+    # What vLLM serves: merged layers share a format.
+    "fisher_int4": Control(
+        "Fisher for vLLM: {held}",
+        partial(_by_score, score="fisher", formats=(INT4, "int8", "16bit"), group="fused"),
+    ),
+    "int8": Control("int8 everywhere", partial(_everywhere, fmt="int8"), equal_bytes=False),
+    "int4": Control("int4 (groups of 64) everywhere", partial(_everywhere, fmt=INT4), equal_bytes=False),
+    "noise": Control("the plan, noise for NF4", _noise),
+    "first_last": Control("first and last blocks", partial(_by_score, score="first_last")),
+    "smallest_first": Control("smallest layers first", partial(_by_score, score="smallest")),
+    "type_prior": Control("type prior", partial(_by_score, score="type_prior")),
+}

@@ -1,1 +1,0 @@
-"""Variants, controls, numbers and the audit: the parts of `evaluate`."""
