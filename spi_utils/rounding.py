@@ -213,7 +213,8 @@ def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed], mark: str)
         assert packed.scales is not None
         tensors |= {f"{name}|{fmt}|codes": packed.codes.cpu(), f"{name}|{fmt}|scales": packed.scales.cpu()}
         rows.append([name, fmt, list(packed.shape), str(packed.dtype).removeprefix("torch.")])
-    write_tensors(path, tensors, mark=mark, packed=json.dumps(rows))
+    # one entry: safetensors writes several in an order that differs from process to process
+    write_tensors(path, tensors, made=json.dumps({"mark": mark, "packed": rows}))
 
 
 def read_mark(path: Path) -> tuple[str, list[Any]]:
@@ -223,8 +224,8 @@ def read_mark(path: Path) -> tuple[str, list[Any]]:
         RunError: cut or damaged.
     """
     with _opened(path) as file:
-        held = file.metadata() or {}
-        return held["mark"], json.loads(held["packed"])
+        held = json.loads((file.metadata() or {})["made"])
+        return held["mark"], held["packed"]
 
 
 @contextmanager

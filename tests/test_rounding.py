@@ -1,6 +1,8 @@
 """Guided rounding against brute force, the libraries' own readers, autograd, and on bad moments."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +128,15 @@ def test_zero_blocks_stay_zero_and_widths_that_do_not_divide_are_refused():
     weight[0, 0] = float("inf")
     with pytest.raises(AnalysisError, match="NaN or infinity"):
         guided(weight, h, "nf4")
+
+
+def test_a_file_of_codes_is_the_same_bytes_in_every_process(tmp_path):
+    code = (
+        "import sys, torch; from pathlib import Path; from spi_utils.formats import quantize; "
+        "from spi_utils.rounding import write_codes; torch.manual_seed(0); "
+        "packed = quantize(torch.randn(64, 64), 'nf4'); "
+        "write_codes(Path(sys.argv[1]), {('a', 'nf4'): packed, ('b', 'nf4'): packed}, 'mark')"
+    )
+    for number in range(4):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(4)}) == 1
