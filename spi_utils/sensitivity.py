@@ -41,7 +41,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from spi_utils.errors import AnalysisError, RunError
@@ -57,7 +57,7 @@ from spi_utils.models import (
 )
 from spi_utils.progress import progress
 from spi_utils.rounding import Codes, guidable, guided, read_mark, write_codes
-from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json
+from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json, write_tensors
 from spi_utils.scoring import (
     Head,
     Reference,
@@ -324,9 +324,10 @@ class Work:
             found = passing.slopes(block, formats)
             passing.descend(block)
             # the gradient last: a block counts as done once the one below can begin
-            _save(self.folder / f"slopes-{block:03d}.safetensors", {fmt: found[fmt] for fmt in formats})
+            parts = {fmt: torch.as_tensor(found[fmt]) for fmt in formats}
+            write_tensors(self.folder / f"slopes-{block:03d}.safetensors", parts)
             held = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
-            _save(self.folder / "gradient.safetensors", held, block=str(block), batch=str(batch))
+            write_tensors(self.folder / "gradient.safetensors", held, block=str(block), batch=str(batch))
         parts = [
             load_file(self.folder / f"slopes-{block:03d}.safetensors") for block in range(len(passing.layers))
         ]
@@ -485,15 +486,6 @@ def _readable(path: Path, sound: Callable[[], bool]) -> bool:
         error = damage
     print(f"sensitivity: {path} is damaged ({error}) and made again.", flush=True)
     return False
-
-
-def _save(path: Path, tensors: Mapping[str, Any], **notes: str) -> None:
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: torch.as_tensor(value) for name, value in tensors.items()},
-            temporary,
-            metadata={"format": "pt", **notes},
-        )
 
 
 # --- one pass, block by block -----------------------------------------------------------------------------

@@ -134,8 +134,8 @@ def test_a_file_of_codes_is_the_same_bytes_in_every_process(tmp_path):
     code = (
         "import sys, torch; from pathlib import Path; from spi_utils.formats import quantize; "
         "from spi_utils.rounding import write_codes; torch.manual_seed(0); "
-        "packed = quantize(torch.randn(64, 64), 'nf4'); "
-        "write_codes(Path(sys.argv[1]), {('a', 'nf4'): packed, ('b', 'nf4'): packed}, 'mark')"
+        "made = {(name, 'nf4'): quantize(torch.randn(64, 64), 'nf4') for name in 'ab'}; "
+        "write_codes(Path(sys.argv[1]), made, 'mark')"
     )
     for number in range(4):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
