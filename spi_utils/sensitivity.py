@@ -324,8 +324,8 @@ class Work:
             found = passing.slopes(block, formats)
             passing.descend(block)
             # the gradient last: a block counts as done once the one below can begin
-            parts = {fmt: torch.as_tensor(found[fmt]) for fmt in formats}
-            write_tensors(self.folder / f"slopes-{block:03d}.safetensors", parts)
+            held = {fmt: torch.as_tensor(found[fmt]) for fmt in formats}
+            write_tensors(self.folder / f"slopes-{block:03d}.safetensors", held)
             held = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
             write_tensors(self.folder / "gradient.safetensors", held, block=str(block), batch=str(batch))
         parts = [
