@@ -378,7 +378,7 @@ def make_card(
             (kind, [int((of == fmt).sum()) for fmt in used])
             for kind, of in held.groupby(planned["type"], sort=False)
         ],
-        figures=_shown(figures),
+        figures=shown_figures(figures),
         repository=repository_url(),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -476,7 +476,7 @@ def _word(value: Any) -> str:
     return shlex.quote(str(int(value) if isinstance(value, float) and value.is_integer() else value))
 
 
-def _shown(figures: Sequence[str]) -> list[tuple[str, str]]:
+def shown_figures(figures: Sequence[str]) -> list[tuple[str, str]]:
     """The figures that the card shows, with their captions."""
     found = ((next((one for one in figures if Path(one).match(pattern)), None), c) for pattern, c in FIGURES)
     return [(path, caption) for path, caption in found if path is not None]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from spi_utils import runs
-from spi_utils.card import Licence, base_of, make_card, read_base
+from spi_utils.card import Licence, base_of, make_card, read_base, shown_figures
 from spi_utils.claims import Evaluation
 from spi_utils.errors import PublishError, RunError
 from spi_utils.formats import size_tolerance
@@ -40,7 +40,6 @@ SCHEMA = 1
 CARD = "README.md"
 RECORD = "environment.json"  # the file by which a repository is known as one of ours
 MANIFEST = "manifest.json"
-FIGURE_TYPES = (".png", ".svg")
 UNFINISHED = {".tmp", ".temp", ".part", ".partial", ".incomplete", ".lock", ".swp", ".bak"}
 # Files of the checkpoint's folder that the card or the run's own copies take the place of.
 OURS = {CARD, "plan.json", RECORD}
@@ -309,17 +308,14 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def collect_files(run: Run) -> dict[str, Path]:
-    """Path in the repository -> file of the run, without the card and the record.
+    """Path in the repository -> file of the run, without the card and the record; of the figures the card's.
 
     Hidden and temporary files, such as a killed process leaves, are never among them.
     """
     held = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
     tables = {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
-    figures = {
-        f"figures/{name}": path
-        for name, path in _below(run.figures).items()
-        if "/" not in name and path.suffix in FIGURE_TYPES
-    }
+    drawn = {f"figures/{name}": path for name, path in _below(run.figures).items()}
+    figures = {name: drawn[name] for name, _ in shown_figures(sorted(drawn))}
     return dict(sorted({**held, **tables, **figures}.items()))
 
 

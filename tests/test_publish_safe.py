@@ -558,7 +558,7 @@ PLACES = (
 )
 
 
-WRITTEN_HERE = ("evaluation.json", "config.json", "figures/plan_map.svg", "generate.py")
+WRITTEN_HERE = ("evaluation.json", "config.json", "generate.py")
 
 
 @pytest.mark.parametrize(("name", "place"), zip(WRITTEN_HERE * 2, PLACES, strict=True))
