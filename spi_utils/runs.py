@@ -160,7 +160,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metad
 
     with atomic_path(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata=metadata)
+            # never without metadata: a file without tensors either would have no readable header
+            save_file(dict(tensors), temporary, metadata=metadata or {"format": "pt"})
         except SafetensorError as error:
             cause = re.search(r"os error (\d+)", str(error))
             if cause is None:
