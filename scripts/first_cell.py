@@ -11,10 +11,11 @@ if importlib.util.find_spec("spi_utils") is None:
     what = str(wheels[-1]) if wheels else SOURCE
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", what]
     if (pip := subprocess.run(command, check=False, capture_output=True, text=True)).returncode:
+        said = [line.strip() for line in pip.stderr.splitlines() if "fatal:" in line or "ERROR:" in line]
         raise SystemExit(
             f"{what} could not be installed. On Kaggle: Settings > Turn on internet (it needs a "
             "phone-verified account), or attach a dataset with the project's wheels; then run this "
-            f"again. pip: {(pip.stderr.strip().splitlines() or ['nothing'])[-1]}"
+            f"again. pip: {said[0] if said else 'gave no reason'}"
         )
     importlib.invalidate_caches()
 prepare = importlib.import_module("spi_utils.platforms").prepare

@@ -260,7 +260,12 @@ import os, pathlib, sys
 with open(os.environ["NOTED"], "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 if "FAIL" in os.environ:
-    sys.exit("fatal: unable to access the repository\\nError: Could not resolve host: github.com")
+    sys.exit('''  error: subprocess-exited-with-error
+  exit code: 128
+      fatal: unable to access 'https://github.com/OWNER/REPO/': Could not resolve host: github.com
+      [end of output]
+
+  note: This error originates from a subprocess, and is likely not a problem with pip.''')
 if "--no-deps" in sys.argv:
     pathlib.Path(os.environ["SITE"], "spi_utils").symlink_to(os.environ["SPI"])
 """
@@ -305,7 +310,7 @@ def test_an_install_that_fails_says_what_to_click(tmp_path):
     done, asked = first_cell(tmp_path, FAIL="1")
     assert done.returncode == 1 and len(asked) == 1
     said = done.stderr.strip()
-    assert "Traceback" not in said and "fatal" not in said and len(said.splitlines()) == 1
+    assert "Traceback" not in said and len(said.splitlines()) == 1
     assert "Turn on internet" in said and said.endswith("Could not resolve host: github.com")
 
 
