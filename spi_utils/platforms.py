@@ -212,7 +212,15 @@ def install_bundled(links: Path | None = None, run: Callable[..., object] = subp
 
 def _pip(what: list[str], links: Path | None, run: Callable[..., object]) -> None:
     source = [] if links is None else ["--no-index", "--find-links", str(links)]
-    run([sys.executable, "-m", "pip", "install", "--quiet", *source, *what], check=True)
+    try:
+        run([sys.executable, "-m", "pip", "install", "--quiet", *source, *what], check=True)
+    except subprocess.CalledProcessError:
+        packages = ", ".join(one for one in what if not one.startswith("-") and "/" not in one)
+        raise PlatformError(
+            f"pip could not install {packages}. On Kaggle: Settings > Turn on internet (it needs a "
+            "phone-verified account), or attach a dataset with these wheels beside the project's; then run "
+            "this cell again."
+        ) from None
     importlib.invalidate_caches()
 
 

