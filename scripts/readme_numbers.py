@@ -97,6 +97,12 @@ def where(held: dict[str, Any], run: dict[str, Any]) -> str:
     )
 
 
+def against_random(difference: list[float]) -> str:
+    """What the interval of a KL's difference to random layers says of a choice."""
+    _, low, high = difference
+    return "beats" if high < 0 else "is worse than" if low > 0 else "can't be told from"
+
+
 def verdict(held: dict[str, Any]) -> str:
     """Three lines: the claim as stated, the choice of layers, what rounding gives."""
     run = held["runs"]["claim"]
@@ -108,7 +114,7 @@ def verdict(held: dict[str, Any]) -> str:
             f"- **A hybrid better than its 16-bit self: {run['better']['verdict']}.** As the post rounds it, "
             f"perplexity goes from {v['reference']['perplexity']:.2f} to {nearest['perplexity']:.2f} "
             f"({interval(nearest['delta'], 3)} nats a token); pure NF4 is at {nf4['perplexity']:.2f}.",
-            f"- **The choice by α beats random layers of the same size**, a little: KL "
+            f"- **The choice by α {against_random(run['vs_random'])} random layers of the same size**: KL "
             f"{v['plan']['kl_mean']:.3f} against {sum(randoms) / len(randoms):.3f} (difference "
             f"{interval(run['vs_random'], 4)}). Predicted cost does better, "
             f"{v['fisher']['kl_mean']:.3f}; int8 everywhere is smaller still "
