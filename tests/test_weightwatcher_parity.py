@@ -1,6 +1,7 @@
 """The same answers as WeightWatcher 0.7.7: on made-up spectra, and on every matrix of the bundled model."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from spi_utils.models import list_layers, open_weights
 from spi_utils.progress import one_thread
 from spi_utils.spectra import analyze_matrix, decompose, fit_power_law
 
-pytest.importorskip("weightwatcher", exc_type=ImportError)
+if "CI" not in os.environ:  # there a missing reference is an error, not a skip
+    pytest.importorskip("weightwatcher", exc_type=ImportError)
 logging.getLogger("weightwatcher").setLevel(logging.ERROR)
 
 # ours: WeightWatcher's
