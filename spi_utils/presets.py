@@ -55,6 +55,7 @@ def told(preset: str, given: Mapping[str, Any]) -> str:
 
 
 def with_own_windows(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All stages' parameters, the windows of own text those of the profile unless they are given."""
-    windows = given.get("sensitivity_windows") or OWN_WINDOWS.get(given.get("profile", "quick"), 0)
-    return {**given, **({"sensitivity_windows": windows} if given.get("profile") == "full" else {})}
+    """All stages' parameters; the profile "full" brings its windows of own text unless some are given."""
+    if given.get("profile") != "full" or given.get("sensitivity_windows"):
+        return dict(given)
+    return {**given, "sensitivity_windows": OWN_WINDOWS["full"]}
