@@ -39,12 +39,12 @@ def spectrum(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "pareto", "lognormal"])
-@pytest.mark.parametrize("count", [2, 3, 5, 7, 8, 9, 12, 19, 20, 21, 50, 400])
+@pytest.mark.parametrize("count", [2, 5, 8, 19, 20, 50, 400])
 def test_fit_is_weightwatchers(kind, count):
     """Below 20 eigenvalues too, where 0.7.7 corrects the exponent's bias and wants tails of at least 8."""
     from weightwatcher.WW_powerlaw import WWFit
 
-    for seed in range(5):
+    for seed in range(3):
         values = spectrum(kind, count, np.random.default_rng(seed))
         theirs, ours = WWFit(values), fit_power_law(values)
         got = (ours.alpha, ours.xmin, ours.ks)
