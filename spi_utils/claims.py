@@ -11,8 +11,9 @@ a T4. A row of its audit is what was stated, in `STATED`, and what measures it, 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from spi_utils import runs, stats
-from spi_utils.errors import RunError
 from spi_utils.formats import gigabytes
 from spi_utils.plan import EQUAL, held_words
 from spi_utils.stats import OPEN, REFUTED, SUPPORTED, Estimate, verdict
@@ -64,37 +64,23 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Read evaluation.json; RunError if it is missing, truncated, damaged or of another schema."""
-        notebook, later = runs.NOTEBOOKS["evaluate"], {"tasks": {}, "claims": [], "stock": {}}
-        held = later | runs.read_json(path, SCHEMA, "evaluation", notebook)
-        del held["schema"]
-        kinds = {one.name: str(one.type).split("[")[0] for one in fields(cls)}  # e.g. "dict"
-        odd = [n for n in kinds | held if type(held.get(n)).__name__ != kinds.get(n)]
-        if odd:
-            raise RunError(
-                f"{path}: entries of this evaluation are missing, unknown or of another kind than they "
-                f"should be: {', '.join(odd)}. Run notebook {notebook} again with force=True."
-            )
-        return cls(**held)
+        notebook = runs.NOTEBOOKS["evaluate"]
+        with runs.believing(path, "evaluation", notebook):
+            held = runs.read_json(path, SCHEMA, "evaluation", notebook)
+            del held["schema"]
+            if odd := [name for name, value in held.items() if not isinstance(value, dict | list | str)]:
+                raise TypeError(f"{', '.join(odd)} can't be read")
+            return cls(**held)
 
     def table(self) -> pd.DataFrame:
         """A row a variant: what a notebook shows. Sizes in GB (10⁹ bytes), losses in nats a token."""
-        none = {"mean": 0.0, "low": 0.0, "high": 0.0}  # the reference's own
-        rows = [
-            {
-                "variant": one["label"],
-                "GB": one["bytes"] / 1e9,
-                "matrix bits": one["matrix_bits"],
-                "perplexity": one["perplexity"],
-                "Δ loss": one.get("delta", none)["mean"],
-                "Δ low": one.get("delta", none)["low"],
-                "Δ high": one.get("delta", none)["high"],
-                "KL": one["kl_mean"],
-                "KL 99.9 %": one["kl_p999"],
-                "same top-1": one["same_top1"],
-                "predicted KL": one["predicted_kl"],
-            }
-            for one in self.variants.values()
-        ]
+        rows = []
+        for one in self.variants.values():
+            delta = one.get("delta", {"mean": 0.0, "low": 0.0, "high": 0.0})  # none: the reference itself
+            row = {"variant": one["label"], "GB": one["bytes"] / 1e9, "matrix bits": one["matrix_bits"]}
+            row |= {"perplexity": one["perplexity"], "Δ loss": delta["mean"], "Δ low": delta["low"]}
+            row |= {"Δ high": delta["high"], "KL": one["kl_mean"], "KL 99.9 %": one["kl_p999"]}
+            rows.append(row | {"same top-1": one["same_top1"], "predicted KL": one["predicted_kl"]})
         return pd.DataFrame(rows, index=list(self.variants))
 
     def difference(self, key: str, other: str, values: str = "window_kl") -> Estimate:
@@ -161,37 +147,37 @@ def audit(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> lis
         `key`, `stated`, `measured`, `verdict`, and `original`: whether what was stated are the original
         model's own numbers.
     """
-    plan, variants, hashes = evaluation.plan, evaluation.variants, evaluation.hashes
     original = Path(evaluation.model["id"]).name.lower() == Path(ORIGINAL).name.lower()
-    full, size, kept = variants["reference"]["bytes"], plan["bytes_on_disk"], 2 * plan["protected_weights"]
-    rest, saved = 1 - plan["protected_weights"] / plan["matrix_weights"], 1 - size / full
-    found: dict[str, tuple[str, str | bool]] = {}  # row: what was measured, the verdict
+    found = _quality(evaluation) | _arithmetic(evaluation, speed, original)
+    rows = []
+    for key, words in STATED.items():
+        measured, judged = found[key]
+        if isinstance(judged, bool):
+            judged = SUPPORTED if judged else REFUTED
+        if key in OF_ORIGINAL and not original:
+            judged = NEEDS_ORIGINAL
+        stated = {"key": key, "stated": words.format(score=evaluation.plan["score"]), "measured": measured}
+        rows.append(stated | {"verdict": judged, "original": key in (*OF_ORIGINAL, "speed")})
+    return rows
 
-    found["kept"] = (
-        f"{plan['protected']} of {plan['planned']} matrices, {gigabytes(kept)} in 16-bit",
-        plan["protected"] == 129 and abs(kept / 1e9 - 3.9) < 0.05,
-    )
-    found["rest"] = (
-        f"{rest:.0%} of the matrices' weights are quantized ({plan['matrix_bits']:.1f} matrix bits, "
-        f"{plan['bits_per_weight']:.1f} bits a weight)",
-        abs(rest - 0.90) <= 0.05,
-    )
-    found["size"] = (
-        f"{gigabytes(full)} in 16-bit ({gigabytes(2 * full)} would be FP32) become {gigabytes(size)}; "
-        f"pure NF4 is {gigabytes(variants['nf4']['bytes'])}",
-        abs(full / 1e9 - 16) < 0.5 and abs(size / 1e9 - 6.4) < 0.05,
-    )
-    found["saving"] = f"{saved:.0%} smaller than its 16-bit self", abs(saved - 0.60) <= 0.05
 
+def _quality(evaluation: Evaluation) -> dict[str, tuple[str, str | bool]]:
+    """{row: what was measured, its verdict} of the rows that an interval decides."""
+    variants = evaluation.variants
     # What the claim is about is the plan as bitsandbytes rounds it.
     key = "plan_nearest" if "plan_nearest" in variants else "plan"
-    ours, delta = variants[key], Estimate.from_dict(variants[key]["delta"])
-    found["better"] = (
-        f"{variants['reference']['perplexity']:.3f} → {ours['perplexity']:.3f}: {interval(delta)} nats a "
-        f"token; {ours['effect']['share_improved']:.0%} of windows improve",
-        verdict(delta, "lower"),
+    plan, stated, drawn = variants["plan"], variants[key], variants["plan"].get("vs_random")
+    texts = {evaluation.text["name"]: variants}
+    texts |= {other["text"]["name"]: other["variants"] for other in evaluation.other_texts}
+    deltas = {name: Estimate.from_dict(numbers[key]["delta"]) for name, numbers in texts.items()}
+    delta, verdicts = deltas[evaluation.text["name"]], {verdict(one, "lower") for one in deltas.values()}
+    words = (
+        f"{variants['reference']['perplexity']:.3f} → {stated['perplexity']:.3f}: {interval(delta)} nats a "
+        f"token; {stated['effect']['share_improved']:.0%} of windows improve"
     )
-    agrees = delta.low <= GAIN <= delta.high  # and tells more than that anything could be
+    found: dict[str, tuple[str, str | bool]] = {"better": (words, verdict(delta, "lower"))}
+    # An interval that holds the stated gain supports it, unless it holds zero as well.
+    agrees = delta.low <= GAIN <= delta.high
     unclear = delta.clusters < stats.MIN_CLUSTERS or (agrees and delta.low <= 0 <= delta.high)
     found["gain"] = f"{interval(delta)} nats a token", OPEN if unclear else agrees
     found["noise"] = "the control `noise` was not run (profile full)", NOT_TESTED
@@ -199,40 +185,48 @@ def audit(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> lis
         loss, kl = (evaluation.difference(key, "noise", name) for name in ("window_nll", "window_kl"))
         words = f"NF4 − noise: loss {interval(loss)}, KL {interval(kl)} nats a token"
         found["noise"] = words, verdict(loss, "lower")
-
-    mine, drawn = variants["plan"], variants["plan"].get("vs_random")
     found["random"] = "no random control was run", NOT_TESTED
     if drawn is not None:
-        kl = Estimate.from_dict(drawn["kl"])
-        beaten = f"{drawn['kl_beats']} of {drawn['controls']} draws"
+        kl, beaten = Estimate.from_dict(drawn["kl"]), f"{drawn['kl_beats']} of {drawn['controls']} draws"
         words = f"KL {interval(kl)} against the random mean; lower than {beaten}"
         found["random"] = words, verdict(kl, "lower")
-    for row, (control, words) in AGAINST.items():
+    for row, (control, name) in AGAINST.items():
         found[row] = f"the control `{control}` was not run", NOT_TESTED
         if control in variants:
             kl, other = evaluation.difference("plan", control), variants[control]
-            found[row] = (
-                f"KL {mine['kl_mean']:.4f} at {gigabytes(mine['bytes'])}, {words} {other['kl_mean']:.4f} "
-                f"at {gigabytes(other['bytes'])}: {interval(kl)}",
-                verdict(kl, "lower"),
+            words = (
+                f"KL {plan['kl_mean']:.4f} at {gigabytes(plan['bytes'])}, {name} {other['kl_mean']:.4f} at "
             )
-
-    texts = {evaluation.text["name"]: variants}
-    texts |= {other["text"]["name"]: other["variants"] for other in evaluation.other_texts}
-    deltas = {name: Estimate.from_dict(numbers[key]["delta"]) for name, numbers in texts.items()}
+            found[row] = f"{words}{gigabytes(other['bytes'])}: {interval(kl)}", verdict(kl, "lower")
     words = "; ".join(f"{name}: {interval(one)}" for name, one in deltas.items())
-    verdicts = {verdict(one, "lower") for one in deltas.values()}
     found["texts"] = words, verdicts.pop() if len(verdicts) == 1 else OPEN
     if len(deltas) < 2:
         found["texts"] = f"{words} (one text only; profile full has two)", NOT_TESTED
+    return found
 
+
+def _arithmetic(
+    evaluation: Evaluation, speed: Mapping[str, Any] | None, original: bool
+) -> dict[str, tuple[str, str | bool]]:
+    """{row: what was measured, whether it rounds to what was stated} of the others."""
+    plan, variants, hashes = evaluation.plan, evaluation.variants, evaluation.hashes
+    full, size, kept = variants["reference"]["bytes"], plan["bytes_on_disk"], 2 * plan["protected_weights"]
+    rest, saved = 1 - plan["protected_weights"] / plan["matrix_weights"], 1 - size / full
+    found: dict[str, tuple[str, str | bool]] = {}
+    words = f"{plan['protected']} of {plan['planned']} matrices, {gigabytes(kept)} in 16-bit"
+    found["kept"] = words, plan["protected"] == 129 and abs(kept / 1e9 - 3.9) < 0.05
+    words = f"{rest:.0%} of the matrices' weights are quantized ({plan['matrix_bits']:.1f} matrix bits, "
+    found["rest"] = f"{words}{plan['bits_per_weight']:.1f} bits a weight)", abs(rest - 0.90) <= 0.05
+    words = f"{gigabytes(full)} in 16-bit ({gigabytes(2 * full)} would be FP32) become {gigabytes(size)}; "
+    sizes = abs(full / 1e9 - 16) < 0.5 and abs(size / 1e9 - 6.4) < 0.05
+    found["size"] = f"{words}pure NF4 is {gigabytes(variants['nf4']['bytes'])}", sizes
+    found["saving"] = f"{saved:.0%} smaller than its 16-bit self", abs(saved - 0.60) <= 0.05
     names = ("weights", "layers", "plan", "checkpoint", "code", f"text:{evaluation.text['name']}")
     traced = ", ".join(f"{name} {hashes[name][:10]}" for name in names if name in hashes)
     counts = evaluation.checkpoint.items()
     holds = " and ".join(f"{n} {'16-bit' if fmt == '16bit' else fmt} matrices" for fmt, n in counts)
     whole = hashes.keys() >= set(names) and sum(n for _, n in counts) == plan["planned"]
     found["verified"] = f"SHA-256: {traced}; the file holds {holds}", whole
-
     # A T4's bandwidth bounds decoding: bytes/s over the bytes that one token reads.
     most = {name: T4_BANDWIDTH / variants[name]["bytes"] for name in ("plan", "reference", "nf4")}
     allowed = (
@@ -241,24 +235,15 @@ def audit(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> lis
     )
     found["speed"] = f"{allowed}; speed was not measured", NOT_TESTED
     if speed:
-        ran, half, (rate, slowest, fastest) = speed["plan"], speed["reference"], speed["plan"]["decode"]
-        found["speed"] = (
-            f"{rate:.1f} tokens/s ({slowest:.1f}–{fastest:.1f}) on {ran['device']}, where bandwidth allows "
-            f"{ran['decode_bound']:.0f}; the 16-bit model, run in {half['dtype']}, {half['decode'][0]:.1f}. "
-            f"By arithmetic {allowed}",
-            slowest <= 9.85 <= fastest if original and "T4" in ran["device"] else f"{NEEDS_ORIGINAL} on a T4",
+        ours, half, (rate, slowest, fastest) = speed["plan"], speed["reference"], speed["plan"]["decode"]
+        words = (
+            f"{rate:.1f} tokens/s ({slowest:.1f}–{fastest:.1f}) on {ours['device']}, where bandwidth allows "
+            f"{ours['decode_bound']:.0f}; the 16-bit model, run in {half['dtype']}, {half['decode'][0]:.1f}. "
+            f"By arithmetic {allowed}"
         )
-
-    rows = []
-    for row, words in STATED.items():
-        measured, judged = found[row]
-        if isinstance(judged, bool):
-            judged = SUPPORTED if judged else REFUTED
-        if row in OF_ORIGINAL and not original:
-            judged = NEEDS_ORIGINAL
-        stated = {"key": row, "stated": words.format(score=plan["score"]), "measured": measured}
-        rows.append({**stated, "verdict": judged, "original": row in (*OF_ORIGINAL, "speed")})
-    return rows
+        told = original and "T4" in ours["device"]
+        found["speed"] = words, slowest <= 9.85 <= fastest if told else f"{NEEDS_ORIGINAL} on a T4"
+    return found
 
 
 # --- in sentences ----------------------------------------------------------------------------------------
@@ -313,19 +298,17 @@ def better_sentence(evaluation: Evaluation) -> str:
     Empty where none of the variants that a writer holds has a lower KL than the plan, by an interval.
     """
     variants, plan = evaluation.variants, evaluation.variants["plan"]
-    no_larger = [
-        key for key in RECIPES if key in variants and variants[key]["bytes"] <= plan["bytes"] * (1 + EQUAL)
-    ]
-    better = [key for key in no_larger if verdict(evaluation.difference(key, "plan"), "lower") == SUPPORTED]
+    most = plan["bytes"] * (1 + EQUAL)
+    better = [key for key in RECIPES if key in variants and variants[key]["bytes"] <= most]
+    better = [key for key in better if verdict(evaluation.difference(key, "plan"), "lower") == SUPPORTED]
     if not better:
         return ""
     best = min(better, key=lambda key: variants[key]["kl_mean"])
     mix, recipe = variants[best], RECIPES[best].format(bits=f"{evaluation.plan['matrix_bits']:.2f}")
-    smaller = mix["bytes"] <= plan["bytes"] * (1 - EQUAL)
-    size = f"only {gigabytes(mix['bytes'])}" if smaller else "these bytes"
-    chosen = f"{held_words(mix['layers'])} chosen by predicted cost"
+    smaller, chosen = mix["bytes"] <= plan["bytes"] * (1 - EQUAL), best.startswith("fisher")
     return (
-        f"A better file of {size}: {chosen if best.startswith('fisher') else mix['label']}, "
+        f"A better file of {'only ' + gigabytes(mix['bytes']) if smaller else 'these bytes'}: "
+        f"{held_words(mix['layers']) + ' chosen by predicted cost' if chosen else mix['label']}, "
         f"KL {mix['kl_mean']:.4f} instead of {plan['kl_mean']:.4f} (float32, from the file's tensors): "
         f"`spi-utils run -p model {runs.typed_model(evaluation.model)} {recipe}`."
     )
@@ -396,16 +379,10 @@ QUESTIONS = {
 def evaluated_beside(run: runs.Run) -> list[Path]:
     """The evaluated runs in the folder that holds this one, itself among them, in name order.
 
-    A folder that can't be read is named and left out; a damaged run the report names itself.
+    A folder that can't be read is left out; a damaged run the report names itself.
     """
-    found = []
-    for path in sorted(run.path.resolve().parent.iterdir()):
-        try:
-            if runs.Run(path).evaluation_json.exists() and runs.Run(path).info_json.exists():
-                found.append(path)
-        except OSError as error:
-            print(f"{path} is left out of the comparison: it can't be read ({error}).")
-    return found
+    beside, needed = sorted(run.path.resolve().parent.iterdir()), ("evaluation.json", "run.json")
+    return [path for path in beside if all(os.path.exists(path / name) for name in needed)]
 
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
@@ -426,22 +403,12 @@ def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         kls["random"] = kls[[key for key in kls.index if is_random(key)]].mean()
         controls = ("plan", "random", "fisher", "fisher_int8", "fisher_int4", "int8")
         verdicts = {row["key"]: row["verdict"] for row in audit(evaluation)}
-        rows.append(
-            {
-                "run": run.path.resolve().name,
-                "model": runs.run_info(run)["model"]["id"],
-                "plan": f"{plan['score']}, {plan['direction']}",
-                "text": evaluation.text["name"],
-                "windows": evaluation.text["windows"],
-                "matrix bits": plan["matrix_bits"],
-                **{
-                    f"Δ {name}": delta[end]
-                    for name, end in zip(("loss", "low", "high"), ("mean", "low", "high"))
-                },
-                **{f"KL {key}": kls.get(key, np.nan) for key in controls},
-                **{key: verdicts[key] for key in QUESTIONS},
-            }
-        )
+        row = {"run": run.path.resolve().name, "model": runs.run_info(run)["model"]["id"]}
+        row |= {"plan": f"{plan['score']}, {plan['direction']}", "text": evaluation.text["name"]}
+        row |= {"windows": evaluation.text["windows"], "matrix bits": plan["matrix_bits"]}
+        row |= {"Δ loss": delta["mean"], "Δ low": delta["low"], "Δ high": delta["high"]}
+        row |= {f"KL {key}": kls.get(key, np.nan) for key in controls}
+        rows.append(row | {key: verdicts[key] for key in QUESTIONS})
     return pd.DataFrame(rows).astype({"Δ low": float, "Δ high": float})  # an unbounded end is NaN
 
 

@@ -86,23 +86,13 @@ def measure(
     if cuda:
         memory["peak_allocated_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         memory["peak_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "kernel_path": kernel_path(device),
-        "dtype": dtype,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "prefill": _spread([prompt_tokens / first for first in firsts]),
-        "decode": _spread(rates),
-        "first_token_s": _spread(firsts),
-        "gb_per_token": moved / 1e9,
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "decode_bound": bandwidth / moved,
-        "memory": memory,
-        "kernels": kernels,
-    }
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(device) if cuda else platform.machine()}
+    found |= {"threads": torch.get_num_threads(), "kernel_path": kernel_path(device), "dtype": dtype}
+    found |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    rated = {"prefill": [prompt_tokens / first for first in firsts], "decode": rates, "first_token_s": firsts}
+    found |= {name: [statistics.median(values), min(values), max(values)] for name, values in rated.items()}
+    found |= {"gb_per_token": moved / 1e9, "bandwidth_gb_s": bandwidth / 1e9}
+    return found | {"decode_bound": bandwidth / moved, "memory": memory, "kernels": kernels}
 
 
 def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
@@ -115,11 +105,6 @@ def _one_run(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
     start = time.perf_counter()
     model.generate(prompt, attention_mask=mask, do_sample=False, streamer=clock, **counts)
     return times[1] - start, (new_tokens - 1) / (times[-1] - times[1])
-
-
-def _spread(values: Any) -> list[float]:
-    """[median, least, most]."""
-    return [statistics.median(values), min(values), max(values)]
 
 
 def bytes_per_token(model: Any) -> int:

@@ -110,7 +110,8 @@ def estimates(values: Floats, *, draws: int = DRAWS, seed: int = 0) -> list[Esti
         low, high = (np.where(se > 0, mean - end * se, mean) for end in (upper, lower))
     beyond = np.minimum((stars >= t).sum(axis=0), (stars <= t).sum(axis=0))
     p = np.where(se > 0, np.minimum(1, 2 * (1 + beyond) / (1 + len(stars))), mean == 0)
-    return [Estimate(*row, clusters) for row in np.array([mean, se, low, high, p]).T.tolist()]
+    columns = np.array([mean, se, low, high, p]).tolist()
+    return [Estimate(*row) for row in zip(*columns, [clusters] * len(mean), strict=True)]
 
 
 def estimate(values: Floats, **options: int) -> Estimate:
