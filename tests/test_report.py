@@ -14,11 +14,11 @@ from IPython.display import HTML
 from spi_utils import evaluate, report, runs
 from spi_utils.claims import Evaluation, audit, better_sentence, dearest_sentence
 from spi_utils.errors import RunError
-from spi_utils.evaluation_figures import (
+from spi_utils.figures import (
     LOOKS,
     RANDOM,
     RIVAL,
-    marked,
+    drawn_as,
     prediction_finding,
     quality_by_bytes,
     quality_finding,
