@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from spi_utils import notebook as book
 from spi_utils import publish as publishing
@@ -39,7 +40,8 @@ def run(original, tmp_path):
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch):
-    """No token of the machine's user in any test of this file."""
+    """No token of the machine's user, and no connection, in any test of this file."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(tokens, "_hidden", [])
