@@ -147,12 +147,12 @@ def run_batch(
                 note(Outcome(job.name, "failed", str(error), made.exit_code))
         _run_all(ready, workers, scheduler, note)
 
-    table = leaderboard((x, Run(out / "runs" / x.name)) for x in jobs if outcomes[x.name].status == "done")
-    with runs.atomic_path(out / "leaderboard.csv") as path:
-        table.to_csv(path, index=False, lineterminator="\n")
-    print("", *sentences(table), sep="\n")
-    print(f"\nleaderboard  {out / 'leaderboard.csv'}")
-    print(f"figure       {figures.save_figure(draw(table), Run(out), 'leaderboard')}")
+    if done := [(job, Run(out / "runs" / job.name)) for job in jobs if outcomes[job.name].status == "done"]:
+        table = leaderboard(done)
+        with runs.atomic_path(out / "leaderboard.csv") as path:
+            table.to_csv(path, index=False, lineterminator="\n")
+        print("", *sentences(table), f"\nleaderboard  {out / 'leaderboard.csv'}", sep="\n")
+        print(f"figure       {figures.save_figure(draw(table), Run(out), 'leaderboard')}")
     failed = [one for one in outcomes.values() if one.status != "done"]
     if failed:
         print(f"\n{len(failed)} of {total} failed; their logs are in {out / 'jobs'}:")
@@ -193,11 +193,16 @@ def read_grid(path: str | Path) -> tuple[list[Job], dict[str, Settings]]:
 
 def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Settings]]:
     """The jobs of a grid that is given as a mapping, its values typed or as texts; see `read_grid`."""
-    for key in _mapping(held, where):
+    wrong = f"{where}: expected names with values, also below parameters and axes; found {held!r}."
+    if not isinstance(held, dict):
+        raise BatchError(wrong)
+    for key in held:
         if key not in KEYS:
             known = f"{suggest(str(key), KEYS)} Known: {', '.join(KEYS)}."
             raise BatchError(f"{where}: unknown key {key!r}.{known}")
-    fixed, more = (_mapping(held.get(key) or {}, f"{where}: {key}") for key in ("parameters", "axes"))
+    fixed, more = held.get("parameters") or {}, held.get("axes") or {}
+    if not isinstance(fixed, dict) or not isinstance(more, dict):
+        raise BatchError(wrong)
     if not held.get("models"):
         raise BatchError(f"{where}: no models. List at least one: models: [bundled].")
     given = {axis: held[axis] for axis in AXES if held.get(axis) is not None} | more
@@ -267,12 +272,6 @@ def _settings(parts: Sequence[Settings], where: str) -> Settings:
     return merged
 
 
-def _mapping(held: Any, where: str) -> Settings:
-    if not isinstance(held, dict):
-        raise BatchError(f"{where}: expected names with values, found {held!r}.")
-    return held
-
-
 # --- tasks -----------------------------------------------------------------------------------------------
 
 
@@ -336,17 +335,16 @@ def _run_all(
                 from distributed import Client
 
                 client = stack.enter_context(Client(scheduler, timeout=30))
-            except ImportError as error:
-                raise BatchError("--scheduler needs distributed: pip install 'dask[distributed]'.") from error
-            except (OSError, ValueError) as error:
-                raise BatchError(f"no Dask scheduler answers at {scheduler!r}: {error}") from error
+            except (ImportError, OSError, ValueError) as error:
+                needs = "It needs `pip install 'dask[distributed]'`, here and there."
+                raise BatchError(f"no Dask scheduler answers at {scheduler!r}: {error}. {needs}") from error
             futures = {}
             members = client.scheduler_info(n_workers=-1)["workers"].values()
             hosts = [member["host"] for member in members for _ in range(member["nthreads"])]
             declared = any("GPU" in member["resources"] for member in members)
             for task in tasks:
-                needs = {"GPU": 1} if declared and task.gpu else None
-                cluster = client.get_executor(pure=False, resources=needs)
+                resources = {"GPU": 1} if declared and task.gpu else None
+                cluster = client.get_executor(pure=False, resources=resources)
                 futures[cluster.submit(run_task, task, max(map(hosts.count, hosts), default=1))] = task
         try:
             for future in as_completed(futures):
@@ -426,24 +424,11 @@ VERDICTS = {
     "supported": (figures.GREEN, "o", "beats random"),
     "refuted": (figures.VERMILLION, "s", "worse than random"),
     "not separable": (figures.GREY, "D", "not separable"),
-    "not tested": (figures.BLACK, "x", "no random control"),
-}
-COLUMNS = (
-    *("job", "model", "score", "direction", "rule", "value", "seed", "bytes", "matrix_bits", "verdict"),
-    *("kl_plan", "kl_random", "ratio", "kl_difference", "kl_low", "kl_high", "p_holm", "beaten", "controls"),
-    *("windows", "text", "loss_difference", "loss_low", "loss_high"),
-    *("kl_fisher", "kl_fisher_int8", "kl_int8"),
-)
-# Columns that have other names in the table of `claims.generalization`.
-SOURCES = {
-    **{"matrix_bits": "matrix bits", "verdict": "random", "kl_plan": "KL plan", "kl_random": "KL random"},
-    **{"loss_difference": "Δ loss", "loss_low": "Δ low", "loss_high": "Δ high"},
-    **{"kl_fisher": "KL fisher", "kl_fisher_int8": "KL fisher_int8", "kl_int8": "KL int8"},
 }
 
 
 def leaderboard(finished: Iterable[tuple[Job, Run]]) -> pd.DataFrame:
-    """A row a run: by model, by size, the lowest KL first.
+    """A row a run (one or more): by model, by size, the lowest KL first.
 
     `kl_difference` is the plan's mean KL minus the random controls' mean at equal bytes, in nats a token,
     with its 95 % interval over windows; an unbounded end, and what was not run, is NaN. `beaten` counts the
@@ -455,20 +440,26 @@ def leaderboard(finished: Iterable[tuple[Job, Run]]) -> pd.DataFrame:
     rows = []
     for job, run in finished:
         evaluation, held = Evaluation.read(run.evaluation_json), generalization([run.path]).iloc[0]
-        against = evaluation.variants["plan"].get("vs_random", {})
-        kl = against.get("kl", {})
-        row = {
-            **{name: evaluation.plan[name] for name in ("score", "direction", "rule")},
-            **{name: held[SOURCES.get(name, name)] for name in ("model", "windows", "text", *SOURCES)},
-            **{"job": job.name, "value": job.parameters.get("value"), "seed": evaluation.settings["seed"]},
-            "bytes": evaluation.variants["plan"]["bytes"],
-            "ratio": held["KL plan"] / held["KL random"],
-            **{"kl_difference": kl.get("mean"), "kl_low": kl.get("low"), "kl_high": kl.get("high")},
-            **{"p_holm": kl.get("p_holm"), "beaten": against.get("kl_beats")},
-            "controls": against.get("controls", 0),
+        plan, chosen = evaluation.variants["plan"], evaluation.plan
+        against = plan.get("vs_random", {})
+        kl = {"mean": None, "low": None, "high": None, "p_holm": None} | against.get("kl", {})
+        row = {"job": job.name, "model": held["model"], "score": chosen["score"]}
+        row |= {
+            "direction": chosen["direction"],
+            "rule": chosen["rule"],
+            "value": job.parameters.get("value"),
         }
+        row |= {"seed": evaluation.settings["seed"], "bytes": plan["bytes"]}
+        row |= {"matrix_bits": held["matrix bits"], "verdict": held["random"]}
+        row |= {"kl_plan": held["KL plan"], "kl_random": held["KL random"]}
+        row |= {"ratio": held["KL plan"] / held["KL random"], "kl_difference": kl["mean"]}
+        row |= {"kl_low": kl["low"], "kl_high": kl["high"], "p_holm": kl["p_holm"]}
+        row |= {"beaten": against.get("kl_beats"), "controls": against.get("controls", 0)}
+        row |= {"windows": held["windows"], "text": held["text"], "loss_difference": held["Δ loss"]}
+        row |= {"loss_low": held["Δ low"], "loss_high": held["Δ high"]}
+        row |= {f"kl_{control}": held[f"KL {control}"] for control in ("fisher", "fisher_int8", "int8")}
         rows.append(row)
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows).astype(dict.fromkeys(("kl_difference", "kl_low", "kl_high"), float))
     return table.sort_values(["model", "bytes", "kl_plan"], kind="stable", ignore_index=True)
 
 
@@ -510,20 +501,16 @@ def draw(table: pd.DataFrame) -> Figure:
     axes.axvline(0, color=figures.BLACK, linewidth=1)
     for verdict, (colour, marker, words) in VERDICTS.items():
         some = rows[rows["verdict"] == verdict]
-        if some.empty:
-            continue
-        middle = some["kl_difference"].astype(float)
-        ends = [some[end].astype(float).fillna(middle) for end in ("kl_low", "kl_high")]
-        axes.errorbar(
-            middle, some.index, xerr=[middle - ends[0], ends[1] - middle], fmt=marker, color=colour,
-            capsize=3, label=words,
-        )  # fmt: skip
+        if len(some):
+            middle = some["kl_difference"]
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "label": words}
+            error = [middle - some["kl_low"].fillna(middle), some["kl_high"].fillna(middle) - middle]
+            axes.errorbar(middle, some.index, xerr=error, capsize=3, **look)
     axes.set_yticks(rows.index, [figures.shorten(job, 56) for job in rows["job"]])
     axes.invert_yaxis()
     axes.set_xlabel("KL of the plan − KL of random layers at equal bytes (nats a token)")
     if len(rows):
         axes.legend(loc="best")
-    said = [*sentences(table), "no run is finished"]
     detail = "Bars: 95 % interval over windows. Left of the line the score's layers are better."
-    figures.headline(figure, said[0], detail)
+    figures.headline(figure, sentences(table)[0], detail)
     return figure

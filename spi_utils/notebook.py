@@ -63,6 +63,10 @@ SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 NOTHING = ("null", "None", "none", "~")
 HUB_NAME = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
+HUB_RULES = (
+    f"'name' or 'owner/name', at most {LONGEST_NAME} letters without accents, digits, '-', '_' and '.', with "
+    "no '--' or '..', no '-' or '.' at an end, no '.git' or '.ipynb' there"
+)
 UNLIKE_A_NAME = re.compile(rf".*(--|\.\.).*|.*\.(git|ipynb)|.{{{LONGEST_NAME + 1},}}")
 SHARD = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}  # backend: module
@@ -92,16 +96,7 @@ def repository_problem(text: str) -> str:
     """What is wrong with a name for a repository on the Hub; "" where nothing is."""
     if HUB_NAME.fullmatch(text) and not UNLIKE_A_NAME.fullmatch(text):
         return ""
-    return (
-        f"the Hub allows {LONGEST_NAME} letters without accents, digits, '-', '_' and '.'; no '--' or '..', "
-        "no '-' or '.' at an end, no '.git' or '.ipynb' there"
-    )
-
-
-def _repository(text: str) -> bool:
-    if text and (problem := repository_problem(text)):
-        raise ValueError(problem)
-    return True
+    return f"expected {HUB_RULES}"
 
 
 def _run_dir(text: str) -> bool:
@@ -142,7 +137,7 @@ TABLE: dict[str, Parameter] = {
     "preset": Parameter(str, choices=PRESETS),
     "run_dir": Parameter(str, "'auto', or a folder that can be written", _run_dir),
     "profile": Parameter(str, choices=("quick", "full")),
-    "repo_id": Parameter(str, "'name', 'owner/name' or ''", _repository),
+    "repo_id": Parameter(str, f"'' or {HUB_RULES}", lambda name: not (name and repository_problem(name))),
     "device": Parameter(str, "'auto', 'cpu', 'cuda:0' or another 'cuda:N'", DEVICE.fullmatch),
     "dtype": Parameter(str, choices=("auto", "float32", "float16", "bfloat16")),
     "seed": SEED,
@@ -239,12 +234,11 @@ def check_values(values: Mapping[str, Any], notebook: str) -> None:
             number = check_value(rule, chosen["value"])
         except PlanError as error:
             raise ParameterError(str(error)) from None
-        limits = {  # what a rule's number must be beyond that, and whether it is
-            "top_k": ("a whole number of layers from 0", number >= 0 and number % 1 == 0),
-            "max_kl": ("0 or more nats a token", number >= 0),
-        }
         unit = RULES[rule].unit
-        needed, fits = limits.get(rule, (f"more than 0 {unit}", not unit or number > 0))
+        needed, fits = f"more than 0 {unit}", not unit or number > 0
+        if rule in ("top_k", "max_kl"):
+            needed = "a whole number of layers from 0" if rule == "top_k" else "0 or more nats a token"
+            fits = number >= 0 and (rule == "max_kl" or number % 1 == 0)
         if not fits:
             raise ParameterError(f"value={number!r}: expected {needed} for rule={rule!r}.")
     if backend in PACKAGES and importlib.util.find_spec(PACKAGES[backend]) is None:
@@ -415,14 +409,11 @@ def execute(
 
     Raises:
         ParameterError: an unknown name or a wrong value; nothing has run then.
-        RunError: `output` can't be written.
+        OSError: the folder of `output` can't be made.
         NotebookError: a cell failed, the kernel died (out of memory), or the disk is full.
     """
     check_settings(parameters, name)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise runs.write_error(output.parent, error) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     code, log = _papermill(name, output, parameters, show)
     if code and any(sign in log for sign in PORT_COLLISIONS):  # of kernels that start at the same moment
@@ -586,19 +577,14 @@ def _fetched(run: Run, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
 def stage_line(name: str, every: float = 15.0) -> Show:
     """One progress line a stage: kept up to date where somebody watches; in a log, the first, the last and
     one every few seconds."""
-    handle, last = None, 0.0
-    if interactive():
-        from IPython.display import display
-
-        handle = display({"text/plain": ""}, raw=True, display_id=True)
+    watched, last = interactive(), 0.0
 
     def show(name: str, seconds: float, line: str) -> None:
         nonlocal last
-        text = f"{name:13s} {seconds:5.0f} s   {line[:110]}"
-        if handle is not None:
-            handle.update({"text/plain": text}, raw=True)
-        elif seconds == 0 or seconds - last >= every or line in ("done", "already done"):
-            print(text, flush=True)
+        ended = line in ("done", "already done")
+        if watched or seconds == 0 or seconds - last >= every or ended:
+            text = f"{name:13s} {seconds:5.0f} s   {line[:110]}"
+            print(f"\r{text:133s}" if watched else text, end="\n" if ended or not watched else "", flush=True)
             last = seconds
 
     show(name, 0.0, "started")

@@ -33,16 +33,14 @@ PLATFORM_OWN = (
 )
 SHOWN = ("torch", "transformers", "huggingface_hub", "bitsandbytes", "numpy", "ipywidgets", "papermill")
 CAPABILITY = (7, 5)  # T4; the CUDA 12.8 builds of torch hold no code for a P100 (6.0)
-MENUS = {
-    "kaggle": "menu Settings > Accelerator > GPU T4 x2, then Run all again",
-    "colab": "menu Runtime > Change runtime type > T4 GPU > Save, then Run all again",
-    "local": "use a machine with an NVIDIA GPU of compute capability 7.5 or more (T4, RTX 20 or newer)",
-}
-RESTARTS = {
-    "kaggle": "menu Run > Restart & clear cell outputs, then Run all",
-    "colab": "menu Runtime > Restart session, then Run all",
-    "local": "restart the kernel, then run all cells again",
-}
+MENUS = (
+    "on Kaggle menu Settings > Accelerator > GPU T4 x2, on Colab menu Runtime > Change runtime type > T4 "
+    "GPU, elsewhere an NVIDIA GPU of compute capability 7.5 or more (T4, RTX 20); then Run all again"
+)
+RESTART = (
+    "Restart the session (Kaggle: menu Run > Restart & clear cell outputs; Colab: menu Runtime > Restart "
+    "session), then run all cells again"
+)
 DRIVE = Path("/content/drive")
 ATTACHED = Path("/kaggle/input")  # Kaggle's datasets and outputs of other sessions, read-only
 
@@ -79,14 +77,14 @@ def find_gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in found)
 
 
-def check_gpu(gpus: Sequence[Gpu], where: str) -> str:
-    """Say whether device 0 of `find_gpus()` can be used, and what to click on a platform where it can't."""
+def check_gpu(gpus: Sequence[Gpu]) -> str:
+    """Say whether device 0 of `find_gpus()` can be used, and what to click where it can't."""
     if gpus and gpus[0].usable:
         others = f" ({len(gpus)} are here; device 0 alone is used)" if len(gpus) > 1 else ""
         return f"GPU: {gpus[0]}{others}"
     problem = f"{gpus[0]} is too old for this torch." if gpus else "There is no GPU in this session."
     going_on = "Going on with the small bundled model on the CPU (model='auto')."
-    return f"{problem} For Qwen3.5-4B: {MENUS[where]}. {going_on}"
+    return f"{problem} For Qwen3.5-4B: {MENUS}. {going_on}"
 
 
 def memory_bytes() -> int:
@@ -107,16 +105,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def requirements() -> list[str]:
-    """What the project needs: the installed package's own list, or requirements.txt of a source checkout.
-
-    Raises:
-        PlatformError: neither is there.
-    """
-    listed = Path(__file__).parent.parent / "requirements.txt"
+    """What the project needs: the installed package's own list, or requirements.txt of a source checkout."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.requires(PACKAGE) or []
-    if not listed.exists():
-        raise PlatformError(f"{PACKAGE} is neither installed nor a checkout: run the first cell again.")
+    listed = Path(__file__).parent.parent / "requirements.txt"
     return [line for line in listed.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
 
 
@@ -197,13 +189,11 @@ def prepare(*, drive: bool = False, links: str | Path | None = None) -> None:
     done = missing_packages(requirements(), installed_versions())
     install(done, links)
     versions = installed_versions()
-    loaded = {
-        name: getattr(sys.modules.get(name), "__version__", None) for name in (*SHOWN, "pandas", "scipy")
-    }
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in (*SHOWN, "pandas")}
     stale = [name for name, held in loaded.items() if held and versions.get(_canonical(name), held) != held]
     if stale:
         raise PlatformError(
-            f"{', '.join(stale)} had been imported before a newer version was installed. {RESTARTS[where]}. "
+            f"{', '.join(stale)} had been imported before a newer version was installed. {RESTART}. "
             "Nothing was downloaded yet."
         )
     gpus = find_gpus()
@@ -217,7 +207,7 @@ def prepare(*, drive: bool = False, links: str | Path | None = None) -> None:
     )
     print(", ".join(f"{name} {versions.get(_canonical(name), 'absent')}" for name in SHOWN))
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
-    print(check_gpu(gpus, where))
+    print(check_gpu(gpus))
     if where != "local":
         print(share_token())
     if where == "colab":
