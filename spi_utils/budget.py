@@ -195,17 +195,16 @@ def budget(
 
 def check_budget(costs: Sequence[Cost], machine: Machine) -> list[str]:
     """What of `budget(...)` does not fit the same machine, in sentences; the Hub's cache lies elsewhere."""
-    problems = []
+    problems, has = [], f"{machine.name} has"
     for cost in costs:
         limits = ((cost.gpu, machine.gpu_bytes, "GPU memory"), (cost.ram, machine.ram_bytes, "memory"))
         for need, limit, what in limits:
             if need > limit:
-                has = f"{machine.name} has {limit / 1e9:.1f}"
-                problems.append(f"{cost.stage} needs about {need / 1e9:.1f} GB of {what}, {has}")
+                said = f"{cost.stage} needs about {need / 1e9:.1f} GB of {what}, {has} {limit / 1e9:.1f}"
+                problems.append(said)
     disk = sum(cost.disk for cost in costs if cost.stage != "fetch")
     if disk > machine.disk_bytes:
-        has = f"{machine.name} has {machine.disk_bytes / 1e9:.0f}"
-        problems.append(f"the run leaves {disk / 1e9:.1f} GB, {has}")
+        problems.append(f"the run leaves {disk / 1e9:.1f} GB, {has} {machine.disk_bytes / 1e9:.0f}")
     return problems
 
 
@@ -253,16 +252,15 @@ def announce(
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
     costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
+    problems = check_budget(costs, machine)
     said = (
-        f"{source.id} does not fit: {'; '.join(check_budget(costs, machine))}. This arithmetic is good to a "
-        "factor of two: over_budget='warn' goes on all the same, 'stop' ends the run here. Where a stage "
-        "runs out, use a smaller model."
+        f"{source.id} does not fit: {'; '.join(problems)}. This arithmetic is good to a factor of two: "
+        "over_budget='warn' goes on all the same, 'stop' ends the run here. Or use a smaller model."
     )
-    fits = not check_budget(costs, machine)
-    if not fits and over_budget == "stop":
+    if problems and over_budget == "stop":
         raise PlatformError(said)
     print(f"Budget on {machine.name}, by arithmetic:\n{beside_actual(costs, {})}")
-    if not fits:
+    if problems:
         print(f"Warning: {said}")
     return costs
 

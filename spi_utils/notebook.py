@@ -234,12 +234,9 @@ def check_values(values: Mapping[str, Any], notebook: str) -> None:
             number = check_value(rule, chosen["value"])
         except PlanError as error:
             raise ParameterError(str(error)) from None
-        unit = RULES[rule].unit
-        needed, fits = f"more than 0 {unit}", not unit or number > 0
-        if rule in ("top_k", "max_kl"):
-            needed = "a whole number of layers from 0" if rule == "top_k" else "0 or more nats a token"
-            fits = number >= 0 and (rule == "max_kl" or number % 1 == 0)
-        if not fits:
+        low = number < 0 if rule in ("top_k", "max_kl") else number <= 0 and RULES[rule].unit
+        if low or (rule == "top_k" and number % 1):
+            needed = f"a number above 0 ({RULES[rule].title}; top_k: a whole one from 0; max_kl: from 0)"
             raise ParameterError(f"value={number!r}: expected {needed} for rule={rule!r}.")
     if backend in PACKAGES and importlib.util.find_spec(PACKAGES[backend]) is None:
         raise ParameterError(

@@ -105,8 +105,8 @@ WRONG_FOR_THE_LAB = [
 ]
 # A rule and its number belong together.
 WRONG_RULES = [
-    *(("claim", 3, "use rule='top_k'"), ("top_k", None, "needs a value"), ("top_k", 2.5, "a whole number")),
-    *(("top_k", -1, "a whole number"), ("budget_gb", 0, "more than 0 GB"), ("max_kl", -0.1, "0 or more")),
+    *(("claim", 3, "use rule='top_k'"), ("top_k", None, "needs a value"), ("top_k", 2.5, "a whole one")),
+    *(("top_k", -1, "a whole one"), ("budget_gb", 0, "above 0"), ("max_kl", -0.1, "from 0")),
 ]
 
 
