@@ -15,8 +15,9 @@ writes itself, so no data is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,13 @@ def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, absmax: torch.T
         return Packed(fmt, shape, weight.dtype, codes.reshape(-1, 1), absmax.reshape(-1))
     codes = pairs[..., 0] | (pairs[..., 1] << 4)
     return Packed(fmt, shape, weight.dtype, codes, int4_scale(absmax, weight.dtype))
+
+
+def stacked(parts: Sequence[Packed]) -> Packed:
+    """One matrix of several with the same columns, the first on top."""
+    scales = torch.cat([part.scales for part in parts if part.scales is not None])
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return replace(parts[0], shape=shape, codes=torch.cat([part.codes for part in parts]), scales=scales)
 
 
 # --- codes on disk ----------------------------------------------------------------------------------------
