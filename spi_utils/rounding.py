@@ -15,8 +15,9 @@ writes itself, so no data is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from spi_utils.runs import write_tensors
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
 SWEEPS = 1  # of coordinate descent: the first takes 4 to 6 % off the KL, the next three 1 to 3 % more
-SHARES = tuple(round(1 - 0.02 * step, 2) for step in range(13))  # of the block's absmax: 1 … .76
+# Of the widest scale, the one whose levels span ± a block's absmax: 1 … .76, of either sign.
+SHARES = tuple(sign * round(1 - 0.02 * step, 2) for sign in (1, -1) for step in range(13))
 
 
 def guidable(fmt: str, cols: int) -> bool:
@@ -68,14 +70,11 @@ def guided(
     check_finite(w.abs().amax(dim=1))
     upper, used = _inverse_factor(moment, damping)
     index = torch.empty(cols, rows, dtype=torch.int32, device=w.device)
-    absmax = torch.empty(rows, cols // group, device=w.device)
+    scales = torch.empty(rows, cols // group, device=w.device)
     for first in range(0, cols, group):
         block = slice(first, first + group)
         corner = upper[block, block]
-        peak = absmax[:, first // group] = _best_absmax(
-            w[:, block], corner.diagonal(), levels, middles, stored
-        )
-        scale = stored(peak)
+        scale = _best_scale(w[:, block], corner.diagonal(), levels, middles, stored)
         x = (w[:, block] / scale[:, None]).T.contiguous()  # (group, rows), in units of the scale
         errors = torch.empty_like(x)
         for j in range(group):
@@ -83,31 +82,36 @@ def guided(
             errors[j] = (x[j] - levels[index[first + j]]) / corner[j, j]
             x[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
         w[:, first + group :] -= (errors * scale).T @ upper[block, first + group :]
+        scales[:, first // group] = scale
     if used is not None:
+        h = (moment / moment.diagonal().mean()).float()
+        h.diagonal().add_(used)
         for _ in range(sweeps):
-            _sweep(weight, moment, used, group, levels, stored(absmax), index)
-    return _packed(fmt, weight, index.T.to(torch.uint8).contiguous(), absmax), used
+            _sweep(weight.float(), h, levels, middles, stored, scales, index)
+    return _packed(fmt, weight, index.T.to(torch.uint8).contiguous(), scales), used
 
 
 def _sweep(
-    weight: torch.Tensor,
-    moment: torch.Tensor,
-    damping: float,
-    group: int,
+    w: torch.Tensor,
+    h: torch.Tensor,
     levels: torch.Tensor,
+    middles: torch.Tensor,
+    stored: Callable[[torch.Tensor], torch.Tensor],
     scales: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """Coordinate descent over the columns, scales kept: each code becomes the best one given all others."""
-    h = (moment / moment.diagonal().mean()).float()
-    h.diagonal().add_(damping)
-    middles = (levels[1:] + levels[:-1]) / 2
-    w = weight.float()
+    """Coordinate descent, in place: in each block the best scale given all codes, then each code in turn."""
+    group = len(h) // scales.shape[1]
     error = levels[index].T * scales.repeat_interleave(group, dim=1) - w
-    for first in range(0, w.shape[1], group):
+    for first in range(0, len(h), group):
         block = slice(first, first + group)
-        scale, corner = scales[:, first // group], h[block, block]
-        pull = (error @ h[:, block] / scale[:, None]).T.contiguous()  # half the gradient
+        old, corner, codes = scales[:, first // group].clone(), h[block, block], levels[index[block]].T
+        pull = error @ h[:, block]  # half the gradient, (rows, group)
+        bent = codes @ corner
+        wanted = stored(old - (pull * codes).sum(dim=1) / (bent * codes).sum(dim=1))
+        near = (wanted / old - 1).abs() < 0.5  # not where all codes are zero, or a step would turn the sign
+        scale = scales[:, first // group] = torch.where(near, wanted, old)
+        pull = ((pull + bent * (scale - old)[:, None]) / scale[:, None]).T.contiguous()
         for j in range(group):
             held = levels[index[first + j]]
             index[first + j] = torch.bucketize(held - pull[j] / corner[j, j], middles, out_int32=True)
@@ -131,47 +135,58 @@ def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     return torch.eye(len(h), device=h.device), None  # no feedback: nearest levels, searched scales
 
 
-def _best_absmax(
-    block: torch.Tensor, diagonal: torch.Tensor, levels: torch.Tensor, middles: torch.Tensor, stored: Any
+def _best_scale(
+    block: torch.Tensor,
+    diagonal: torch.Tensor,
+    levels: torch.Tensor,
+    middles: torch.Tensor,
+    stored: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """For each row of a (rows, group) block the absmax of `SHARES` with the least weighted error, 1/U_jj²."""
-    peak = block.abs().amax(dim=1)
+    """For each row of a (rows, group) block the scale with the least weighted error, 1/U_jj²: of either sign,
+    since the levels are not symmetric and a block's larger side may want the finer half."""
+    widest = block.abs().amax(dim=1) * 2 / (levels[-1] - levels[0])
     weights = diagonal.square().reciprocal()
-    best, least = peak, torch.full_like(peak, torch.inf)
+    best, least = stored(widest), torch.full_like(widest, torch.inf)
     for share in SHARES:
-        scale = stored(peak * share)[:, None]
-        values = levels[torch.bucketize(block / scale, middles, out_int32=True)] * scale
+        scale = stored(widest * share)
+        values = levels[torch.bucketize(block / scale[:, None], middles, out_int32=True)] * scale[:, None]
         error = values.sub_(block).square_() @ weights
-        best, least = torch.where(error < least, peak * share, best), torch.minimum(error, least)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
 def _grid(fmt: str, weight: torch.Tensor) -> tuple[int, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """A format's block, its levels in units of the scale, and the stored scale of an absmax, as float32."""
+    """A format's block, its levels in units of the scale, and how a scale is stored, as float32."""
     if fmt == "nf4":
-        return BLOCK, nf4_levels(weight.device), lambda absmax: absmax.clamp(min=TINY)
+        return BLOCK, nf4_levels(weight.device), lambda scale: scale.where(scale.abs() > TINY, TINY)
     row = format_row(fmt)
     if row.bits != 4 or not row.symmetric or row.group is None:
         raise AnalysisError(f"{fmt} has no guided rounding; nf4 and the symmetric int4 formats have.")
     levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float32, device=weight.device)
-    return row.group, levels, lambda absmax: int4_scale(absmax, weight.dtype).float()
+    return row.group, levels, lambda scale: _int4_scale(scale, weight.dtype).float()
 
 
-def int4_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The stored scale whose codes span ± absmax; 1 for a block of zeros."""
-    held = (absmax * 2 / (HIGHEST - LOWEST)).to(dtype)
+def _int4_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As stored; 1 for a block of zeros."""
+    held = scale.to(dtype)
     return held.masked_fill_(held == 0, 1)
 
 
-def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, absmax: torch.Tensor) -> Packed:
+def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, scales: torch.Tensor) -> Packed:
     """The codes in the bytes of the format: nf4's first weight in a byte's high half, int4's in the low."""
     shape = (weight.shape[0], weight.shape[1])
     pairs = index.view(shape[0], -1, 2)
     if fmt == "nf4":
         codes = (pairs[..., 0] << 4) | pairs[..., 1]
-        return Packed(fmt, shape, weight.dtype, codes.reshape(-1, 1), absmax.reshape(-1))
-    codes = pairs[..., 0] | (pairs[..., 1] << 4)
-    return Packed(fmt, shape, weight.dtype, codes, int4_scale(absmax, weight.dtype))
+        return Packed(fmt, shape, weight.dtype, codes.reshape(-1, 1), scales.reshape(-1))
+    return Packed(fmt, shape, weight.dtype, pairs[..., 0] | (pairs[..., 1] << 4), scales.to(weight.dtype))
+
+
+def stacked(parts: Sequence[Packed]) -> Packed:
+    """One matrix of several with the same columns, the first on top."""
+    scales = torch.cat([part.scales for part in parts if part.scales is not None])
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return replace(parts[0], shape=shape, codes=torch.cat([part.codes for part in parts]), scales=scales)
 
 
 # --- codes on disk ----------------------------------------------------------------------------------------
