@@ -36,7 +36,8 @@ from spi_utils.sensitivity import BlockPass, fused_parts, random_windows, sample
 from spi_utils.stats import estimate
 from spi_utils.texts import load_text, make_windows, start_token
 
-FORMATS = ("nf4", "int4_g64", "int4_g32")
+FORMATS = ("nf4", "nf4_dq", "int4_g64", "int4_g32")
+TRIED = ("nf4", "int4_g64")  # where ideas are tried
 BATCH = 4  # windows of one backward pass
 
 
@@ -122,8 +123,8 @@ class Bench:
         """Every layer's values under guided rounding."""
         config, values = self.model.config.get_text_config(), {}
         for name, w in self.weights.items():
-            parts = zip(w.split(fused_parts(name, len(w), config)), h[name], strict=True)
-            values[name] = torch.cat([dequantize(guided(part, m, fmt, **options)[0]) for part, m in parts])
+            parts = fused_parts(name, len(w), config)
+            values[name] = dequantize(guided(w, h[name], fmt, parts=parts, **options)[0])
         return values
 
 
@@ -154,7 +155,7 @@ def output_factor(
         w, made = weight.float().clone(), []
         for first in range(0, len(w), 64):
             rows, below = slice(first, first + 64), slice(first + 64, None)
-            made.append(dequantize(guided(w[rows].to(weight.dtype), h[name][0], fmt)[0]))
+            made.append(dequantize(guided(w[rows].to(weight.dtype), [h[name][0]], fmt)[0]))
             error = torch.linalg.solve_triangular(
                 upper[rows, rows].T, w[rows] - made[-1].float(), upper=False
             )
@@ -210,7 +211,7 @@ def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -
             if asymmetric:
                 damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h))
                 target = target + torch.linalg.solve(damped, (target @ (cross[name] - h)).T).T
-            values[name] = dequantize(guided(target.to(weight.dtype), h, fmt)[0])
+            values[name] = dequantize(guided(target.to(weight.dtype), [h], fmt)[0])
         bench.put({name: values[name] for name in names})
         with torch.no_grad():
             for k in passing.guiding:
@@ -222,7 +223,7 @@ def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -
 
 def curve(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], real: torch.Tensor) -> None:
     """Damping; how many tokens; where they come from."""
-    for fmt, damping in product(FORMATS[:2], (0.01, 0.1, 0.2)):
+    for fmt, damping in product(TRIED, (0.01, 0.1, 0.2)):
         t = time.monotonic()
         values = bench.rounded(fmt, h, damping=damping)
         bench.measure(fmt, f"guided, damping {damping}", own.numel(), time.monotonic() - t, values)
@@ -243,7 +244,7 @@ def curve(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], rea
 
 def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]]) -> None:
     """What was tried on top of guided rounding, in both formats."""
-    for fmt in FORMATS[:2]:
+    for fmt in TRIED:
         tried: dict[str, Any] = {
             "guided, no sweep": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=0),
             "guided, 4 sweeps": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=4),
@@ -276,12 +277,12 @@ def main() -> None:
     bench = Bench(args.model, args.text, args.score, args.length)
     own = sample_windows(bench.model, args.own, args.length, bench.start, seed=0)
     for fmt in FORMATS:
-        for base in (fmt, f"{fmt}_absmax") if fmt != "nf4" else (fmt,):
+        for base in (fmt, f"{fmt}_absmax") if fmt.startswith("int4") else (fmt,):
             t = time.monotonic()
             values = {n: dequantize(quantize(w, base)) for n, w in bench.weights.items()}
             bench.measure(
                 fmt,
-                "nearest" if base != fmt or fmt == "nf4" else "nearest, searched scales",
+                "nearest" if base != fmt or not fmt.startswith("int4") else "nearest, searched scales",
                 0,
                 time.monotonic() - t,
                 values,

@@ -19,6 +19,7 @@ from spi_utils.plan import (
     ProtectionPlan,
     able,
     bit_rates,
+    costs_as_stored,
     equal_bytes_plan,
     fused_groups,
     held_words,
@@ -109,7 +110,8 @@ def make_variants(
         cost, rates = price(layers, stored, plan.double_quant), bit_rates(layers, stored, plan.double_quant)
         miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"] if control.equal_bytes else 0.0
         # Predictions speak of the run's own rounding; none was ever made for noise.
-        kl = predicted_kl(layers, stored) if stored == formats else None
+        known = costs_as_stored(layers, plan.double_quant)
+        kl = predicted_kl(known, stored) if stored == formats else None
         found[key] = Variant(label, formats, cost["total"], *rates, kl, control.equal_bytes, miss)
     return found, skipped
 

@@ -88,8 +88,8 @@ def finished(figure: Figure, finding: str, detail: str = "", **look: Any) -> Fig
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
     if labelled:
-        look = {"loc": "outside right center", "ncols": -(-len(labelled) // 20)} | look
-        figure.legend(labelled.values(), labelled.keys(), **look)
+        held: dict[str, Any] = {"loc": "outside right center", "ncols": -(-len(labelled) // 20)} | look
+        figure.legend(list(labelled.values()), list(labelled), **held)
     headline(figure, finding, detail)
     return figure
 
@@ -179,7 +179,7 @@ def between_share(values: Floats, groups: pd.Series) -> float:
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's ρ of the pairs in x (L,) and y (L,) that are finite; NaN below three or without spread."""
     pairs = pd.DataFrame({"x": x, "y": y}).replace([np.inf, -np.inf], np.nan)
-    return float(pairs.corr("spearman", min_periods=3).loc["x", "y"])
+    return float(pairs.corr("spearman", min_periods=3).to_numpy()[0, 1])
 
 
 def histogram_edges(values: Floats, bins: int = 40) -> Floats:
@@ -250,7 +250,7 @@ def score_histogram(
     types, name, high, parts = planned["type"], score_symbol(score), direction == "high", []
     noise = score == "alpha_hill" and "alpha_excess" in planned and planned["alpha_excess"].notna().any()
     figure = new_figure(height=6.2 if noise else 4.0)
-    panels = np.atleast_1d(figure.subplots(2 if noise else 1, 1, sharex=True))
+    panels = figure.subplots(2 if noise else 1, 1, sharex=True, squeeze=False)[:, 0]
     styles = type_styles(types)
     bars = [values[(types == kind).to_numpy() & np.isfinite(values)] for kind in styles]
     look = {key: [style[key] for style in styles.values()] for key in ("color", "label")}
@@ -441,12 +441,12 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
     lines = rows.groupby("type").cumcount()
     figure, found = new_figure(), []
     axes = figure.subplots()
-    for place, row in rows.iterrows():
+    for line, (_, row) in zip(lines, rows.iterrows(), strict=True):
         sigma = spectra[row["name"]]
         sigma = sigma[sigma > 0] / sigma[0]
         k, fitted = np.arange(1.0, len(sigma) + 1), slice(1, len(sigma) // 2)
         law = linregress(np.log(k[fitted]), np.log(sigma[fitted]))
-        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[lines[place] % 4]}
+        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[line % 4]}
         label = f"{layer_title(row)}: a = {-law.slope:.2f}, R² {law.rvalue**2:.2f}"
         axes.plot(k, sigma, lw=1.8, label=label, **look)
         axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, **look | {"ls": ":"})
@@ -762,9 +762,10 @@ BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher th
 def quality_finding(evaluation: Evaluation) -> str:
     """One sentence: is the plan better than random at its bytes, and what would int8 cost?"""
     words = f"The plan's KL is {evaluation.variants['plan']['kl_mean']:.3g} ({WHOSE})"
-    if beside := evaluation.selection():
-        verdict = BESIDE_RANDOM.get(stats.verdict(beside, "lower"), "not separable from random's")
-        random_kl = np.mean([one["kl_mean"] for one in evaluation.randoms()])
+    if beside := evaluation.variants["plan"].get("vs_random"):
+        held = stats.Estimate.from_dict(beside["kl"])
+        verdict = BESIDE_RANDOM.get(stats.verdict(held, "lower"), "not separable from random's")
+        random_kl = np.mean([one["kl_mean"] for key, one in evaluation.variants.items() if is_random(key)])
         words += f", {verdict} ({random_kl:.3g}) at equal bytes"
     if "int8" in evaluation.variants:
         words += f"; int8 everywhere: {evaluation.variants['int8']['kl_mean']:.2g}"

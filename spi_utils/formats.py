@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zero points
 
+NF4_DQ = "nf4_dq"  # nf4 with double quantization: a plan says nf4 and `double_quant`
 SIZE_TOLERANCE = 0.005  # share of the predicted size of a checkpoint
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 
@@ -109,6 +110,11 @@ def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, d
     return row.size(row, rows, cols, double_quant, dtype)
 
 
+def stored_as(fmt: str, double_quant: bool) -> str:
+    """A format as the table's columns and a file's tensors know it: NF4's second quantization is a kind."""
+    return NF4_DQ if fmt == "nf4" and double_quant else fmt
+
+
 def gigabytes(count: float) -> str:
     """Bytes in units of 10⁹ or 10⁶, as prose writes them: "6.41 GB", "205 MB"."""
     return f"{count / 1e9:.2f} GB" if abs(count) >= 999.5e6 else f"{count / 1e6:.3g} MB"
@@ -140,8 +146,8 @@ def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> P
             f"{fmt} shares scales among {row.group} weights of a row; {row.group} doesn't divide the "
             f"{weight.shape[1]} columns of this {tuple(weight.shape)} matrix. Use a smaller group or int8."
         )
-    packed = row.pack(row, weight)
-    return double_quantized(packed) if double_quant and fmt == "nf4" else packed
+    row = format_row(stored_as(fmt, double_quant))
+    return row.pack(row, weight)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -171,7 +177,9 @@ def in_dtype(packed: Packed, dtype: torch.dtype) -> Packed:
     """The same codes for a checkpoint in another 16-bit dtype; integer formats' scales are rounded to it."""
     if packed.dtype == dtype:
         return packed
-    scales = packed.scales if packed.fmt == "nf4" or packed.scales is None else packed.scales.to(dtype)
+    scales = packed.scales
+    if scales is not None and packed.fmt not in ("nf4", NF4_DQ):
+        scales = scales.to(dtype)
     return replace(packed, dtype=dtype, scales=scales)
 
 
@@ -269,7 +277,7 @@ def _size_nf4(row: Format, rows: int, cols: int, double_quant: bool, dtype: str)
     blocks = math.ceil(rows * cols / BLOCK)
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": [rows, cols]}
     size = math.ceil(rows * cols / 2) + 4 * len(NF4_LEVELS)
-    if double_quant:
+    if double_quant or row.name == NF4_DQ:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
         size += blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256
         size += len("0.04123456789012345") - len("0.0")  # a float32's digits, as json writes them
@@ -337,6 +345,10 @@ def _cell_tables() -> tuple[torch.Tensor, torch.Tensor]:
     return (cells < every[:, None]).sum(dim=1, dtype=torch.uint8), inside
 
 
+def _pack_nf4_dq(row: Format, weight: torch.Tensor) -> Packed:
+    return double_quantized(_pack_nf4(row, weight))
+
+
 def double_quantized(packed: Packed) -> Packed:
     """An nf4 matrix whose absmaxes are 8-bit codes themselves, as bitsandbytes makes them."""
     from bitsandbytes import functional
@@ -345,7 +357,7 @@ def double_quantized(packed: Packed) -> Packed:
     with one_thread():  # the mean's last bit would depend on the number of threads
         offset = packed.scales.mean()
     scales, second = functional.quantize_blockwise(packed.scales - offset, blocksize=NESTED_BLOCK)
-    return replace(packed, scales=scales, nested=(second.absmax, second.code, offset))
+    return replace(packed, fmt=NF4_DQ, scales=scales, nested=(second.absmax, second.code, offset))
 
 
 def bitsandbytes_state(packed: Packed) -> Any:
@@ -498,6 +510,7 @@ _INTEGERS = (_CT, _size_integers, _pack_integers, _unpack_integers)
 _ROWS = [
     Format("16bit", 16.0, _BNB | _CT, _size_16bit, _pack_16bit, _unpack_16bit),
     Format("nf4", 4.5, _BNB, _size_nf4, _pack_nf4, _unpack_nf4),
+    Format(NF4_DQ, 4.127, _BNB, _size_nf4, _pack_nf4_dq, _unpack_nf4),
     Format("int8", 8.0, *_INTEGERS, bits=8),
 ]
 _ROWS += [

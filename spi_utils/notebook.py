@@ -32,7 +32,7 @@ from spi_utils.errors import ParameterError, PlanError, SPIError, suggest
 from spi_utils.formats import FORMATS
 from spi_utils.plan import DIRECTIONS, GROUPS, RULES, SCORES, TIERS, check_value
 from spi_utils.platforms import ATTACHED
-from spi_utils.presets import DEFAULT, PRESETS, resolve, with_own_windows
+from spi_utils.presets import DEFAULT, PRESETS, for_all_stages, resolve
 from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
 from spi_utils.texts import NAMES
@@ -511,7 +511,7 @@ def run_stages(
     """
     chosen = STAGES if only is None else tuple(sorted(only))
     check_settings(parameters, *chosen)
-    given = {**with_own_windows(parameters), "run_dir": str(run_dir)}
+    given = {**for_all_stages(parameters), "run_dir": str(run_dir)}
     took = {}
     for name in chosen:
         own = {key: given[key] for key in parameters_of(name) if key in given}

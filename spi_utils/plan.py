@@ -27,7 +27,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from spi_utils import runs
 from spi_utils.errors import PlanError, RunError, suggest
-from spi_utils.formats import FORMATS, format_row, layer_bytes
+from spi_utils.formats import FORMATS, NF4_DQ, format_row, layer_bytes, stored_as
 from spi_utils.runs import Run, fingerprint
 
 Floats = NDArray[np.float64]
@@ -59,11 +59,6 @@ def held_words(formats: Iterable[str]) -> str:
     """Formats as prose names them, fewest bits first: "NF4, int8 and 16-bit"."""
     words = ", ".join(WORDS.get(fmt, fmt) for fmt in sorted(set(formats), key=nominal_bits))
     return " and ".join(words.rsplit(", ", 1))
-
-
-def stored_as(fmt: str, double_quant: bool) -> str:
-    """A format as the table's columns and a file's tensors know it: NF4's second quantization is a kind."""
-    return f"{fmt}_dq" if fmt == "nf4" and double_quant else fmt
 
 
 def able(layers: pd.DataFrame, fmt: str) -> Mask:
@@ -234,6 +229,8 @@ def score_row(name: str) -> Score:
 def _ordered(formats: Iterable[str]) -> tuple[str, ...]:
     """Formats, fewest bits first, without repeats; PlanError for an unknown name or fewer than two."""
     unique = sorted(set(formats), key=nominal_bits)
+    if NF4_DQ in unique:
+        raise PlanError(f"{NF4_DQ} is a cost format: plan with nf4 and double_quant=True.")
     if len(unique) < 2:
         raise PlanError(f"a plan chooses between at least two formats; got {', '.join(unique) or 'none'}.")
     return tuple(unique)
@@ -292,13 +289,21 @@ def additive_cost(layers: pd.DataFrame, name: str, fmt: str) -> Floats:
     # Layers that the format can't hold have no cost in it.
     known = layers["quantizable"].to_numpy(bool) & np.isfinite(predicted)
     own = cost[known].sum()
-    return cost * (predicted[known].sum() / own) if known.any() and own > 0 else cost
+    scale = float(predicted[known].sum() / own) if known.any() and own > 0 else 1.0
+    return (cost * scale).astype(np.float64)
+
+
+def costs_as_stored(layers: pd.DataFrame, double_quant: bool) -> pd.DataFrame:
+    """The layer table with NF4's costs under double quantization, where that is asked for and known."""
+    columns = [name for name in map(str, layers) if name.endswith(f"_{NF4_DQ}")]
+    doubled = {name.removesuffix("_dq"): layers[name] for name in columns}
+    return layers.assign(**doubled) if double_quant else layers
 
 
 def predicted_cost(layers: pd.DataFrame, fmt: str) -> Floats:
     """The table's `predicted_<fmt>`, nats a token; zeros for 16bit, NaN where unknown. Shape (rows,)."""
     unknown = pd.Series(0.0 if fmt == "16bit" else np.nan, layers.index)
-    return layers.get(f"predicted_{fmt}", unknown).to_numpy(float)
+    return np.asarray(layers.get(f"predicted_{fmt}", unknown), dtype=np.float64)
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:
@@ -369,6 +374,7 @@ class Problem:
                 matches nothing, or wishes that contradict each other; each says what and where.
         """
         _check("direction", direction, DIRECTIONS)
+        layers = costs_as_stored(layers, double_quant)
         wanted, planned = _ordered(formats), layers["quantizable"].to_numpy(bool)
         if not planned.any():
             raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
@@ -844,6 +850,7 @@ def make_plan(
         return choice, sentence, dict(zip(p.names, held, strict=True))
 
     p = Problem(layers, **wishes)
+    layers = costs_as_stored(layers, p.double_quant)
     (choice, sentence, assigned), double_quant = decided(p), p.double_quant
     weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant)
     if RULES[rule].unit:

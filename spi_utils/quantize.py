@@ -261,7 +261,8 @@ def _check_target(run: Run, source: ModelSource) -> None:
 def _guided_codes(run: Run, source: ModelSource, plan: ProtectionPlan, place: torch.device) -> Codes:
     """The codes that notebook 01 chose for this plan; what is missing is made here, and said."""
     codes, cols = Codes(run.rounded), {layer.name: layer.cols for layer in models.list_layers(source)}
-    wanted = {(name, fmt) for name, fmt in plan.formats.items() if guidable(fmt, cols[name])}
+    stored = {name: formats.stored_as(fmt, plan.double_quant) for name, fmt in plan.formats.items()}
+    wanted = {(name, fmt) for name, fmt in stored.items() if guidable(fmt, cols[name])}
     if missing := sorted({fmt for _, fmt in wanted - set(codes)}):
         what = ", ".join(missing)
         print(f"quantize: no guided codes in {what} in this run yet; they are made now", flush=True)
@@ -321,13 +322,12 @@ def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, 
             made = _as_in_files(weights, name, value)
         else:
             weight = value.T.contiguous() if module in conv1d else value
-            chosen = saving.codes.get((module, fmt))
+            stored = formats.stored_as(fmt, saving.plan.double_quant)
+            chosen = saving.codes.get((module, stored))
             if chosen is None:
-                packed = formats.quantize(weight, fmt)
+                packed = formats.quantize(weight, stored)
             else:
                 packed = formats.in_dtype(chosen, saving.storage).to(saving.device)
-            if saving.plan.double_quant and fmt == "nf4":
-                packed = formats.double_quantized(packed)
             parts = backend.parts(packed)
             if not torch.equal(backend.values(fmt, parts), formats.dequantize(packed, packed.dtype)):
                 what = f"{saving.backend} reads {fmt} as other values than were meant for {name}"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from spi_utils.errors import EvaluationError
-from spi_utils.formats import Packed, dequantize, double_quantized, fits, quantize
+from spi_utils.formats import Packed, dequantize, fits, quantize, stored_as
 
 LOGIT_BYTES = 100_000_000  # of one buffer of logits; at most two are alive
 SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
@@ -449,13 +449,9 @@ class Switch:
         "nf4_nearest" and the like are the format rounded to nearest, whatever `codes` holds.
         """
         if (name, fmt) not in self._packed:
-            base = fmt.removesuffix(NEAREST)
-            double = self.double_quant and base == "nf4"
-            chosen = self.codes.get((name, fmt))
-            if chosen is None:
-                made = quantize(self.original(name), base, double_quant=double)
-            else:
-                made = double_quantized(chosen) if double else chosen
+            stored = stored_as(fmt.removesuffix(NEAREST), self.double_quant)
+            chosen = None if fmt.endswith(NEAREST) else self.codes.get((name, stored))
+            made = quantize(self.original(name), stored) if chosen is None else chosen
             self._packed[name, fmt] = made.to("cpu")
         return self._packed[name, fmt]
 

@@ -56,7 +56,7 @@ from spi_utils.models import (
     resolve_dtype,
 )
 from spi_utils.progress import progress
-from spi_utils.rounding import Codes, guidable, guided, read_mark, stacked, write_codes
+from spi_utils.rounding import Codes, guidable, guided, read_mark, write_codes
 from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json, write_tensors
 from spi_utils.scoring import (
     Head,
@@ -370,11 +370,9 @@ class Work:
             weight = self.switch.original(name)
             for fmt in self.settings["formats"]:
                 if guidable(fmt, weight.shape[1]):
-                    parts = zip(weight.split(passing.parts[name]), moments[name], strict=True)
-                    made = [guided(part, moment, fmt) for part, moment in parts]
-                    chosen[name, fmt] = stacked([packed for packed, _ in made])
-                    dampings = [damping for _, damping in made if damping is not None]
-                    key = f"damping {max(dampings):g}" if len(dampings) == len(made) else "nearest levels"
+                    parts = passing.parts[name]
+                    chosen[name, fmt], damping = guided(weight, moments[name], fmt, parts=parts)
+                    key = "nearest levels" if damping is None else f"damping {damping:g}"
                     kinds[key] = kinds.get(key, 0) + 1
             del moments[name]
         write_codes(self._codes(block), chosen, self.mark)

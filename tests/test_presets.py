@@ -6,7 +6,7 @@ from spi_utils import sensitivity
 from spi_utils.errors import ParameterError
 from spi_utils.notebook import ALL, check_settings, parameters_of
 from spi_utils.plan import make_plan
-from spi_utils.presets import DEFAULT, OWN_WINDOWS, PRESETS, resolve, told, with_own_windows
+from spi_utils.presets import DEFAULT, OWN_WINDOWS, PRESETS, for_all_stages, resolve, told
 from tests.synthetic import layer_table
 
 GIVEN = dict.fromkeys(PRESETS[DEFAULT])  # every parameter that a preset sets, none given
@@ -63,8 +63,8 @@ def test_a_preset_costs_about_the_bits_that_it_promises(preset):
 
 
 def test_the_full_profile_rounds_on_more_own_text():
-    assert with_own_windows({"profile": "full"})["sensitivity_windows"] == OWN_WINDOWS["full"] == 128
-    assert with_own_windows({"profile": "full", "sensitivity_windows": 8})["sensitivity_windows"] == 8
+    assert for_all_stages({"profile": "full"})["sensitivity_windows"] == OWN_WINDOWS["full"] == 128
+    assert for_all_stages({"profile": "full", "sensitivity_windows": 8})["sensitivity_windows"] == 8
     quick = {"profile": "quick", "sensitivity_windows": 0}
-    assert with_own_windows(quick) == quick  # the stage's own default
+    assert for_all_stages(quick) == quick  # the stage's own default
     assert OWN_WINDOWS["quick"] == sensitivity.WINDOWS

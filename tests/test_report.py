@@ -15,16 +15,15 @@ from spi_utils import evaluate, report, runs
 from spi_utils.claims import Evaluation, audit, better_sentence, dearest_sentence
 from spi_utils.errors import RunError
 from spi_utils.figures import (
+    FORMAT_COLOURS,
     LOOKS,
     RANDOM,
     RIVAL,
-    drawn_as,
     prediction_finding,
     quality_by_bytes,
     quality_finding,
     window_differences,
 )
-from spi_utils.figures import FORMAT_COLOURS
 from spi_utils.scoring import TokenScores
 from tests.synthetic import layer_table
 
@@ -293,19 +292,14 @@ def test_points_stand_at_their_true_size_and_draws_beside_it_in_order_of_seeds(e
             assert x == SIZES.get(label, 205e6) / 1e6
 
 
-def test_no_two_variants_look_alike():
+def test_variants_are_told_apart_and_draws_lie_under_the_plan():
     looks = [*LOOKS.values(), RIVAL, RANDOM]
-    assert len({(one.colour, one.line) for one in looks}) == len(looks)
-    assert len({(one.colour, one.marker, one.hollow) for one in looks}) == len(looks)
-
-
-def test_int4_and_int8_keep_their_colour_and_draws_lie_under_the_plan():
+    assert len({(one["color"], one["ls"], one["marker"]) for one in looks}) == len(looks)
+    assert len({(one["color"], one["marker"], one["mfc"]) for one in looks}) == len(looks)
     for variant, fmt in (("int8", "int8"), ("int4", "int4_g64")):
-        same = {key for key, one in LOOKS.items() if one.colour == FORMAT_COLOURS[fmt]}
-        assert same == {variant} and RIVAL.colour != FORMAT_COLOURS[fmt]
-    draw, plan = marked("random_0"), marked("plan")
-    assert draw["zorder"] < plan["zorder"] and draw["markersize"] < plan["markersize"] / 2
-    assert draw["markerfacecolor"] == "none"
+        same = {key for key, one in LOOKS.items() if one["color"] == FORMAT_COLOURS[fmt]}
+        assert same == {variant} and RIVAL["color"] != FORMAT_COLOURS[fmt]
+    assert RANDOM["zorder"] < LOOKS["plan"]["zorder"] and RANDOM["ms"] < LOOKS["plan"]["ms"] / 2
 
 
 def test_the_predictions_finding_names_the_plans_own_error():

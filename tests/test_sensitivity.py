@@ -143,7 +143,7 @@ def test_whole_sequences_estimate_the_exact_second_order_divergence(switch):
     ],
 )
 def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, name, parts, tmp_path):
-    """Against autograd's own gradients of the sampled log-likelihood, position by position and part by part."""
+    """Against autograd's own gradients of the sampled log-likelihood, by position and part."""
     model = load(arch, tmp_path)
     switch = make_switch(model)
     passing = BlockPass(switch, WINDOWS, 2, 0, split=3)
