@@ -18,7 +18,6 @@ from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import (
     ProtectionPlan,
     able,
-    available_scores,
     bit_rates,
     equal_bytes_plan,
     fused_groups,
@@ -84,19 +83,19 @@ def make_variants(
     Returns the variants in the order in which they are scored, and {control: reason} for those that this
     layer table can't give (no sensitivity column). Raises EvaluationError for an unknown control's name.
     """
-    unknown = [key for key in controls if key not in FULL]
-    if unknown:
+    if unknown := [key for key in controls if key not in FULL]:
         raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
     rows = {key: one for key, one in ENDS.items() if plan.rounding == "guided" or not key.endswith(NEAREST)}
     rows |= {key: one for key, one in CONTROLS.items() if key in controls}
-    for index in range(random_seeds if "random" in controls else 0):
-        choose = partial(_by_score, score="random", seed=seed + index)
-        rows[f"random_{index}"] = Control(f"random, seed {seed + index}", choose)
+    for n in range(random_seeds if "random" in controls else 0):
+        rows[f"random_{n}"] = Control(
+            f"random, seed {seed + n}", partial(_by_score, score="random", seed=seed + n)
+        )
     found: dict[str, Variant] = {}
     skipped: dict[str, str] = {}
     for key, control in rows.items():
         try:
-            formats = control.choose(layers, plan)
+            formats = dict(control.choose(layers, plan))
         except PlanError as error:
             skipped[key] = str(error)
             continue
@@ -107,27 +106,18 @@ def make_variants(
         label = control.label.format(held=held, score=plan.score, direction=plan.direction)
         if len(set(formats.values())) > 1:
             label = label.replace("everywhere", "where it fits")
-        cost = price(layers, stored, plan.double_quant)
-        overall, matrix = bit_rates(layers, stored, plan.double_quant)
-        miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"]
-        found[key] = Variant(
-            label=label,
-            formats=dict(formats),
-            bytes=cost["total"],
-            bits_per_weight=overall,
-            matrix_bits=matrix,
-            # Predictions speak of the run's own rounding; none was ever made for noise.
-            predicted_kl=predicted_kl(layers, stored) if stored == formats else None,
-            equal_bytes=control.equal_bytes,
-            bytes_miss=miss if control.equal_bytes else 0.0,
-        )
+        cost, rates = price(layers, stored, plan.double_quant), bit_rates(layers, stored, plan.double_quant)
+        miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"] if control.equal_bytes else 0.0
+        # Predictions speak of the run's own rounding; none was ever made for noise.
+        kl = predicted_kl(layers, stored) if stored == formats else None
+        found[key] = Variant(label, formats, cost["total"], *rates, kl, control.equal_bytes, miss)
     return found, skipped
 
 
 def _everywhere(layers: pd.DataFrame, plan: ProtectionPlan, fmt: str) -> Formats:
-    fits, planned = able(layers, fmt.removesuffix(NEAREST)), layers["quantizable"].to_numpy(bool)
-    rows = zip(layers["name"][planned], fits[planned], strict=True)
-    return {name: fmt if held else "16bit" for name, held in rows}
+    planned = layers[layers["quantizable"]]
+    rows = zip(planned["name"], able(planned, fmt.removesuffix(NEAREST)), strict=True)
+    return {name: fmt if fits else "16bit" for name, fits in rows}
 
 
 def _plan_nearest(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
@@ -155,24 +145,17 @@ def _by_score(
     chosen = tuple(formats) or (low, "16bit")
     if not formats and score != "fisher" and set(plan.formats.values()) - set(chosen):
         return _in_plans_formats(layers, plan, score or plan.score, low, seed, flip)
-    if score and score not in available_scores(layers, chosen):
-        raise PlanError(
-            f"layers.csv lacks {score}'s column for {', '.join(chosen)}. Run notebook 01_analyze with "
-            "sensitivity='self' and these among its cost_formats."
-        )
-    other = "low" if plan.direction == "high" else "high"
+    # What the plan's user settled: a control that chose there too would differ in more than the score.
+    settled = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
     return equal_bytes_plan(
         layers,
         total_bytes=plan.bytes["total"],
         score=score or plan.score,
-        direction=other if flip else "high",
+        direction="low" if flip and plan.direction == "high" else "high",
         formats=chosen,
         double_quant=plan.double_quant,
         seed=seed,
-        group=group if formats else plan.options.get("group"),
-        # What the plan's user settled: a control that chose there too would differ in more than the score.
-        force_16bit=plan.options.get("force_16bit"),
-        forbid_16bit=plan.options.get("forbid_16bit"),
+        **settled | ({"group": group} if formats else {}),
     ).formats
 
 
@@ -189,32 +172,29 @@ def _in_plans_formats(
     planned = layers["quantizable"].to_numpy(bool)
     rows = layers[planned].reset_index(drop=True)
     names = list(rows["name"])
-    groups = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    own = np.array([plan.formats[name] for name in names])
     values = score_values(layers, score, formats=(low, "16bit"), seed=seed)[planned]
-    own = [plan.formats[name] for name in names]
-    forced = matches(names, plan.options.get("force_16bit"), "force_16bit")
-    forbidden = matches(names, plan.options.get("forbid_16bit"), "forbid_16bit")
+    forced, forbidden = (
+        matches(names, plan.options.get(one), one) for one in ("force_16bit", "forbid_16bit")
+    )
     movable = able(rows, low) & ~forced  # others keep the plan's format, and so do those merged with them
-    for group in groups:
-        movable[group] = movable[group].all()
-    groups = [group for group in groups if movable[group[0]]]
+    together = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    groups = [group for group in together if movable[group].all()]
     mean = np.array([np.nanmean(values[group]) for group in groups])
     order = np.argsort(mean if flip else -mean, kind="stable")
-    chosen = [low if held else fmt for held, fmt in zip(movable, own, strict=True)]
-    base = payload_bytes(rows, low, plan.double_quant)
+    chosen = own.astype(object)
+    moved = [place for group in groups for place in group]
+    chosen[moved] = low
     left = 0
-    for fmt in sorted(set(own) - {low}, key=nominal_bits, reverse=True):
-        extra = payload_bytes(rows, fmt, plan.double_quant) - base
-        left += sum(int(extra[place]) for place, held in enumerate(own) if held == fmt and movable[place])
+    for fmt in sorted({*own} - {low}, key=nominal_bits, reverse=True):
+        extra = payload_bytes(rows, fmt, plan.double_quant) - payload_bytes(rows, low, plan.double_quant)
+        left += int(extra[moved][own[moved] == fmt].sum())
         for group in (groups[place] for place in order):
-            cost = int(extra[group].sum())
-            barred = fmt == "16bit" and forbidden[group].any()
-            fitting = cost <= left and able(rows.iloc[group], fmt).all()
-            if chosen[group[0]] == low and fitting and not barred:
-                left -= cost
-                for place in group:
-                    chosen[place] = fmt
-    return dict(zip(names, chosen, strict=True))
+            barred = (fmt == "16bit" and forbidden[group].any()) or not able(rows.iloc[group], fmt).all()
+            if chosen[group[0]] == low and extra[group].sum() <= left and not barred:
+                left -= int(extra[group].sum())
+                chosen[group] = fmt
+    return dict(zip(names, chosen.tolist(), strict=True))
 
 
 ENDS: dict[str, Control] = {
