@@ -693,7 +693,7 @@ def least_cost(  # noqa: PLR0915 - the steps of one search
     choice, _ = pick(low)
     if spent(choice) <= limit:
         return choice, 0.0
-    while spent(pick(high)[0]) > limit:
+    while spent(pick(high)[0]) > limit and high < 1e200:
         high *= 4.0
     for _ in range(100):
         middle = (low + high) / 2
