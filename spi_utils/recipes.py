@@ -2,9 +2,9 @@
 
 Each engine is a row of `ENGINES`: its file, and a pure function that says the plan in its words. Every
 planned module is named, by its full name or a pattern that is anchored, escaped and matches nothing else;
-unplanned matrices stay 16-bit. Formats become the engine's nearest in bits a weight. Engines round in their own ways:
-the predicted KL is this project's and holds for none of them exactly. None of the engines is run here; the
-tests read the files with the engines' own packages where those are installed.
+unplanned matrices stay 16-bit. Formats become the engine's nearest in bits a weight. Engines round in their
+own ways: the predicted KL is this project's and holds for none of them exactly. None of the engines is run
+here; the tests read the files with the engines' own packages where those are installed.
 """
 
 from __future__ import annotations
