@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,10 +89,8 @@ def make_variants(
         raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
     rows = {key: one for key, one in ENDS.items() if plan.rounding == "guided" or not key.endswith(NEAREST)}
     rows |= {key: one for key, one in CONTROLS.items() if key in controls}
-    for n in range(random_seeds if "random" in controls else 0):
-        rows[f"random_{n}"] = Control(
-            f"random, seed {seed + n}", partial(_by_score, score="random", seed=seed + n)
-        )
+    for n in range(seed, seed + random_seeds if "random" in controls else seed):
+        rows[f"random_{n - seed}"] = _chosen(f"random, seed {n}", score="random", seed=n)
     found: dict[str, Variant] = {}
     skipped: dict[str, str] = {}
     for key, control in rows.items():
@@ -133,32 +132,20 @@ def _noise(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
 
 
 def _by_score(
-    layers: pd.DataFrame,
-    plan: ProtectionPlan,
-    score: str = "",
-    formats: Sequence[str] = (),
-    seed: int = 0,
-    flip: bool = False,
-    group: str | None = None,
+    layers: pd.DataFrame, plan: ProtectionPlan, score: str = "", seed: int = 0, flip: bool = False, **mix: Any
 ) -> Formats:
-    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end, and no
-    `formats` are the plan's two tiers: its smallest one (NF4 if there is none) and 16-bit."""
+    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end. `mix`:
+    formats and group; none are the plan's group, its smallest format (NF4 if there is none) and 16-bit."""
     low = min(set(plan.formats.values()) - {"16bit"}, key=nominal_bits, default="nf4")
-    chosen = tuple(formats) or (low, "16bit")
-    if not formats and score != "fisher" and set(plan.formats.values()) - set(chosen):
+    if not mix and score != "fisher" and set(plan.formats.values()) - {low, "16bit"}:
         return _in_plans_formats(layers, plan, score or plan.score, low, seed, flip)
     # What the plan's user settled: a control that chose there too would differ in more than the score.
-    settled = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
-    return equal_bytes_plan(
-        layers,
-        total_bytes=plan.bytes["total"],
-        score=score or plan.score,
-        direction="low" if flip and plan.direction == "high" else "high",
-        formats=chosen,
-        double_quant=plan.double_quant,
-        seed=seed,
-        **settled | ({"group": group} if formats else {}),
-    ).formats
+    asked = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
+    asked |= {"formats": (low, "16bit"), "double_quant": plan.double_quant, "seed": seed}
+    asked |= {"direction": "low" if flip and plan.direction == "high" else "high"}
+    asked |= {"group": None, **mix} if mix else {}
+    total = plan.bytes["total"]
+    return equal_bytes_plan(layers, total_bytes=total, score=score or plan.score, **asked).formats
 
 
 def _in_plans_formats(
@@ -199,30 +186,33 @@ def _in_plans_formats(
     return dict(zip(names, chosen.tolist(), strict=True))
 
 
+def _uniform(label: str, fmt: str) -> Control:
+    return Control(label, partial(_everywhere, fmt=fmt), equal_bytes=False)
+
+
+def _chosen(label: str, **asked: Any) -> Control:
+    return Control(label, partial(_by_score, **asked))
+
+
+# What bitsandbytes would have made of the same weights, where rounding is guided, is the claim as stated.
 ENDS: dict[str, Control] = {
-    "reference": Control("16-bit reference", partial(_everywhere, fmt="16bit"), equal_bytes=False),
-    "nf4": Control("pure NF4", partial(_everywhere, fmt="nf4"), equal_bytes=False),
+    "reference": _uniform("16-bit reference", "16bit"),
+    "nf4": _uniform("pure NF4", "nf4"),
     "plan": Control("the plan ({score}, {direction})", lambda layers, plan: plan.formats),
-    # What bitsandbytes would have made of the same weights, where rounding is guided: the claim as stated.
-    "nf4_nearest": Control("pure NF4, nearest", partial(_everywhere, fmt="nf4" + NEAREST), equal_bytes=False),
+    "nf4_nearest": _uniform("pure NF4, nearest", "nf4" + NEAREST),
     "plan_nearest": Control("the plan, nearest", _plan_nearest, equal_bytes=False),
 }
+MIX, SERVED = ("nf4", "int8", "16bit"), (INT4, "int8", "16bit")  # vLLM serves the second: merged layers share
 CONTROLS: dict[str, Control] = {
-    "other_direction": Control("the score's other end", partial(_by_score, flip=True)),
-    "fisher": Control("Fisher's optimum", partial(_by_score, score="fisher")),
+    "other_direction": _chosen("the score's other end", flip=True),
+    "fisher": _chosen("Fisher's optimum", score="fisher"),
     # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
-    "fisher_int8": Control(
-        "Fisher's optimum of {held}", partial(_by_score, score="fisher", formats=("nf4", "int8", "16bit"))
-    ),
-    # What vLLM serves: merged layers share a format.
-    "fisher_int4": Control(
-        "Fisher for vLLM: {held}",
-        partial(_by_score, score="fisher", formats=(INT4, "int8", "16bit"), group="fused"),
-    ),
-    "int8": Control("int8 everywhere", partial(_everywhere, fmt="int8"), equal_bytes=False),
-    "int4": Control("int4 (groups of 64) everywhere", partial(_everywhere, fmt=INT4), equal_bytes=False),
+    "fisher_int8": _chosen("Fisher's optimum of {held}", score="fisher", formats=MIX),
+    "fisher_int4": _chosen("Fisher for vLLM: {held}", score="fisher", formats=SERVED, group="fused"),
+    "int8": _uniform("int8 everywhere", "int8"),
+    "int4": _uniform("int4 (groups of 64) everywhere", INT4),
     "noise": Control("the plan, noise for NF4", _noise),
-    "first_last": Control("first and last blocks", partial(_by_score, score="first_last")),
-    "smallest_first": Control("smallest layers first", partial(_by_score, score="smallest")),
-    "type_prior": Control("type prior", partial(_by_score, score="type_prior")),
+    "first_last": _chosen("first and last blocks", score="first_last"),
+    "smallest_first": _chosen("smallest layers first", score="smallest"),
+    "type_prior": _chosen("type prior", score="type_prior"),
 }

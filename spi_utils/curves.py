@@ -37,6 +37,7 @@ class Choice:
     layers: int
     total_bytes: int
     saved_bytes: int
+    bits_per_weight: float
     matrix_bits: float
     predicted_kl: float | None
 
@@ -99,9 +100,9 @@ class Chooser:
         items = p.start == p.tiers[1]
         items[self.order[:k]] = True
         data, file, kl = int(self.data_bytes[k]), int(self.file_bytes[k]), float(self.kl[k])
-        bits = 8 * (data - p.fixed_data) / p.numel
-        size = (int(self.layer_count[k]), file, self.full_bytes - file)
-        return Choice(items[p.member], *size, bits, kl if np.isfinite(kl) else None)
+        rates = 8 * data / p.all_numel, 8 * (data - p.fixed_data) / p.numel
+        size = int(self.layer_count[k]), file, self.full_bytes - file
+        return Choice(items[p.member], *size, *rates, kl if np.isfinite(kl) else None)
 
     def threshold_for(self, total_bytes: float) -> float:
         """The threshold that protects most within a file size: the same choice seen from the byte side.

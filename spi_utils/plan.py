@@ -33,7 +33,9 @@ from spi_utils.runs import Run, fingerprint
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Formats = Sequence[str]
 Patterns = str | Sequence[str] | None
+HYBRID = ("nf4", "16bit")  # the claim's
 
 # --- what a choice weighs --------------------------------------------------------------------------------
 # Two bit rates stand on these bytes and are never mixed: `bits_per_weight` counts the whole model
@@ -236,7 +238,7 @@ def _ordered(formats: Iterable[str]) -> tuple[str, ...]:
     return tuple(unique)
 
 
-def available_scores(layers: pd.DataFrame, formats: Sequence[str] = ("nf4", "16bit")) -> list[str]:
+def available_scores(layers: pd.DataFrame, formats: Formats = HYBRID) -> list[str]:
     """Scores that this layer table can give, in the table's order: the menu of an explorer."""
     held = set(layers.columns[layers[layers["quantizable"]].notna().any()])
     lower = [f"_{fmt}" for fmt in _ordered(formats) if fmt != "16bit"]
@@ -249,12 +251,7 @@ def available_scores(layers: pd.DataFrame, formats: Sequence[str] = ("nf4", "16b
 
 
 def score_values(
-    layers: pd.DataFrame,
-    name: str,
-    *,
-    formats: Sequence[str] = ("nf4", "16bit"),
-    double_quant: bool = False,
-    seed: int = 0,
+    layers: pd.DataFrame, name: str, formats: Formats = HYBRID, double_quant: bool = False, seed: int = 0
 ) -> Floats:
     """A score for every row of the layer table. Shape (rows,), float64; NaN where a row is not planned.
 
@@ -289,8 +286,8 @@ def additive_cost(layers: pd.DataFrame, name: str, fmt: str) -> Floats:
     # Layers that the format can't hold have no cost in it.
     known = layers["quantizable"].to_numpy(bool) & np.isfinite(predicted)
     own = cost[known].sum()
-    scale = float(predicted[known].sum() / own) if known.any() and own > 0 else 1.0
-    return (cost * scale).astype(np.float64)
+    scale: float = predicted[known].sum() / own if known.any() and own > 0 else 1.0
+    return cost * scale
 
 
 def costs_as_stored(layers: pd.DataFrame, double_quant: bool) -> pd.DataFrame:
@@ -302,8 +299,9 @@ def costs_as_stored(layers: pd.DataFrame, double_quant: bool) -> pd.DataFrame:
 
 def predicted_cost(layers: pd.DataFrame, fmt: str) -> Floats:
     """The table's `predicted_<fmt>`, nats a token; zeros for 16bit, NaN where unknown. Shape (rows,)."""
-    unknown = pd.Series(0.0 if fmt == "16bit" else np.nan, layers.index)
-    return np.asarray(layers.get(f"predicted_{fmt}", unknown), dtype=np.float64)
+    if fmt != "16bit" and (column := f"predicted_{fmt}") in layers:
+        return layers[column].to_numpy(float)
+    return np.full(len(layers), 0.0 if fmt == "16bit" else np.nan)
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:
@@ -354,12 +352,12 @@ class Problem:
     numel, all_numel: planned weights and the model's; fixed_data, fixed_header: bytes that are never planned.
     """
 
-    def __init__(  # noqa: PLR0915 - the steps of one join
+    def __init__(
         self,
         layers: pd.DataFrame,
         score: str = "alpha_hill",
         direction: str = "high",
-        formats: Sequence[str] = ("nf4", "16bit"),
+        formats: Formats = HYBRID,
         *,
         double_quant: bool = False,
         group: str | None = None,
@@ -382,7 +380,6 @@ class Problem:
         values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)[planned]
         self.score, self.direction, self.names = score, direction, tuple(rows["name"])
         patterns = {"force_16bit": force_16bit, "forbid_16bit": forbid_16bit}
-        patterns = {name: list(one) if isinstance(one, tuple) else one for name, one in patterns.items()}
         self.double_quant, self.options = double_quant, {"group": group, **patterns, "seed": seed}
 
         # What each layer may become: by the user's formats and patterns, and by its shape.
@@ -404,17 +401,13 @@ class Problem:
         self.member = _members(self.names, group)
         self.count = np.bincount(self.member)
 
-        def summed(table: NDArray) -> NDArray:
-            """Per layer (L, …) -> per item (I, …): sums over each item's layers."""
-            result = np.zeros((len(self.count), *table.shape[1:]), dtype=table.dtype)
-            np.add.at(result, self.member, table)
-            return result
-
         def table(column: Callable[[str], NDArray]) -> NDArray:
-            """(I, F) sums of each format's column; what can't be chosen may be unknown."""
-            return summed(np.where(allowed, np.stack([column(fmt) for fmt in self.formats], axis=1), 0))
+            """(I, F) each format's column, summed over items; what can't be chosen may be unknown."""
+            held = np.where(allowed, np.stack([column(fmt) for fmt in self.formats], axis=1), 0)
+            sums = [np.bincount(self.member, weights=one) for one in held.T]
+            return np.stack(sums, axis=1).astype(held.dtype)
 
-        self.allowed = summed(allowed.astype(int)) == self.count[:, None]
+        self.allowed = table(lambda fmt: np.ones(len(rows), int)) == self.count[:, None]
         housed = self.allowed.any(axis=1)[self.member]
         if not housed.all():
             raise PlanError(
@@ -439,7 +432,7 @@ class Problem:
         self.numel, self.all_numel = int(numel.sum()), int(layers["numel"].sum())
 
         # The order in which items are protected; a group's score is the mean over its weights.
-        self.raw = summed(values * numel) / summed(numel)
+        self.raw = np.bincount(self.member, values * numel) / np.bincount(self.member, numel)
         self.free = self.allowed[:, list(self.tiers)].all(axis=1)
         self.start = np.where(self.allowed, self.payload, np.iinfo(np.int64).max).argmin(axis=1)
         signed = -self.raw if direction == "high" else self.raw
@@ -491,13 +484,14 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 # --- rules -----------------------------------------------------------------------------------------------
-# A rule gives each item's format, as indices (I,), and the sentence that says why.
+# A rule gives each item's format, as indices (I,), the sentence that says why, and what a budget adds to the
+# plan's bytes.
 
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
 EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
-Decision = tuple[Ints, str]
+Decision = tuple[Ints, str, dict[str, int]]
 
 
 def _count(p: Problem, rule: str, value: float) -> Decision:
@@ -516,7 +510,7 @@ def _count(p: Problem, rule: str, value: float) -> Decision:
     said = f"The {protected} of {planned} layers with the {p.end} {p.score} stay in {p.top}{torn}."
     if rule == "claim" and planned < CLAIM_OF:
         said += f" (The claim's {CLAIM_LAYERS} of {CLAIM_OF}, scaled: round({CLAIM_SHARE}·{planned}) = {k}.)"
-    return p.lift(taken), said
+    return p.lift(taken), said, {}
 
 
 def _threshold(p: Problem, rule: str, value: float) -> Decision:
@@ -530,54 +524,61 @@ def _threshold(p: Problem, rule: str, value: float) -> Decision:
         span = f"{p.score} lies between {known.min():.4g} and {known.max():.4g}" if len(known) else ""
         amount = "all of them" if taken.any() else "none"
         said += f" That is {amount}: {span or 'no layer has one'}."
-    return p.lift(taken), said
+    return p.lift(taken), said, {}
 
 
 def _budget(p: Problem, rule: str, value: float) -> Decision:
-    """A byte budget: the least summed cost where costs add up, else the score's order."""
-    size, outside, unit = _measure(p, rule)
+    """A byte budget: the least summed cost where costs add up, else the score's order.
+
+    A file's budget includes its header; bit rates count the tensors, of all weights or the planned ones.
+    """
+    size, outside, unit = {
+        "budget_gb": (p.payload + p.header, p.fixed_data + p.fixed_header, 1e9),
+        "bits_per_weight": (p.payload, p.fixed_data, p.all_numel / 8),
+        "matrix_bits": (p.payload, 0, p.numel / 8),
+    }[rule]
     name = RULES[rule].unit
     largest = p.lift(p.free) if p.cost is None else np.where(p.allowed, size, -1).argmax(axis=1)
     floor = _total(size, p.start)
-    low, high = ((bytes_ + outside) / unit for bytes_ in (floor, _total(size, largest)))
+    low, high = ((planned + outside) / unit for planned in (floor, _total(size, largest)))
     if not low * (1 - TOLERANCE) <= value <= high * (1 + TOLERANCE):
         raise PlanError(
             f"{rule}={value:g} can't be had: as far as shapes, patterns and groups allow, this model takes "
             f"{low:.4f} {name} with every layer in {p.formats[p.tiers[0]]} and {high:.4f} {name} with every "
             f"layer in {p.top}. Choose a value between."
         )
-    limit = floor if value < low else max(_goal(value, unit) - outside, floor)
-    said = f"Within {value:.6g} {name}: "
+    budget = int(np.floor(value * unit + 0.5))
+    limit = floor if value < low else max(budget - outside, floor)
     if p.cost is not None:
         choice, gap = least_cost(p.cost, size.astype(float), float(limit), p.allowed)
-        return choice, f"{said}the least summed {p.score}, {_proof(gap)}."
-    taken = in_order(size[:, p.tiers[1]] - size[:, p.tiers[0]], p.order, limit - floor)
-    said += f"layers with the {p.end} {p.score} first, in {p.top}, skipping those that don't fit."
-    return p.lift(taken), said
+        how = f"the least summed {p.score}, {_proof(gap)}"
+    else:
+        taken = in_order(size[:, p.tiers[1]] - size[:, p.tiers[0]], p.order, limit - floor)
+        choice = p.lift(taken)
+        how = f"layers with the {p.end} {p.score} first, in {p.top}, skipping those that don't fit"
+    miss = budget - _total(size, choice) - outside
+    return choice, f"Within {value:.6g} {name}: {how}.", {"budget": budget, "miss": miss}
 
 
 def _max_kl(p: Problem, rule: str, value: float) -> Decision:
     """The smallest plan whose predicted KL is at most the value."""
-    if not np.isfinite(p.predicted).all():
-        raise PlanError(
-            "rule='max_kl' needs predicted KL for every layer and format, which layers.csv lacks. "
-            "Run notebook 01_analyze with a sensitivity, and with these formats."
-        )
     saved = p.predicted[p.order, p.tiers[0]] - p.predicted[p.order, p.tiers[1]]
-    left = _total(p.predicted, p.start) - np.concatenate([[0.0], np.cumsum(saved)])  # with the first k lifted
+    left = _total(p.predicted, p.start) - np.cumsum(np.append(0.0, saved))  # with the first k items lifted
     if p.cost is not None:
         left = np.where(p.allowed, p.predicted, np.inf).min(axis=1).sum(keepdims=True)
-    if value < left.min():
+    if not value >= left.min():
         raise PlanError(
             f"max_kl={value:g} can't be had: the best plan of these formats is predicted at {left.min():.4g} "
-            "nats a token. Allow a higher KL, or add a format with more bits."
+            "nats a token. Allow more, add a format with more bits, or, where that is nan, run notebook "
+            "01_analyze with a sensitivity and with these formats."
         )
-    said = f"The smallest plan with a predicted KL of at most {value:g} nats a token"
     if p.cost is not None:  # the limit is on what is predicted, whichever additive score was named
         choice, gap = least_cost(p.payload.astype(float), p.predicted, value, p.allowed)
-        return choice, f"{said}, {_proof(gap)}."
-    first = p.order[: (left <= value).argmax()]
-    return p.lift(np.isin(np.arange(len(p.raw)), first)), f"{said}, by {p.score}: the {p.end} first."
+        how = _proof(gap)
+    else:
+        choice = p.lift(np.isin(np.arange(len(p.raw)), p.order[: (left <= value).argmax()]))
+        how = f"by {p.score}: the {p.end} first"
+    return choice, f"The smallest plan with a predicted KL of at most {value:g} nats a token, {how}.", {}
 
 
 @dataclass(frozen=True)
@@ -621,22 +622,6 @@ def _spends(rule: str, score: str, direction: str) -> bool:
     """Whether a rule spends a budget on costs that add up: on as many formats as there are."""
     budget = rule == "max_kl" or bool(RULES[rule].unit)
     return budget and score_row(score).additive and direction == "high"
-
-
-def _measure(p: Problem, rule: str) -> tuple[Ints, int, float]:
-    """How a budget counts: bytes (I, F) of each choice, bytes that are not planned, bytes in its unit.
-
-    A file's budget includes its header; bit rates count the tensors, of all weights or the planned ones.
-    """
-    if rule == "budget_gb":
-        return p.payload + p.header, p.fixed_data + p.fixed_header, 1e9
-    if rule == "matrix_bits":
-        return p.payload, 0, p.numel / 8
-    return p.payload, p.fixed_data, p.all_numel / 8
-
-
-def _goal(value: float, unit: float) -> int:
-    return int(np.floor(value * unit + 0.5))
 
 
 def in_order(extra: Ints, order: Ints, budget: int) -> Mask:
@@ -713,7 +698,7 @@ def least_cost(  # noqa: PLR0915 - the steps of one search
     choice, _ = pick(low)
     if spent(choice) <= limit:
         return choice, 0.0
-    while spent(pick(high)[0]) > limit:
+    while spent(pick(high)[0]) > limit and high < 1e200:
         high *= 4.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -839,29 +824,25 @@ def make_plan(
         planned = int(layers["quantizable"].sum())
         number = float(CLAIM_LAYERS if planned >= CLAIM_OF else round(CLAIM_SHARE * planned))
 
-    def decided(p: Problem) -> tuple[Ints, str, dict[str, str]]:
+    def decided(p: Problem) -> tuple[dict[str, str], Decision]:
         if p.tiers[1] - p.tiers[0] > 1 and not _spends(rule, p.score, p.direction):
             raise PlanError(  # an order tells which layers, not which of several formats
                 f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
                 f"not {', '.join(p.formats)}. Name two, or use score='fisher', direction='high' and a budget."
             )
-        choice, sentence = RULES[rule].choose(p, rule, number)
-        held = np.array(p.formats)[choice[p.member]].tolist()
-        return choice, sentence, dict(zip(p.names, held, strict=True))
+        decision = RULES[rule].choose(p, rule, number)
+        held = np.array(p.formats)[decision[0][p.member]].tolist()
+        return dict(zip(p.names, held, strict=True)), decision
 
     p = Problem(layers, **wishes)
     layers = costs_as_stored(layers, p.double_quant)
-    (choice, sentence, assigned), double_quant = decided(p), p.double_quant
-    weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant)
-    if RULES[rule].unit:
-        size, outside, unit = _measure(p, rule)
-        goal = _goal(number, unit)
-        weight |= {"budget": goal, "miss": goal - _total(size, choice) - outside}
+    (assigned, (choice, sentence, more)), double_quant = decided(p), p.double_quant
+    weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant) | more
     bits_per_weight, matrix_bits = bit_rates(layers, assigned, double_quant)
     kl = predicted_kl(layers, assigned)
     said = [sentence, *_remarks(p, choice, weight, writer)]
     if p.options["group"] and kl is not None:
-        *_, alone = decided(Problem(layers, **wishes | {"group": None}))
+        alone, _ = decided(Problem(layers, **wishes | {"group": None}))
         bits, cost = bit_rates(layers, alone, double_quant)[1], predicted_kl(layers, alone)
         said.append(
             f"Layers that engines merge share a format: predicted KL {kl:.4g} at {matrix_bits:.3f} matrix "
@@ -1143,7 +1124,9 @@ def decide(
                 n for n in others if "16bit" not in n or {*_patterns(asked[n])} - {*_patterns(held.get(n))}
             ]
             if others:
-                given = ", ".join(f"{name}={asked[name]!r}" for name in others)
+                given = ", ".join(
+                    f"{n}={asked[n]!r}" for n, default in DEFAULTS.items() if asked[n] != default
+                )
                 raise PlanError(
                     f"this run holds a plan saved from the explorer, and {given} asks for another. Run "
                     "notebook 02_visualize with force=True to replace it, or leave these at their defaults."
