@@ -376,7 +376,7 @@ def test_a_run_without_random_controls(tmp_path):
 def test_a_batch_of_a_tiny_model_with_mixed_formats_end_to_end(tiny, tmp_path, capsys):
     """int4, int8 and 16-bit in one file: planned by Fisher, merged layers together, judged from the file."""
     small = {"sensitivity_windows": 2, "sensitivity_length": 32, "texts": "pydoc", "windows": 4, "length": 32}
-    small |= {"backend": "compressed-tensors", "random_seeds": 1}
+    small |= {"backend": "compressed-tensors", "random_seeds": 1, "sensitivity": "random"}
     grid = {"models": [str(tiny("llama"))], "scores": ["fisher"], "budgets": [{"matrix_bits": 6.5}]}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**grid, "parameters": small}))
     call = ["batch", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--workers", "2"]
