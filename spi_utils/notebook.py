@@ -189,7 +189,8 @@ def problem_of(name: str, value: Any, row: Parameter) -> str:
     for other in (*(typed if len(typed) == 1 else ()), typed):
         if typed and _fault(other, row) is None:
             return f"{said} Write {name}={other!r}."
-    return said + next(filter(None, (suggest(x, row.choices) for x in values if x not in row.choices)), "")
+    strangers = (one for one in map(str, values) if one not in row.choices)
+    return said + next(filter(None, (suggest(one, row.choices) for one in strangers)), "")
 
 
 def _fault(value: Any, row: Parameter) -> str | None:
@@ -253,7 +254,7 @@ def check_settings(given: Mapping[str, Any], *names: str) -> None:
         ParameterError: with what is nearest; a parameter of another stage alone would be without effect.
     """
     known = {name: parameters_of(name) for name in names}
-    _check_names(given, {key for held in known.values() for key in held}, ", ".join(names))
+    _check_names(given, dict.fromkeys(key for held in known.values() for key in held), ", ".join(names))
     for name, held in known.items():
         check_values({key: given.get(key, default) for key, default in held.items()}, name)
 

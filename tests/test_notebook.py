@@ -41,6 +41,7 @@ WRONG = [
     *((name, wrong, "a whole number") for name in COUNTS for wrong in ("abc", 2.5, -1, True, [8])),
     *((name, "nf4", "a list") for name in LISTS),
     ("preset", "smal", "Did you mean 'small'?"),
+    ("preset", {"a": 1}, "one of 'claim'"),
     ("windows", "8", "Write windows=8."),
     ("windows", [8], "Write windows=8."),
     ("length", 1, "from 2, or 0"),
