@@ -263,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             body, more = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         except Refusal as refusal:
             answer, status = refusal, refusal.status
-            body = json.dumps({"error": refusal.message, "url": self.hub.address}).encode()
+            body = json.dumps({"error": refusal.message, "url": f"{self.hub.address}/{OWNER}/name"}).encode()
             more = {**refusal.headers, "X-Error-Message": refusal.message}
         if answer is None:
             self.close_connection = True
@@ -288,6 +288,7 @@ def running_hub(token: str, monkeypatch: pytest.MonkeyPatch, home: str) -> Itera
     hub = Hub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that was killed
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from spi_utils import notebook as book
 from spi_utils import publish as publishing
@@ -39,7 +40,8 @@ def run(original, tmp_path):
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch):
-    """No token of the machine's user in any test of this file."""
+    """No token of the machine's user, and no connection, in any test of this file."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(tokens, "_login", lambda: None)
     monkeypatch.setattr(tokens, "_hidden", [])
@@ -183,10 +185,9 @@ def add(name, data=b"weights of another kind"):
 
 
 def swap_format(run):
-    name = "model.layers.0.self_attn.q_proj"
-    edit(
-        run.plan_json, lambda plan: (plan["formats"].update({name: "16bit"}), plan["protected"].append(name))
-    )
+    formats = json.loads(run.plan_json.read_text())["formats"] | {"model.layers.0.self_attn.q_proj": "16bit"}
+    kept = [name for name, fmt in formats.items() if fmt == "16bit"]
+    edit(run.plan_json, lambda plan: plan.update(formats=formats, protected=kept))
 
 
 def of_plan(**changes):

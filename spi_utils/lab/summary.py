@@ -7,41 +7,45 @@ damage is compared as logarithms, paired by seed, so that exp(mean) is a ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr, t
 
-from spi_utils.lab.correlations import (
-    DAMAGES,
-    across_training,
-    correlations,
-    damage,
-    over_seeds,
-    t_estimate,
-)
-from spi_utils.lab.experiment import Result, last, layer_mean
+from spi_utils.errors import EvaluationError
+from spi_utils.lab.experiment import FORMATS, STATISTICS, Result, layer_mean
 from spi_utils.lab.network import MATRICES
 from spi_utils.stats import Estimate, holm_family
 
 COMPACTNESS = "nuclear_rank_90_rel"  # the preprint's: the share of singular values that hold 90 % of Σσ
-MIN_SEEDS = 3  # below, an interval's own error is too large for a verdict
+DAMAGES = (*FORMATS, "noise")
+Arms = dict[str, dict[int, Result]]  # arm -> seed -> run, of the runs that reached the last level
 
 
-def by_arm(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    """{arm: {seed: run}} of the runs that reached the last level, arms in the order of the results."""
-    found: dict[str, dict[int, Result]] = {}
-    for result in results:
-        runs = found.setdefault(result["arm"]["name"], {})
-        if result["reached"]:
-            runs[result["seed"]] = result
-    return found
+def t_estimate(values: Iterable[float]) -> Estimate:
+    """Mean, standard error, 95 % Student interval and p of "the mean is 0" over seeds; unbounded below two.
+
+    Raises:
+        EvaluationError: no value, or one that isn't finite.
+    """
+    x = np.array(list(values), dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise EvaluationError(f"{len(x)} seeds, all finite: expected at least one; got {x.tolist()}.")
+    mean, count = float(x.mean()), len(x)
+    if count < 2:
+        return Estimate(mean, math.inf, -math.inf, math.inf, 1.0, count)
+    se = float(x.std(ddof=1) / math.sqrt(count))
+    half = float(t.ppf(0.975, count - 1)) * se
+    p = float(2 * t.sf(abs(mean) / se, count - 1)) if se else float(mean == 0)
+    return Estimate(mean, se, mean - half, mean + half, p, count)
 
 
-def compactness(result: Result) -> float:
-    """Mean over the matrices of the share of singular values that hold 90 % of Σσ; low is compact."""
-    return layer_mean(last(result), COMPACTNESS)
+def over_seeds(values: Iterable[Sequence[float | None]]) -> dict[str, Any] | None:
+    """Estimate over seeds of each seed's mean; None without a value, and seeds without one are left out."""
+    means = [float(np.mean(held)) for row in values if (held := [v for v in row if v is not None])]
+    return t_estimate(means).as_dict() if means else None
 
 
 def log_ratio(
@@ -49,68 +53,121 @@ def log_ratio(
 ) -> Estimate | None:
     """Estimate of ln(value/base's value) over the seeds that both have; None without any."""
     shared = sorted(set(runs) & set(base))
-    if not shared:
+    found = [math.log(value(runs[seed]) / value(base[seed])) for seed in shared]
+    return t_estimate(found) if found else None
+
+
+def damage(result: Result, kind: str, key: str = "kl") -> float:
+    """KL or Δloss of a run at the last level by format, or by noise ("noise"); nats a character."""
+    one = result["final"]["noise"] if kind == "noise" else result["levels"][-1]["damage"][kind]
+    return float(one[key])
+
+
+def last_mean(result: Result, statistic: str = COMPACTNESS) -> float:
+    """Mean of a statistic over a run's matrices at the last level; of the compactness low is compact."""
+    return layer_mean(result["levels"][-1], statistic)
+
+
+# --- what goes along with damage -------------------------------------------------------------------------
+
+
+def rank_correlation(x: Sequence[float | None], y: Sequence[float]) -> float | None:
+    """Spearman's ρ over the pairs that have both; None below four or without spread."""
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and math.isfinite(a)]
+    if len(pairs) < 4 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
-    return t_estimate(math.log(value(runs[seed]) / value(base[seed])) for seed in shared)
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
-def arm_table(results: Sequence[Result], base: str = "standard") -> list[dict[str, Any]]:
-    """A row an arm: training, spectra, damage, and all of it against the arm `base` (with Holm's p)."""
-    arms = by_arm(results)
-    adjusted = {kind: _against(arms, base, kind) for kind in DAMAGES}
+def across_models(runs: Sequence[Result], statistic: str, kind: str) -> float | None:
+    """ρ over the arms of one seed at the last level: mean statistic against damage."""
+    return rank_correlation([last_mean(one, statistic) for one in runs], [damage(one, kind) for one in runs])
+
+
+def across_training(run: Result, statistic: str, kind: str) -> float | None:
+    """ρ over the levels of one run: mean statistic against damage; the untrained network left out."""
+    levels = [level for level in run["levels"] if level["level"] is not None]
+    costs = [level["damage"][kind]["kl"] for level in levels]
+    return rank_correlation([layer_mean(level, statistic) for level in levels], costs)
+
+
+def within_model(run: Result, statistic: str, kind: str, *, same_type: bool = False) -> float | None:
+    """ρ over the matrices of one run at the last level: statistic against the KL a weight of that matrix
+    alone.
+
+    With `same_type` both are taken relative to the mean of the matrix' type (q, k, …) first.
+    """
+    costs, weights, layers = (
+        run["final"]["layers"][kind],
+        run["final"]["weights"],
+        run["levels"][-1]["layers"],
+    )
+    names = [name for name in costs if layers[name][statistic] is not None]
+    x = [layers[name][statistic] for name in names]
+    y = [math.log(max(costs[name], 1e-12) / weights[name]) for name in names]
+    if same_type:
+        types = np.array([name.split(".", 1)[1] for name in names])
+        x, y = (
+            [v - np.mean(np.array(of)[types == g]) for v, g in zip(of, types, strict=True)] for of in (x, y)
+        )
+    return rank_correlation(x, y)
+
+
+def correlations(arms: Arms, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{view: {statistic: {format: Spearman's ρ with the damage, over seeds}}}, four views."""
+    by_seed = [[runs[seed] for runs in arms.values() if seed in runs] for seed in seeds]
+    views: dict[str, Callable[[list[Result], str, str], list[float | None]]] = {
+        "across models": lambda runs, key, kind: [across_models(runs, key, kind)],
+        "across training": lambda runs, *at: [across_training(one, *at) for one in runs],
+        "within a model": lambda runs, *at: [within_model(one, *at) for one in runs],
+        "within a type": lambda runs, *at: [within_model(one, *at, same_type=True) for one in runs],
+    }
+    return {
+        view: {
+            key: {
+                kind: over_seeds(find(runs, key, kind) for runs in by_seed if runs)
+                for kind in ("nf4", "int3")
+            }
+            for key in (*STATISTICS, "nf4_error")
+        }
+        for view, find in views.items()
+    }
+
+
+# --- the arms --------------------------------------------------------------------------------------------
+
+
+def arm_table(results: Sequence[Result], arms: Arms) -> list[dict[str, Any]]:
+    """A row an arm: training, spectra, damage, and all of it against the standard arm (with Holm's p)."""
+    base = arms["standard"]
+    adjusted: dict[str, dict[str, Estimate]] = {}
+    for kind in DAMAGES:  # Holm's family is the arms
+        found = {name: log_ratio(runs, base, partial(damage, kind=kind)) for name, runs in arms.items()}
+        adjusted[kind] = holm_family({k: one for k, one in found.items() if one and k != "standard"})
     rows = []
-    for name, runs in arms.items():
-        arm = next(one["arm"] for one in results if one["arm"]["name"] == name)
-        tried = sum(one["arm"]["name"] == name for one in results)
-        row: dict[str, Any] = {key: arm[key] for key in ("name", "label", "kind")}
-        row |= {"runs": tried, "reached": len(runs)}
-        if runs:
-            row |= _arm_numbers(list(runs.values()))
-            found = log_ratio(runs, arms[base], compactness)
-            row["compactness_ratio"] = found.as_dict() if found and name != base else None
-            row["damage_ratio"] = {k: found[name].as_dict() for k, found in adjusted.items() if name in found}
+    for name, held in arms.items():
+        tried = [one["arm"] for one in results if one["arm"]["name"] == name]
+        row: dict[str, Any] = {key: tried[0][key] for key in ("name", "label", "kind")}
+        row |= {"runs": len(tried), "reached": len(held)}
+        if runs := list(held.values()):
+            for key in ("step", "loss", "judge_loss"):
+                row[key] = float(np.mean([one["levels"][-1][key] for one in runs]))
+            for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error"):
+                row[key] = t_estimate(last_mean(one, key) for one in runs).as_dict()
+            for key in ("kl", "dloss"):
+                row[key] = {k: t_estimate(damage(one, k, key) for one in runs).as_dict() for k in DAMAGES}
+            ratio = log_ratio(held, base, last_mean)
+            row["compactness_ratio"] = ratio.as_dict() if ratio and name != "standard" else None
+            row["damage_ratio"] = {k: one[name].as_dict() for k, one in adjusted.items() if name in one}
             row["points"] = [
-                {"seed": seed, COMPACTNESS: compactness(one), "kl": {k: damage(one, k) for k in DAMAGES}}
-                for seed, one in runs.items()
+                {"seed": seed, COMPACTNESS: last_mean(one), "kl": {k: damage(one, k) for k in DAMAGES}}
+                for seed, one in held.items()
             ]
         rows.append(row)
     return rows
 
 
-def _against(arms: Mapping[str, Mapping[int, Result]], base: str, kind: str) -> dict[str, Estimate]:
-    """ln(arm / base) of one damage for every other arm; Holm's family is the arms."""
-    found = {
-        name: log_ratio(runs, arms[base], partial(damage, kind=kind))
-        for name, runs in arms.items()
-        if name != base
-    }
-    return holm_family({name: one for name, one in found.items() if one is not None})
-
-
-def _arm_numbers(runs: Sequence[Result]) -> dict[str, Any]:
-    return {
-        "step": float(np.mean([last(one)["step"] for one in runs])),
-        "loss": float(np.mean([last(one)["loss"] for one in runs])),
-        "judge_loss": float(np.mean([last(one)["judge_loss"] for one in runs])),
-        **{
-            key: t_estimate(layer_mean(last(one), key) for one in runs).as_dict()
-            for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error")
-        },
-        "kl": {kind: t_estimate(damage(one, kind) for one in runs).as_dict() for kind in DAMAGES},
-        "dloss": {kind: t_estimate(damage(one, kind, "dloss") for one in runs).as_dict() for kind in DAMAGES},
-    }
-
-
-def alpha_through_training(results: Sequence[Result], kind: str = "nf4") -> dict[str, dict[str, Any] | None]:
-    """For each arm: ρ between α (Hill) and damage over the levels of a run, over seeds."""
-    found = {}
-    for name, runs in by_arm(results).items():
-        one = over_seeds({seed: [across_training(run, "alpha_hill", kind)] for seed, run in runs.items()})
-        found[name] = one.as_dict() if one else None
-    return found
-
-
-def plan_table(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+def plan_table(arms: Arms, seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
     """ln of ratios of KL: a threshold's plan to random plans, and the two ends of α; by arm and over all."""
 
     def ratio(run: Result, key: str, base: str) -> float:
@@ -118,33 +175,25 @@ def plan_table(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
         return math.log(max(plans[key], 1e-9) / max(plans[base], 1e-9))
 
     pairs = [("high", "low"), *((key, "random") for key in ("high", "low", "flat", "compact"))]
-    arms = by_arm(results)
-    groups = {name: {seed: [run] for seed, run in runs.items()} for name, runs in arms.items() if runs}
-    seeds = sorted({seed for runs in arms.values() for seed in runs})
-    groups["all arms"] = {seed: [runs[seed] for runs in arms.values() if seed in runs] for seed in seeds}
+    groups = {name: [[run] for run in runs.values()] for name, runs in arms.items() if runs}
+    groups["all arms"] = [[runs[seed] for runs in arms.values() if seed in runs] for seed in seeds]
     return {
-        name: {
-            f"{key}/{base}": found.as_dict() if found else None
-            for key, base in pairs
-            for found in [
-                over_seeds({s: [ratio(run, key, base) for run in runs] for s, runs in held.items()})
-            ]
-        }
+        name: {f"{a}/{b}": over_seeds([ratio(run, a, b) for run in runs] for runs in held) for a, b in pairs}
         for name, held in groups.items()
     }
 
 
-def layer_costs(results: Sequence[Result], kind: str = "nf4") -> list[dict[str, Any]]:
+def layer_costs(arms: Arms, kind: str = "nf4") -> list[dict[str, Any]]:
     """For each arm: mean KL of one matrix of each type alone in `kind`, the sum of all, all at once."""
     rows = []
-    for name, runs in by_arm(results).items():
-        alone = [one["final"]["layers"][kind] for one in runs.values()]
-        if not alone:
+    for name, runs in arms.items():
+        if not runs:
             continue
+        alone = [one["final"]["layers"][kind] for one in runs.values()]
         row: dict[str, Any] = {"arm": name}
         for title in MATRICES:
             row[title] = float(
-                np.mean([v for one in alone for k, v in one.items() if k.endswith("." + title)])
+                np.mean([v for one in alone for k, v in one.items() if k.endswith(f".{title}")])
             )
         row["sum of all matrices alone"] = float(np.mean([sum(one.values()) for one in alone]))
         row["all at once"] = float(np.mean([damage(one, kind) for one in runs.values()]))
@@ -152,84 +201,79 @@ def layer_costs(results: Sequence[Result], kind: str = "nf4") -> list[dict[str, 
     return rows
 
 
-def through_training(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each arm, level and matrix type: mean α, effective rank, compactness; the arm's damage."""
-    rows = []
-    for name, runs in by_arm(results).items():
-        for i, level in enumerate(next(iter(runs.values()))["levels"] if runs else []):
-            levels = [run["levels"][i] for run in runs.values()]
+def through_training(arms: Arms) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """How the spectra change: for each arm and level.
+
+    Returns:
+        A row for each arm, level and matrix type: mean α, effective rank, compactness; the arm's damage. And
+        {arm: levels, each with σ_k/σ_1 as a mean over matrices and seeds, and the compactness}.
+    """
+    rows: list[dict[str, Any]] = []
+    shapes: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for name, runs in arms.items():
+        for levels in zip(*(run["levels"] for run in runs.values()), strict=True):
             for kind in MATRICES:
-                row: dict[str, Any] = {"arm": name, "level": level["level"], "type": kind}
+                row: dict[str, Any] = {"arm": name, "level": levels[0]["level"], "type": kind}
+                layers = [v for one in levels for k, v in one["layers"].items() if k.endswith(f".{kind}")]
                 for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS):
-                    row[key] = _type_mean(levels, kind, key)
+                    held = [layer[key] for layer in layers if layer[key] is not None]
+                    row[key] = float(f"{np.mean(held):.4g}") if held else None
                 row["kl_nf4"] = float(f"{np.mean([one['damage']['nf4']['kl'] for one in levels]):.4g}")
                 rows.append(row)
-    return rows
+            mean = float(np.mean([layer_mean(one, COMPACTNESS) for one in levels]))
+            sigma = np.mean([one["shape"] for one in levels], axis=0)
+            shapes[name].append({"level": levels[0]["level"], "sigma": sigma, COMPACTNESS: mean})
+    return rows, shapes
 
 
-def _type_mean(levels: Sequence[Result], kind: str, key: str) -> float | None:
-    found = [
-        row[key] for level in levels for name, row in level["layers"].items() if name.endswith("." + kind)
-    ]
-    held = [value for value in found if value is not None]
-    return float(f"{np.mean(held):.4g}") if held else None
-
-
-def shapes(results: Sequence[Result], points: int = 24) -> dict[str, Any]:
-    """Mean over matrices and seeds of σ_k/σ_1 at `points` ranks k, for every arm and level; for a figure."""
-    size = len(results[0]["levels"][0]["shape"])
-    ranks = np.unique(np.linspace(0, size - 1, points).round().astype(int))
-    found: dict[str, Any] = {"size": size, "ranks": [int(k) + 1 for k in ranks], "arms": {}}
-    for name, runs in by_arm(results).items():
-        found["arms"][name] = [
-            {
-                "level": levels[0]["level"],
-                "sigma": [
-                    float(f"{x:.4g}") for x in np.mean([one["shape"] for one in levels], axis=0)[ranks]
-                ],
-                COMPACTNESS: float(np.mean([layer_mean(one, COMPACTNESS) for one in levels])),
-            }
-            for levels in zip(*(run["levels"] for run in runs.values()), strict=True)
-        ]
-    return found
-
-
-def matched(results: Sequence[Result], reference: str) -> dict[str, dict[str, Any]]:
+def matched(arms: Arms, reference: str, controls: Iterable[str]) -> dict[str, dict[str, Any]]:
     """ln(reference arm / control) of compactness and of each damage, paired by seed, for every control."""
-    arms = by_arm(results)
-    controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control"}
+    values: dict[str, Callable[[Result], float]] = {"compactness": last_mean}
+    values |= {kind: partial(damage, kind=kind) for kind in DAMAGES}
     found: dict[str, dict[str, Any]] = {}
-    for name in sorted(controls & {name for name, runs in arms.items() if runs}):
-        values: dict[str, Callable[[Result], float]] = {
-            "compactness": compactness,
-            **{kind: partial(damage, kind=kind) for kind in DAMAGES},
-        }
+    for name in sorted(controls):
         ratios = {key: log_ratio(arms[reference], arms[name], value) for key, value in values.items()}
         found[name] = {key: one.as_dict() if one else None for key, one in ratios.items()}
     return found
 
 
-def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[str, Any]:
+def summarize(results: Sequence[Result], reference: str, points: int = 24, **notes: Any) -> dict[str, Any]:
     """Everything that tables, figures and verdicts are made of, JSON-able.
 
     Args:
         results: runs of `run_all`, the arm "standard" among them.
         reference: the arm that the controls were tuned to.
+        points: ranks k at which the spectra's shapes are kept, for the figure.
         notes: what else shall stand in it, first.
     """
+    arms: Arms = {}
+    for one in results:
+        runs = arms.setdefault(one["arm"]["name"], {})
+        if one["reached"]:
+            runs[one["seed"]] = one
+    seeds = sorted({seed for runs in arms.values() for seed in runs})
+    controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control" and one["reached"]}
+    rows, shapes = through_training(arms)
+    size = len(results[0]["levels"][0]["shape"])
+    ranks = np.unique(np.linspace(0, size - 1, points).round().astype(int))
+    for level in (level for levels in shapes.values() for level in levels):
+        level["sigma"] = [float(f"{x:.4g}") for x in level["sigma"][ranks]]
     found = {
         "schema": 1,
         **notes,
         "reference": reference,
         "seeds": sorted({result["seed"] for result in results}),
-        "arms": arm_table(results),
-        "matched": matched(results, reference),
-        "correlations": correlations(results),
-        "alpha_through_training": alpha_through_training(results),
-        "plans": plan_table(results),
-        "layer_costs": layer_costs(results),
-        "through_training": through_training(results),
-        "shapes": shapes(results),
+        "arms": arm_table(results, arms),
+        "matched": matched(arms, reference, controls),
+        "correlations": correlations(arms, seeds),
+        "alpha_through_training": {
+            name: over_seeds([across_training(run, "alpha_hill", "nf4")] for run in runs.values())
+            for name, runs in arms.items()
+        },
+        "plans": plan_table(arms, seeds),
+        "layer_costs": layer_costs(arms),
+        "through_training": rows,
+        "shapes": {"size": size, "ranks": [int(k) + 1 for k in ranks], "arms": shapes},
     }
     return _short(found)
 
