@@ -202,19 +202,6 @@ def trace_norm_penalty(weights: Iterable[Tensor], coefficient: float, *, method:
     return coefficient * torch.stack(norms).sum()
 
 
-def factored_trace_norm(left: Tensor, right: Tensor) -> Tensor:
-    """½(‖A‖_F² + ‖B‖_F²) ≥ ‖A B‖_*, equal for balanced factors (Srebro 2005): the variational form.
-
-    For a layer that is trained as its factors A (rows, r) and B (r, cols): nothing has to be decomposed.
-
-    Raises:
-        AnalysisError: not two matrices that can be multiplied.
-    """
-    if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
-        raise AnalysisError(f"Shapes {tuple(left.shape)} and {tuple(right.shape)} have no product A B.")
-    return 0.5 * (left.square().sum() + right.square().sum())
-
-
 class _TraceNorm(torch.autograd.Function):
     """The norm and its gradient together; the gradient is kept for backward."""
 

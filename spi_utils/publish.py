@@ -147,12 +147,11 @@ def publish(
     if repo_id is not None and (problem := repository_problem(repo_id)):
         raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`; {problem}.")
     run = run if isinstance(run, Run) else runs.existing_run(run)
-    info = run_info(run)
+    info, token = run_info(run), None if dry_run else hub_token()
     base = info["model"]
     licence, languages = read_base(base, info.get("location"), allow_license, ask=not dry_run)
     inputs = {"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": asdict(licence)}
     with runs.stage(run, "publish", inputs, ["publish"], force=True) as current:
-        token = None if dry_run else hub_token()
         plan, evaluation = ProtectionPlan.read(run.plan_json), Evaluation.read(run.evaluation_json)
         name = repo_id or default_name(plan, base["id"])
         if "/" not in name:

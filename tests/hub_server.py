@@ -84,8 +84,6 @@ class Hub:
         self.on_request: Callable[[Request], None] = lambda request: None  # called before each answer
         self.stall_at: str | None = None  # an object's sha256: its PUT is read in part, then waits
         self.stalled, self.released = threading.Event(), threading.Event()
-        self.part_size: int | None = None  # bytes a part: objects are sent in parts
-        self.parts: dict[str, dict[int, bytes]] = {}
         repo = r"(?P<repo>[\w.-]+/[\w.-]+)"
         self.routes: dict[str, Callable[..., Any]] = {
             r"GET /api/whoami-v2": self.whoami,
@@ -96,9 +94,7 @@ class Hub:
             rf"POST /api/models/{repo}/commit/[^/]+": self.commit,
             rf"GET /api/models/{repo}(/revision/[^/]+)?": self.info,
             rf"POST /{repo}\.git/info/lfs/objects/batch": self.batch,
-            r"PUT /lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?": self.put,
-            r"POST /lfs/(?P<oid>[0-9a-f]{64})/complete": self.complete,
-            rf"POST /{repo}/lfs-verify": lambda request, repo: {},
+            r"PUT /lfs/(?P<oid>[0-9a-f]{64})": self.put,
             rf"(HEAD|GET) /{repo}/resolve/[^/]+/(?P<file>.+)": self.resolve,
         }
 
@@ -121,10 +117,8 @@ class Hub:
         return self.route(request, asked)
 
     def route(self, request: Request, asked: str) -> Any:
-        found, act = next(
-            ((found, act) for pattern, act in self.routes.items() if (found := re.fullmatch(pattern, asked))),
-            (None, None),
-        )
+        tried = ((re.fullmatch(pattern, asked), act) for pattern, act in self.routes.items())
+        found, act = next(((found, act) for found, act in tried if found), (None, None))
         if found is None:
             raise Refusal(404, f"no such endpoint {asked}")
         open_to_all = request.path.startswith(("/api/validate-yaml", "/lfs/"))
@@ -159,8 +153,8 @@ class Hub:
         if folder and not found:
             raise Refusal(404, "Entry not found", **{"X-Error-Code": "EntryNotFound"})
         return [
-            {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
-            for path, data in found.items()
+            {"type": "file", "path": name, "size": len(data), "oid": git_oid(data)}
+            for name, data in found.items()
         ]
 
     def info(self, request: Request, repo: str) -> Any:
@@ -179,34 +173,15 @@ class Hub:
     def batch(self, request: Request, repo: str) -> Any:
         objects = []
         for asked in json.loads(request.body)["objects"]:
-            url, upload = f"{self.address}/lfs/{asked['oid']}", {}
-            if asked["oid"] not in self.objects:
-                upload = {"href": url}
-                if self.part_size is not None:
-                    count = -(-asked["size"] // self.part_size)
-                    parts = {f"{part:05d}": f"{url}/{part}" for part in range(1, count + 1)}
-                    upload = {
-                        "href": f"{url}/complete",
-                        "header": {"chunk_size": str(self.part_size), **parts},
-                    }
-            verify = {"href": f"{self.address}/{repo}/lfs-verify"}
-            actions = {"actions": {"upload": upload, "verify": verify}} if upload else {}
-            objects.append({"oid": asked["oid"], "size": asked["size"], **actions})
-        return {"transfer": "multipart" if self.part_size else "basic", "objects": objects}
+            upload = {"actions": {"upload": {"href": f"{self.address}/lfs/{asked['oid']}"}}}
+            known = {"oid": asked["oid"], "size": asked["size"]}
+            objects.append(known if asked["oid"] in self.objects else known | upload)
+        return {"transfer": "basic", "objects": objects}
 
-    def put(self, request: Request, oid: str, part: str | None = None) -> Any:
-        if part is None:
-            return self.store(oid, request.body)
-        self.parts.setdefault(oid, {})[int(part)] = request.body
-        return b"", {"ETag": f'"{part}"'}
-
-    def complete(self, request: Request, oid: str) -> Any:
-        return self.store(oid, b"".join(data for _, data in sorted(self.parts.pop(oid).items())))
-
-    def store(self, oid: str, data: bytes) -> Any:
-        if sha256(data) != oid:
+    def put(self, request: Request, oid: str) -> Any:
+        if sha256(request.body) != oid:
             raise Refusal(400, "content does not match its oid")
-        self.objects[oid] = data
+        self.objects[oid] = request.body
         return {}
 
     def commit(self, request: Request, repo: str) -> Any:
@@ -263,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
             body, more = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         except Refusal as refusal:
             answer, status = refusal, refusal.status
-            body = json.dumps({"error": refusal.message, "url": self.hub.address}).encode()
+            body = json.dumps({"error": refusal.message, "url": f"{self.hub.address}/{OWNER}/name"}).encode()
             more = {**refusal.headers, "X-Error-Message": refusal.message}
         if answer is None:
             self.close_connection = True
@@ -288,6 +263,7 @@ def running_hub(token: str, monkeypatch: pytest.MonkeyPatch, home: str) -> Itera
     hub = Hub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that was killed
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

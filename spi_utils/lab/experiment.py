@@ -1,4 +1,4 @@
-"""The trained experiment: one arm and seed -> its numbers; many of them, resumable; and the controls' tuning.
+"""The trained experiment: one arm and seed -> its numbers; many of them, resumable.
 
 What low precision costs a network: perturb its matrices, score held-out characters, put them back. Damage is
 KL(16-bit ‖ perturbed) and Δloss in nats a character, both on the judge windows. The number formats share
@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spi_utils.errors import AnalysisError
 from spi_utils.formats import dequantize, quantize
-from spi_utils.lab.arms import Arm, control_arm, low_rank_arm
+from spi_utils.lab.arms import Arm
 from spi_utils.lab.network import Network, Shape, load_corpus, matrices, token_losses
 from spi_utils.lab.training import Recipe, train
 from spi_utils.progress import progress, spread
@@ -39,9 +38,6 @@ STATISTICS = (
     *("alpha_hill", "alpha_pl", "alpha_decay", "alpha_excess", "effective_rank_rel"),
     *("nuclear_rank_90_rel", "stable_rank", "log_frobenius_norm", "log_spectral_norm"),
 )
-TUNING_SEED = 1000  # no seed of the experiment
-# Of the controls: penalties' coefficients, and ranks.
-FROBENIUS_GRID, SPECTRAL_GRID, RANK_GRID = (3e-4, 6e-4, 1e-3), (1e-2, 3e-2, 1e-1), (20, 28, 36)
 
 Result = dict[str, Any]
 
@@ -215,45 +211,3 @@ def run_all(
 
 def _run_and_keep(arm: Arm, seed: int, setting: Setting, path: Path) -> None:
     write_json(path, run_arm(arm, seed, setting))
-
-
-def layer_mean(level: Result, statistic: str) -> float:
-    """Mean of a statistic over the matrices that have it."""
-    values = [row[statistic] for row in level["layers"].values() if row[statistic] is not None]
-    return float(np.mean(values)) if values else math.nan
-
-
-def tune_controls(
-    reference: Arm, setting: Setting, folder: Path, *, workers: int | None = None
-) -> tuple[list[Arm], list[dict[str, Any]]]:
-    """The control arms that match `reference` on a seed of their own, and the table they were chosen from.
-
-    Spectral and Frobenius penalties: the coefficient that reaches the last level in the number of steps
-    nearest to the reference's, so that their loss is equal after equal training. Low rank: the rank whose
-    effective rank at the last level is nearest (both as ratios).
-
-    Raises:
-        AnalysisError: none of a control's arms reaches the last level.
-    """
-    grids = (
-        ("step", [control_arm("frobenius", c) for c in FROBENIUS_GRID]),
-        ("step", [control_arm("spectral", c) for c in SPECTRAL_GRID]),
-        ("effective_rank_rel", [low_rank_arm(rank) for rank in RANK_GRID]),
-    )
-    arms = [reference, *(arm for _, grid in grids for arm in grid)]
-    table = []
-    for run in run_all(arms, [TUNING_SEED], setting, folder, workers=workers):
-        level = run["levels"][-1]
-        row = {"arm": run["arm"]["label"], "reached": run["reached"], "step": level["step"]}
-        table.append(row | {"effective_rank_rel": layer_mean(level, "effective_rank_rel")})
-    chosen, target = [], table[0]
-    for key, grid in grids:
-        rows = table[1 + arms[1:].index(grid[0]) :][: len(grid)]
-        gaps = [abs(math.log(row[key] / target[key])) if row["reached"] else math.inf for row in rows]
-        if math.isinf(min(gaps)):
-            raise AnalysisError(
-                f"No {grid[0].name} control reached loss {setting.recipe.levels[-1]} in "
-                f"{setting.recipe.limit} steps; raise the limit or the last level."
-            )
-        chosen.append(grid[int(np.argmin(gaps))])
-    return chosen, table
