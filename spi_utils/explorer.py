@@ -18,7 +18,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from spi_utils.formats import gigabytes
 from spi_utils.plan import Floats, ProtectionPlan, predicted_kl, price, score_row
 
 STEPS = 500  # of a slider
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10}  # of a panel
 # What is said of a choice. A part is said where all its numbers are known; the page says the same parts.
 SAYS = {
     "line": (
@@ -106,9 +107,8 @@ class ExplorerState:
         self.layers, self.run, self.spectra, self.lower = layers, run, dict(spectra or {}), lower
         self.rest = f"{int(plan.nominal_bits(lower))}-bit"
         self.planned = layers[layers["quantizable"]].reset_index(drop=True)
-        self.scores = {
-            name: plan.SCORES[name].title for name in plan.available_scores(layers, (lower, "16bit"))
-        }
+        known = plan.available_scores(layers, (lower, "16bit"))
+        self.scores = {name: plan.SCORES[name].title for name in known}
         names, failed = self.planned["name"], self.planned["status"] == "failed"
         # A plan that an explorer saved names its failed layers; they are found anew in each table.
         own = {name: f"^{re.escape(name)}$" for name in names[failed]}
@@ -123,10 +123,9 @@ class ExplorerState:
         self.options["force_16bit"] = told["force_16bit"] + [own[name] for name in self.held] or None
         self.options["forbid_16bit"] = told["forbid_16bit"] or None
         if self.held:
-            more = f" and {len(self.held) - 3} more" if len(self.held) > 3 else ""
+            some = ", ".join(self.held[:3]) + (", …" if len(self.held) > 3 else "")
             self.notes[0] = (
-                f"{len(self.held)} layer(s) stay in 16-bit because the analysis failed there: "
-                f"{', '.join(self.held[:3])}{more}; no threshold chooses among those."
+                f"{len(self.held)} layer(s) stay in 16-bit because the analysis failed there ({some})."
             )
         if asked := ", ".join(f"{key} {', '.join(given)}" for key, given in told.items() if given):
             self.notes.append(f"Held at every threshold, and saved with the plan: {asked}.")
@@ -134,11 +133,11 @@ class ExplorerState:
         self.field = Field.of(layers, **self.options)
         self.grid = LayerGrid(layers)
         self.landmarks = self._landmarks()
-        self._choosers: dict[tuple[str, str], Chooser] = {}
-        self._pictures: dict[tuple[str, str], Picture] = {}
+        # (score, direction) -> the layers sorted by it, with the consequences of every cut.
+        self.chooser_of = cache(partial(Chooser, layers, **self.options))
         self._use(score, direction, round(share * len(names)))
         if threshold is not None:
-            self.set_threshold(threshold)
+            self._at(threshold)
 
     @classmethod
     def open(cls, run_dir: str | Path | runs.Run, **options: Any) -> ExplorerState:
@@ -148,23 +147,17 @@ class ExplorerState:
             RunError, PlanError: no analysis there, or damaged files; says which notebook to run.
         """
         run = run_dir if isinstance(run_dir, runs.Run) else runs.existing_run(run_dir)
-        files: dict[str, Any] = {
-            "layers": runs.read_layers(run),
-            "run": run,
-            "spectra": runs.read_spectra(run),
-        }
+        layers, spectra = runs.read_layers(run), runs.read_spectra(run)
         if not run.plan_json.exists():
-            return cls(**files, **options)
+            return cls(layers, run=run, spectra=spectra, **options)
         kept = ProtectionPlan.read(run.plan_json, model=runs.run_info(run)["model"])
         lower, *dropped = sorted({*kept.formats.values()} - {"16bit"}, key=plan.nominal_bits) or ["nf4"]
         start = {"lower": lower, "double_quant": kept.double_quant, **kept.options}
-        start |= {"share": kept.count("16bit") / len(kept.formats)} | options
-        known = kept.score in plan.available_scores(files["layers"], (start["lower"], "16bit"))
-        if as_planned := known and not {"score", "direction", "share"} & set(options):
-            start |= {"score": kept.score, "direction": kept.direction}
-        state = cls(**files, **start)
-        if as_planned and kept.rule == "threshold" and "threshold" not in options:
-            state._at(float(kept.value or 0))
+        start |= {"score": kept.score, "direction": kept.direction}
+        start["share"] = kept.count("16bit") / len(kept.formats)
+        if kept.rule == "threshold" and not {"score", "direction", "share"} & set(options):
+            start["threshold"] = kept.value
+        state = cls(layers, run=run, spectra=spectra, **start | options)
         if dropped:
             here = f"here layers are {state.lower} or 16-bit"
             state.notes.append(f"Not kept from the run's plan: {', '.join(dropped)}; {here}.")
@@ -183,12 +176,6 @@ class ExplorerState:
             if one := variants.get("nf4_nearest"):
                 found.append(("NF4, nearest (measured)", int(one["bytes"]), float(one["kl_mean"])))
         return found
-
-    def chooser_of(self, score: str, direction: str) -> Chooser:
-        """The layers sorted by a score, with the consequences of every cut; made once."""
-        if (score, direction) not in self._choosers:
-            self._choosers[score, direction] = Chooser(self.layers, score, direction, **self.options)
-        return self._choosers[score, direction]
 
     def amount(self, count: float) -> str:
         """Bytes with three digits in the model's unit, whatever the choice: "64.0 MB"."""
@@ -232,6 +219,7 @@ class ExplorerState:
         """Set the score, with the threshold that protects the most layers up to `count`."""
         self.chooser = self.chooser_of(score, direction)
         self.score, self.direction = score, direction
+        self._picture: Picture | None = None  # drawn when asked for
         self.unit = figures.size_unit(self.chooser.full_bytes)
         self.thresholds, cut = thresholds_of(self.chooser), self.chooser.cut
         self.sizes = np.linspace(self.chooser.file_bytes[0], self.chooser.file_bytes[len(cut)], STEPS + 1)
@@ -248,7 +236,7 @@ class ExplorerState:
 
         The slider asks for the present choice, the page for every choice. What is unknown is left out.
         """
-        choice, kl = chooser.at_count(count), chooser.at_count(count).predicted_kl
+        choice = chooser.at_count(count)
         facts: dict[str, Any] = {
             "layers": choice.layers,
             "planned": len(self.planned),
@@ -260,7 +248,7 @@ class ExplorerState:
         same = chooser.order[: len(chooser.cut)][chooser.cut == chooser.cut[count - 1]] if count else []
         if len(same) > 1:
             facts["ties"] = int(chooser.problem.count[same].sum())
-        if kl is None or self.field is None:
+        if (kl := choice.predicted_kl) is None or self.field is None:
             return facts | {"unknown": "No sensitivity in this run: the cost of a choice is not predicted."}
         kl = 0.0 if abs(kl) < 1e-12 * abs(chooser.kl[0]) else kl  # what a running sum leaves of nothing
         s = self.field.standing(choice.total_bytes, kl)
@@ -275,10 +263,8 @@ class ExplorerState:
 
     def picture(self) -> bytes:
         """The choice as a PNG: histogram with threshold, frontier, depth × type map."""
-        key = (self.score, self.direction)
-        if key not in self._pictures:
-            self._pictures = {key: Picture(self)}
-        return self._pictures[key].png(self)
+        self._picture = self._picture or Picture(self)
+        return self._picture.png(self)
 
     def spectrum(self, name: str) -> bytes:
         """One planned layer's spectrum and fit as a PNG."""
@@ -288,15 +274,8 @@ class ExplorerState:
 
     def plan(self) -> ProtectionPlan:
         """The present choice as a plan, by plan.py's own rule."""
-        made = plan.make_plan(
-            self.layers,
-            score=self.score,
-            direction=self.direction,
-            rule="threshold",
-            value=self.threshold,
-            origin="slider",
-            **self.options,
-        )
+        rule = {"rule": "threshold", "value": self.threshold, "origin": "slider", **self.options}
+        made = plan.make_plan(self.layers, score=self.score, direction=self.direction, **rule)
         made = replace(made, reason=f"{made.reason} {self.notes[0]}".strip())
         if self.run is None:
             return made
@@ -356,7 +335,7 @@ class Picture:
         self.line = left.axvline(self.edges[0], color=figures.BLACK, lw=2)
         lost = np.isnan(self.values).sum()
         side = f"score {'≥' if state.direction == 'high' else '≤'} threshold"
-        _title(left, f"Kept in 16-bit: {side}{f' ({lost} without a value)' if lost else ''}")
+        left.set_title(f"Kept in 16-bit: {side}{f' ({lost} without a value)' if lost else ''}", **TITLE)
         left.set(xlabel=figures.score_label(state.score), ylabel="layers", xscale=scale_of(self.values))
         left.set_ylim(0, max(counts.max(), 1) * 1.15)
         left.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -367,7 +346,7 @@ class Picture:
             _draw_frontier(axes, state)
         below = bottom.subplots()
         cells = state.grid.draw(below, self.colours[np.zeros(len(self.values), int)])
-        _title(below, "What is kept in 16-bit, a cell a layer")
+        below.set_title("What is kept in 16-bit, a cell a layer", **TITLE)
         below.plot([], [], "s", ms=8, color=kept, label="16-bit")
         below.plot([], [], "s", ms=8, color=low, label=FORMAT_LABELS[state.lower])
         if state.grid.hollow:
@@ -387,17 +366,13 @@ class Picture:
         self.line.set_xdata([state.threshold, state.threshold])
         if choice.predicted_kl is not None:
             self.point.set_data([choice.total_bytes / state.unit[0]], [choice.predicted_kl])
-        self.map.set_data(state.grid.colours(self.colours[chosen.astype(int)]))
+        self.map.set_array(state.grid.colours(self.colours[chosen.astype(int)]))
         self.canvas.restore_region(self.background)
         for artist in self.moving:
             artist.draw(self.canvas.get_renderer())
         file = io.BytesIO()
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())).save(file, "png", compress_level=1)
         return file.getvalue()
-
-
-def _title(axes: Any, words: str) -> None:
-    axes.set_title(words, loc="left", fontsize=10)
 
 
 def _draw_frontier(axes: Any, state: ExplorerState) -> None:
@@ -415,7 +390,7 @@ def _draw_frontier(axes: Any, state: ExplorerState) -> None:
     axes.set(xlabel=f"model size ({name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.legend(loc="upper right", fontsize=8)
-    _title(axes, "What a gigabyte buys")
+    axes.set_title("What a gigabyte buys", **TITLE)
 
 
 # --- the sliders in a notebook ----------------------------------------------------------------------------
@@ -448,22 +423,16 @@ class Explorer:
 
         self.state, self._busy, unit = state, False, state.unit[0]
         wide = widgets.Layout(flex="1 1 260px", width="auto", min_width="180px")
-        number, picture = widgets.Layout(width="120px"), widgets.Layout(width="100%", max_width="1000px")
+        picture = widgets.Layout(width="100%", max_width="1000px", overflow="hidden")
         titles = [(title, name) for name, title in state.scores.items()]
         self.score = widgets.Dropdown(options=titles, value=state.score, layout=wide)
-        self.direction = widgets.ToggleButtons(
-            options=[("high end", "high"), ("low end", "low")],
-            value=state.direction,
-            style={"button_width": "84px"},
-            tooltips=["protect the layers where the score is high", "protect the layers where it is low"],
-        )
+        ends, narrow = [("high end", "high"), ("low end", "low")], {"button_width": "84px"}
+        self.direction = widgets.ToggleButtons(options=ends, value=state.direction, style=narrow)
         # Sliders count steps: a number that the browser rounded and sent back would move the choice.
-        self.threshold, self.size = (
-            widgets.IntSlider(max=STEPS, readout=False, layout=wide) for _ in range(2)
-        )
-        self.number, self.size_number = (
-            widgets.Text(continuous_update=False, layout=number) for _ in range(2)
-        )
+        slider = {"max": STEPS, "readout": False, "layout": wide}
+        self.threshold, self.size = widgets.IntSlider(**slider), widgets.IntSlider(**slider)
+        typed = {"continuous_update": False, "layout": widgets.Layout(width="120px")}
+        self.number, self.size_number = widgets.Text(**typed), widgets.Text(**typed)
         self.line, self.message, self.saved = (widgets.HTML() for _ in range(3))
         self.picture, self.spectrum = (widgets.Image(format="png", layout=picture) for _ in range(2))
         names = list(state.planned["name"])
@@ -483,9 +452,7 @@ class Explorer:
             row("Layer", self.layer),
             self.spectrum,
         ]
-        self.box = widgets.VBox(
-            rows, layout=widgets.Layout(width="100%", max_width="1000px", overflow="hidden")
-        )
+        self.box = widgets.VBox(rows, layout=picture)
         self.box.add_class("spi-explorer")
         self._on(self.score, state.set_score)
         self._on(self.direction, lambda value: state.set_score(state.score, value))
@@ -517,12 +484,10 @@ class Explorer:
         """Bring every widget but the slider that a person is moving in line with the state."""
         state, unit, self._busy = self.state, self.state.unit[0], True
         size = state.choice.total_bytes
-        for slider, steps, at in (
-            (self.threshold, state.thresholds, state.threshold),
-            (self.size, state.sizes, size),
-        ):
-            if slider is not moved:
-                slider.value = int(np.abs(steps - at).argmin())
+        if moved is not self.threshold:
+            self.threshold.value = int(np.abs(state.thresholds - state.threshold).argmin())
+        if moved is not self.size:
+            self.size.value = int(np.abs(state.sizes - size).argmin())
         self.number.value = f"{state.threshold:.5g}"
         self.size_number.value = f"{size / unit:.{3 if unit == 1e9 else 2}f}"
         self.score.value, self.direction.value = state.score, state.direction
@@ -612,9 +577,8 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
         low, high = np.quantile(state.field.random, (0.05, 0.95), axis=0)
         curves = {"size": state.field.file_bytes / unit, "low": low, "high": high}
         band = pd.DataFrame(curves | {"optimum": state.field.optimum}).map(_short).to_dict("records")
-    layers = pd.DataFrame(
-        {"name": table["name"], "depth": table["depth"], "fixed": fixed, "tip": _tips(state)}
-    )
+    held = {"name": table["name"], "depth": table["depth"], "fixed": fixed, "tip": _tips(state)}
+    layers = pd.DataFrame(held, dtype=object)
     layers["label"] = [shorten(str(kind), 24) for kind in table["type"]]
     spectra = (_spectrum(state, row) for _, row in table.iterrows())
     return {
@@ -702,9 +666,8 @@ def _tips(state: ExplorerState) -> list[dict[str, str]]:
     name = low.upper() if low == "nf4" else low
     titles = {"alpha_hill": figures.short_label("alpha_hill"), "alpha_pl": "α (Clauset)"}
     titles |= {f"{kind}_{low}": f"{kind} KL in {name}" for kind in ("predicted", "measured")}
-    full, few = (
-        plan.payload_bytes(table, fmt, bool(state.options.get("double_quant"))) for fmt in ("16bit", low)
-    )
+    double = bool(state.options.get("double_quant"))
+    full, few = (plan.payload_bytes(table, fmt, double) for fmt in ("16bit", low))
     tips = []
     for (_, row), whole, small in zip(table.iterrows(), full, few, strict=True):
         told = {title: f"{row[column]:.3g}" for column, title in titles.items() if pd.notna(row.get(column))}

@@ -18,10 +18,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import linregress
 
@@ -30,7 +28,7 @@ from spi_utils.claims import SURVIVAL, Evaluation, is_random
 from spi_utils.curves import frontier
 from spi_utils.errors import RunError
 from spi_utils.formats import FORMATS, gigabytes
-from spi_utils.plan import Floats, ProtectionPlan, nominal_bits, price, score_row, score_values
+from spi_utils.plan import Floats, ProtectionPlan, nominal_bits, predicted_kl, price, score_row, score_values
 
 Spectra = Mapping[str, Floats]  # name -> singular values, descending
 
@@ -65,15 +63,19 @@ def new_figure(width: float = 9.0, height: float = 4.6) -> Figure:
 
 def headline(figure: Figure, finding: str, detail: str = "") -> None:
     """Title a figure with what it shows, and one smaller line on how to read it."""
-    columns = int(figure.get_figwidth() * 10.2)
     # A Greek letter stays as it is; an ordinary sentence begins with a capital.
     sentence = finding if finding.startswith("α") else finding[:1].upper() + finding[1:]
     look: dict[str, Any] = {"x": 0.01, "ha": "left", "linespacing": 1.35}
-    figure.suptitle(textwrap.fill(with_minus(sentence), columns), fontsize=12, fontweight="bold", **look)
+    columns = figure.get_figwidth() * 10.2
+    figure.suptitle(_even(sentence, columns), fontsize=12, fontweight="bold", **look)
     if detail:
-        figure.supxlabel(
-            textwrap.fill(with_minus(detail), int(columns * 1.5)), fontsize=9, color=GREY, **look
-        )
+        figure.supxlabel(_even(detail, 1.5 * columns), fontsize=9, color=GREY, **look)
+
+
+def _even(text: str, columns: float) -> str:
+    """Text in as few lines of at most `columns` characters as it needs, of nearly equal length."""
+    lines = -(-len(text) // int(columns))
+    return textwrap.fill(with_minus(text), int(min(columns, len(text) / lines + 8)))
 
 
 def with_minus(text: str) -> str:
@@ -81,15 +83,16 @@ def with_minus(text: str) -> str:
     return NEGATIVE.sub("−", text)
 
 
-def finished(figure: Figure, finding: str, detail: str = "", **look: Any) -> Figure:
-    """Complete a figure: one legend beside the panels, in which a label stands once, and the `headline`."""
+def finished(axes: Any, finding: str, detail: str = "", **look: Any) -> Figure:
+    """Complete the figure of `axes`: a legend beside its panels with each label once, and the `headline`."""
+    figure = axes.figure
     labelled: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
+    for panel in figure.axes:
+        handles, labels = panel.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
     if labelled:
-        held: dict[str, Any] = {"loc": "outside right center", "ncols": -(-len(labelled) // 20)} | look
-        figure.legend(list(labelled.values()), list(labelled), **held)
+        look = {"loc": "outside right center", "ncols": -(-len(labelled) // 20)} | look
+        figure.legend(list(labelled.values()), list(labelled), **look)
     headline(figure, finding, detail)
     return figure
 
@@ -118,8 +121,6 @@ LABELS = {
     "alpha_decay": ("rank decay a", "rank-decay exponent a"),
     "nf4_error": ("NF4 error", "relative NF4 error ‖Q(W)−W‖/‖W‖"),
     "fisher": ("Fisher", "predicted KL avoided (nats a token per GB)"),
-    "refined": ("refined", "refined KL avoided (nats a token per GB)"),
-    "measured": ("measured", "measured KL avoided (nats a token per GB)"),
 }
 
 
@@ -130,7 +131,10 @@ def short_label(score: str) -> str:
 
 def score_label(score: str) -> str:
     """How a score is written on an axis, with its unit where it has one."""
-    return LABELS.get(score, ("", ""))[1] or score_row(score).title
+    generic = (
+        f"{score} KL avoided (nats a token per GB)" if score_row(score).additive else score_row(score).title
+    )
+    return LABELS.get(score, ("", ""))[1] or generic
 
 
 def score_symbol(score: str) -> str:
@@ -185,11 +189,9 @@ def rank_correlation(x: Any, y: Any) -> float:
 def histogram_edges(values: Floats, bins: int = 40) -> Floats:
     """Bin edges (bins+1,) over the finite values (L,); a narrow range around a single value."""
     finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        pad = max(abs(low) * 0.05, 1e-12)
-        low, high = low - pad, high + pad
-    return (np.geomspace if scale_of(values) == "log" else np.linspace)(low, high, bins + 1)
+    if scale_of(values) == "log":
+        return np.geomspace(finite.min(), finite.max(), bins + 1)
+    return np.histogram_bin_edges(finite, bins)
 
 
 def type_styles(types: pd.Series) -> dict[str, dict[str, Any]]:
@@ -211,7 +213,7 @@ def draw_types(axes: Axes, types: pd.Series, x: Floats, y: Floats, joined: bool 
     for name, style in type_styles(types).items():
         here = (types == name).to_numpy() & np.isfinite(x) & np.isfinite(y)
         line = "-" if joined and len(set(x[here])) == here.sum() <= 150 else ""
-        axes.plot(x[here], y[here], ls=line, lw=0.8, **style, **look)
+        axes.plot(x[here], y[here], ls=line, lw=0.8, **style | look)
 
 
 @styled
@@ -219,22 +221,19 @@ def score_by_depth(layers: pd.DataFrame, score: str = "alpha_hill") -> Figure:
     """A score against depth, a colour and marker for each layer type; failed layers hollow at the bottom."""
     planned, values = scored(layers, score)
     depth, name, lost = planned["depth"].to_numpy(float), score_symbol(score), ~np.isfinite(values)
-    figure = new_figure()
-    axes = figure.subplots()
+    axes = new_figure().subplots()
     draw_types(axes, planned["type"], depth, values, joined=True)
-    look: dict[str, Any] = {"mfc": "white", "mec": BLACK, "ms": 6, "clip_on": False, "zorder": 5}
+    look: dict[str, Any] = {"mfc": "white", "mec": BLACK, "clip_on": False, "gid": "failed"}
     bottom = np.full(lost.sum(), 0.015)
-    axes.plot(depth[lost], bottom, "o", transform=axes.get_xaxis_transform(), gid="failed", **look)
+    axes.plot(depth[lost], bottom, "o", transform=axes.get_xaxis_transform(), **look)
     axes.set(xlabel="depth (block)", ylabel=score_label(score), yscale=scale_of(values))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     share = between_share(values, planned["type"])
     finding = f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
     if np.isnan(share):
         finding = f"{name} has no spread over its {(~lost).sum()} layers"
-    note = (
-        f"Hollow: {lost.sum()} layer(s) without a finite value, set on the bottom edge." if lost.any() else ""
-    )
-    return finished(figure, finding, note)
+    note = f"Hollow, on the bottom edge: {lost.sum()} without a finite value." if lost.any() else ""
+    return finished(axes, finding, note)
 
 
 @styled
@@ -249,8 +248,9 @@ def score_histogram(
     planned, values = scored(layers, score)
     types, name, high, parts = planned["type"], score_symbol(score), direction == "high", []
     noise = score == "alpha_hill" and "alpha_excess" in planned and planned["alpha_excess"].notna().any()
-    figure = new_figure(height=6.2 if noise else 4.0)
-    panels = figure.subplots(2 if noise else 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels = new_figure(height=6.2 if noise else 4.0).subplots(
+        2 if noise else 1, 1, sharex=True, squeeze=False
+    )[:, 0]
     styles = type_styles(types)
     bars = [values[(types == kind).to_numpy() & np.isfinite(values)] for kind in styles]
     look = {key: [style[key] for style in styles.values()] for key in ("color", "label")}
@@ -268,7 +268,7 @@ def score_histogram(
         told = f"its rank correlation with Gaussian noise of the same shapes is ρ = {rho:.2f}"
         parts.append("all layers have one shape, so shape explains nothing here" if np.isnan(rho) else told)
     detail = "Diamonds: mean of Gaussian matrices of that shape, bar ±2 sd." if noise else ""
-    return finished(figure, "; ".join(parts) or f"{name} of {len(values)} layers", detail)
+    return finished(panels[0], "; ".join(parts) or f"{name} of {len(values)} layers", detail)
 
 
 def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
@@ -287,9 +287,8 @@ def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
     jitter = 0.28 * (shape.groupby(shape).cumcount() * 0.618 % 1 - 0.5)
     rows = {name: row for row, name in enumerate(noise.index)}
     draw_types(axes, planned["type"], values, (shape.map(rows) + jitter).to_numpy(float), ms=3.5, zorder=6)
-    for colour, width, cap in (("white", 5.0, 0.0), (BLACK, 1.6, 3.0)):
-        look: dict[str, Any] = {"color": colour, "elinewidth": width, "capsize": cap, "ms": 6, "mfc": "white"}
-        axes.errorbar(noise["mean"], range(len(rows)), xerr=noise["reach"], fmt="D", zorder=5, **look)
+    look: dict[str, Any] = {"color": BLACK, "mfc": "white", "elinewidth": 1.6, "capsize": 3, "ms": 6}
+    axes.errorbar(noise["mean"], range(len(rows)), xerr=noise["reach"], fmt="D", zorder=7, **look)
     axes.set_yticks(range(len(rows)), [f"{name}  ({counts[name]})" for name in rows])
     axes.set(ylabel="shape (layers)", ylim=(-0.6, len(rows) - 0.4))
     return rank_correlation(values, mean)
@@ -315,11 +314,10 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
     types, name, styles = planned["type"], score_symbol(score), type_styles(planned["type"])
     cost = planned[column].where(planned[column] > 0).to_numpy(float)  # the axis is logarithmic
     lost = (~np.isfinite(values) | ~np.isfinite(cost)).sum()
-    figure = new_figure(height=max(4.8, 1.5 + 0.18 * len(styles)))
-    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
-    draw_types(left, types, values, cost, alpha=0.85)
-    left.set(xlabel=score_label(score), ylabel=f"{COST_NAMES[column]} cost in NF4 (nats a token)")
-    left.set_yscale("log" if lost < len(planned) else "linear")
+    left, right = new_figure(height=max(4.8, 1.5 + 0.18 * len(styles))).subplots(1, 2, width_ratios=[1.7, 1])
+    draw_types(left, types, values, cost, alpha=0.85, label="_")  # the bars' names are the legend
+    cost_label = f"{COST_NAMES[column]} cost in NF4 (nats a token)"
+    left.set(xlabel=score_label(score), ylabel=cost_label, yscale="log")
     overall = rank_correlation(values, cost)
     within = {kind: rank_correlation(values[types == kind], cost[types == kind]) for kind in styles}
     labels = [f"{style['label']} ({(types == kind).sum()})" for kind, style in styles.items()]
@@ -339,8 +337,7 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
     if np.isnan(overall):
         finding = f"Too few layers, or no spread: no rank correlation between {name} and cost"
     note = f"{lost} layers without both values are left out. " if lost else ""
-    headline(figure, finding, f"{note}ρ is Spearman's; colours are those of the right panel.")
-    return figure
+    return finished(left, finding, f"{note}ρ is Spearman's; colours are those of the right panel.")
 
 
 # --- single layers' spectra ------------------------------------------------------------------------------
@@ -403,8 +400,8 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
     if not names:
         chosen = pick_layers(sound if sound["quantizable"].sum() >= 3 else layers, "alpha_pl", 3)
     rows = [row for _, row in chosen.iterrows()]
-    figure = new_figure(height=4.6 if len(rows) > 1 else 3.4)
-    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+    panels = new_figure(height=4.6 if len(rows) > 1 else 3.4).subplots(1, len(rows), squeeze=False)[0]
+    for axes, row in zip(panels, rows, strict=True):
         found = density_of(row, spectra.get(row["name"], np.empty(0)))
         axes.set(xlabel="eigenvalue λ = σ²", ylabel="density of eigenvalues" if row is rows[0] else "")
         # Title and numbers stand above the axes, where they cover nothing.
@@ -423,8 +420,7 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
         finding = "Layer {name}  ({rows} × {cols}, {status})".format_map(rows[0])
     note = "" if names else "Of the layers whose fit is sound. "
     reading = "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data."
-    headline(figure, finding, f"{note}{reading} Other figures show Hill's α, of the top tenth.")
-    return figure
+    return finished(panels[0], finding, f"{note}{reading} Other figures show Hill's α, of the top tenth.")
 
 
 @styled
@@ -438,27 +434,24 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
     """
     rows, styles = pick_layers(layers, "alpha_decay", 5), type_styles(layers["type"][layers["quantizable"]])
     # Two layers of one type share its colour, as in every figure, and differ by their line.
-    lines = rows.groupby("type").cumcount()
-    figure, found = new_figure(), []
-    axes = figure.subplots()
-    for line, (_, row) in zip(lines, rows.iterrows(), strict=True):
+    lines: Any = rows.groupby("type").cumcount()
+    axes, found = new_figure().subplots(), []
+    for place, row in rows.iterrows():
         sigma = spectra[row["name"]]
         sigma = sigma[sigma > 0] / sigma[0]
         k, fitted = np.arange(1.0, len(sigma) + 1), slice(1, len(sigma) // 2)
         law = linregress(np.log(k[fitted]), np.log(sigma[fitted]))
-        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[line % 4]}
+        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[lines[place] % 4]}
         label = f"{layer_title(row)}: a = {-law.slope:.2f}, R² {law.rvalue**2:.2f}"
         axes.plot(k, sigma, lw=1.8, label=label, **look)
         axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, **look | {"ls": ":"})
         found.append((f"{-law.slope:.2f} in {layer_title(row)}", law.rvalue**2))
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
     shares = [share for _, share in found]
-    finding = (
-        f"Singular values fall with exponent {found[-1][0]} and {found[0][0]}, the flatter one; a power law "
-        f"explains {min(shares):.0%} to {max(shares):.0%} of the fall"
-    )
+    finding = f"Singular values fall with exponent {found[-1][0]} and {found[0][0]}, the flatter one; "
+    finding += f"a power law explains {min(shares):.0%} to {max(shares):.0%} of the fall"
     reading = "Dotted: slope −a, least squares over k = 2 … M/2. R²: of log σ there, 1 is a power law."
-    return finished(figure, finding, f"{reading} Large a: compact.")
+    return finished(axes, finding, f"{reading} Large a: compact.")
 
 
 # --- a plan as a map -------------------------------------------------------------------------------------
@@ -492,21 +485,18 @@ class LayerGrid:
         return (255 * image + 0.5).astype(np.uint8)
 
     def draw(self, axes: Axes, rgb: Floats) -> list[Any]:
-        """Draw the map on `axes` and return, lowest first, the image and what lies over it."""
-        left, right, bottom = self.depths[0] - 0.5, self.depths[-1] + 0.5, len(self.types) - 0.5
+        """Draw the map on `axes` and return its cells, and the insides of hollow ones."""
         axes.set_yticks(range(len(self.types)), [shorten(name, 24) for name in self.types])
         axes.set_xlabel("depth (block)")
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        extent = (left, right, bottom, -0.5)
-        image = axes.imshow(self.colours(rgb), aspect="auto", extent=extent, interpolation="nearest")
-        boxes = [Rectangle((self.depths[c] - 0.34, r - 0.34), 0.68, 0.68) for r, c in self.hollow]
-        inside = axes.add_collection(PatchCollection(boxes, color="white", zorder=2), autolim=False)
-        between: Any = np.arange(left, right + 1) if len(self.depths) <= 130 else []
-        columns = axes.vlines(between, -0.5, bottom, color="white", lw=0.8, zorder=3)
-        rows = axes.hlines(np.arange(-0.5, len(self.types)), left, right, color="white", lw=1.5, zorder=3)
-        return [image, inside, columns, rows]
+        x, y = np.append(self.depths, self.depths[-1] + 1) - 0.5, np.arange(len(self.types) + 1) - 0.5
+        width = 0.6 if len(self.depths) <= 130 else 0.0  # of the white lines between cells
+        cells = axes.pcolormesh(x, y, self.colours(rgb), edgecolors="white", lw=width)
+        axes.invert_yaxis()
+        rows, columns = zip(*self.hollow, strict=True) if self.hollow else ((), ())
+        return [cells, *axes.plot(self.depths[list(columns)], rows, "s", color="white", ms=7)]
 
 
 @styled
@@ -516,8 +506,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     held = planned["name"].map(plan.formats)
     tiers = sorted(set(held), key=nominal_bits)
     above = held != tiers[0] if len(tiers) > 1 else held == "16bit"
-    figure = new_figure(height=1.7 + 0.32 * len(grid.types))
-    axes = figure.subplots()
+    axes = new_figure(height=1.7 + 0.32 * len(grid.types)).subplots()
     grid.draw(axes, np.array([to_rgb(FORMAT_COLOURS[name]) for name in held]))
     by_type = above.groupby(planned["type"], sort=False).agg(["sum", "size", "mean"])
     beside: Any = ("axes fraction", "data")
@@ -529,17 +518,14 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
         label = f"analysis failed ({(planned['status'] == 'failed').sum()})"
         axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
     share, parts = by_type["mean"], []
-    for words, types in (
-        ("nearly all of", share.index[share >= NEARLY_ALL]),
-        ("none of", share.index[share == 0]),
-    ):
-        few = " and ".join(shorten(name, 20) for name in types[:3])
+    for words, types in (("nearly all of", share[share >= NEARLY_ALL]), ("none of", share[share == 0])):
+        few = " and ".join(shorten(str(name), 20) for name in types.index[:3])
         more = f" and {len(types) - 3} more types" if len(types) > 3 else ""
         parts += [f"{words} {few}{more}"] if 0 < len(types) < len(share) else []
     place = "are above the smallest format" if len({*held} - {"16bit"}) > 1 else "stay in 16-bit"
     finding = f"{above.sum()} of {len(above)} layers {place}{': ' if parts else ''}{', '.join(parts)}"
     size = f"({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"
-    return finished(figure, f"{finding} {size}", loc="outside lower center", ncols=4)
+    return finished(axes, f"{finding} {size}", loc="outside lower center", ncols=4)
 
 
 # --- what a gigabyte buys --------------------------------------------------------------------------------
@@ -547,14 +533,13 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
 # The curves that are named; every other score is a thin grey line, there to be compared with.
 NAMED = {("alpha_hill", "high"): (BLUE, "-"), ("alpha_hill", "low"): (BLUE, "--")}
 NAMED |= {("fisher", "high"): (GREEN, "-"), ("measured", "high"): (PURPLE, "-")}
-EVERYWHERE = {"nf4": ("s", BLACK), "int8": ("D", ORANGE)}  # marker and colour, as in the evaluation's figures
 
 
 @styled
 def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataFrame) -> Figure:
     """Predicted KL against size for every score, with random's band, the optimum, and the plan.
 
-    NF4 and int8 everywhere are marked too, where the layer table predicts their cost.
+    int8 everywhere is marked too, where the layer table predicts its cost; NF4 everywhere begins each curve.
 
     Args:
         plan: one with a predicted KL.
@@ -562,17 +547,19 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
     """
     unit, unit_name = size_unit(curves["bytes"].max())
     kinds: Any = dict(list(curves.assign(size=curves["bytes"] / unit).groupby("kind")))
-    figure = new_figure(height=5.0)
-    axes = figure.subplots()
+    axes = new_figure(height=5.0).subplots()
     looks = {(plan.score, plan.direction): (VERMILLION, "-")} | NAMED
     for key, curve in kinds["score"].groupby(["score", "direction"]):
         colour, line = looks.get(key, ("#DADADA", "-"))
-        look = (
-            {"lw": 2, "label": f"{short_label(key[0])}, {key[1]}"}
-            if key in looks
-            else {"lw": 0.7, "zorder": 1}
+        label = f"{short_label(key[0])}, {key[1]}" if key in looks else "_"
+        axes.plot(
+            curve["size"],
+            curve["predicted_kl"],
+            color=colour,
+            ls=line,
+            lw=2 if key in looks else 0.7,
+            label=label,
         )
-        axes.plot(curve["size"], curve["predicted_kl"], color=colour, ls=line, **look)
     bands = kinds["random"].pivot_table("predicted_kl", "size", "quantile")
     low, high = min(bands), max(bands)
     label = f"random, {100 * (high - low):.0f} %"
@@ -580,12 +567,9 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
     optimum = kinds["optimum"].groupby("size")["predicted_kl"].median()
     axes.plot(optimum, color=BLACK, lw=1.8, ls="--", label="least predicted KL")
     points: list[Any] = [(plan.bytes["total"], plan.predicted_kl, "o", VERMILLION, "the plan")]
-    planned = layers[layers["quantizable"]]
-    for fmt, (marker, colour) in EVERYWHERE.items():
-        if (cost := planned.get(f"predicted_{fmt}")) is not None and np.isfinite(cost).all():
-            size = price(layers, dict.fromkeys(planned["name"], fmt), plan.double_quant)["total"]
-            label = f"NF4 everywhere, {plan.rounding}" if fmt == "nf4" else f"{fmt} everywhere"
-            points.append((size, cost.sum(), marker, colour, label))
+    int8 = dict.fromkeys(layers["name"][layers["quantizable"]], "int8")
+    if (cost := predicted_kl(layers, int8)) is not None:
+        points.append((price(layers, int8)["total"], cost, "D", ORANGE, "int8 everywhere"))
     for size, kl, marker, colour, label in points:
         axes.plot(size / unit, kl, marker, color=colour, ms=9, mec="white", zorder=5, label=label)
     size = plan.bytes["total"]
@@ -596,7 +580,7 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
     )
     axes.set(xlabel=f"model size ({unit_name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     reading = "All KL here are predictions, sums over layers; notebook 04 measures the plan's."
-    return finished(figure, finding, f"{reading} Thin lines: other scores, in both directions.")
+    return finished(axes, finding, f"{reading} Thin lines: other scores, in both directions.")
 
 
 # --- a run's figures -------------------------------------------------------------------------------------
@@ -664,8 +648,7 @@ def show(figures: Mapping[str, Path], name: str) -> Any:
     from IPython.display import Image
 
     if name not in figures:
-        needed = "`sensitivity` and `frontier` need notebook 01_analyze with sensitivity='self'"
-        raise RunError(f"this run has no figure {name!r}, but {', '.join(figures)}; {needed}.")
+        raise RunError(f"this run has no figure {name!r}: run notebook 01_analyze with sensitivity='self'.")
     return Image(filename=str(figures[name]))
 
 
@@ -723,18 +706,16 @@ def _windows(evaluation: Evaluation) -> str:
 def quality_by_bytes(evaluation: Evaluation) -> Figure:
     """Perplexity and KL against the size of the weights, every variant with its 95 % interval."""
     variants, draws = evaluation.variants, [key for key in evaluation.variants if is_random(key)]
-    base, kl = variants["reference"]["perplexity"], {key: one["kl_mean"] for key, one in variants.items()}
-    kl |= dict.fromkeys(draws, np.mean([kl[key] for key in draws or kl]))
+    base = variants["reference"]["perplexity"]
     unit, unit_name = size_unit(variants["reference"]["bytes"])
     reach = JITTER * np.ptp([one["bytes"] / unit for one in variants.values()])
     # Only random draws, which would hide each other, are moved.
     beside = dict(
         zip(draws, np.linspace(-reach, reach, len(draws)) if len(draws) > 1 else [0.0], strict=False)
     )
-    figure = new_figure(10.0, 5.2)
-    left, right = figure.subplots(1, 2, sharex=True)
-    for key in sorted(variants, key=lambda key: -kl[key]):  # so is the legend's order
-        one = variants[key]
+    left, right = new_figure(10.0, 5.2).subplots(1, 2, sharex=True)
+    # The legend's order is that of the KL.
+    for key, one in sorted(variants.items(), key=lambda item: -item[1]["kl_mean"]):
         panels = {left: [base * ratio for ratio in one.get("perplexity_ratio", [1.0, 1.0, 1.0])]}
         if "kl" in one:
             ends = stats.Estimate.from_dict(one["kl"])
@@ -753,7 +734,7 @@ def quality_by_bytes(evaluation: Evaluation) -> Figure:
         "Bars: 95 % intervals over windows (perplexity: of the paired ratio to 16-bit). Random draws stand "
         f"about 1 mm beside their size at most, in order of their seeds. {_windows(evaluation)}"
     )
-    return finished(figure, quality_finding(evaluation), reading)
+    return finished(left, quality_finding(evaluation), reading)
 
 
 BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher than random layers'"}
@@ -762,10 +743,9 @@ BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher th
 def quality_finding(evaluation: Evaluation) -> str:
     """One sentence: is the plan better than random at its bytes, and what would int8 cost?"""
     words = f"The plan's KL is {evaluation.variants['plan']['kl_mean']:.3g} ({WHOSE})"
-    if beside := evaluation.variants["plan"].get("vs_random"):
-        held = stats.Estimate.from_dict(beside["kl"])
-        verdict = BESIDE_RANDOM.get(stats.verdict(held, "lower"), "not separable from random's")
-        random_kl = np.mean([one["kl_mean"] for key, one in evaluation.variants.items() if is_random(key)])
+    if beside := evaluation.selection():
+        verdict = BESIDE_RANDOM.get(stats.verdict(beside, "lower"), "not separable from random's")
+        random_kl = np.mean([one["kl_mean"] for one in evaluation.randoms()])
         words += f", {verdict} ({random_kl:.3g}) at equal bytes"
     if "int8" in evaluation.variants:
         words += f"; int8 everywhere: {evaluation.variants['int8']['kl_mean']:.2g}"
@@ -778,8 +758,7 @@ def window_differences(evaluation: Evaluation) -> Figure:
     variants, windows = evaluation.variants, evaluation.text["windows"]
     reference = np.array(variants["reference"]["window_nll"])
     losses = {key: np.array(variants[key]["window_nll"]) for key in WINDOWED if key in variants}
-    figure = new_figure(10.0, 4.8)
-    axes = figure.subplots()
+    axes = new_figure(10.0, 4.8).subplots()
     for key, loss in losses.items():
         look = drawn_as(key, variants[key]) | {"ms": 5.0, "lw": 1.2}
         look["label"] += with_minus(f": {variants[key]['delta']['mean']:+.4f}")
@@ -794,14 +773,13 @@ def window_differences(evaluation: Evaluation) -> Figure:
     )
     if (flip := effect["flip_after"]) < windows:
         reading += f" Without its {flip} strongest windows the plan's mean would change its sign."
-    return finished(figure, finding, f"{reading} {_windows(evaluation)}", title="mean difference")
+    return finished(axes, finding, f"{reading} {_windows(evaluation)}", title="mean difference")
 
 
 @styled
 def kl_survival(evaluation: Evaluation) -> Figure:
     """Share of tokens whose KL reaches a value, for the ends, the plan and its main controls."""
-    figure, variants = new_figure(10.0, 4.8), evaluation.variants
-    axes = figure.subplots()
+    axes, variants = new_figure(10.0, 4.8).subplots(), evaluation.variants
     for key, one in variants.items():
         if key != "reference":
             # The share 1 stands at the least KL of all tokens, decades below the next: no curve, an outlier.
@@ -815,7 +793,7 @@ def kl_survival(evaluation: Evaluation) -> Figure:
         f"The worst token in a thousand moves by {plan:.2g} nats under the plan, by {nf4:.2g} in pure NF4"
     )
     reading = "A mean hides rare, large changes; this curve doesn't. Further left is better."
-    return finished(figure, f"{finding} ({WHOSE})", f"{reading} {_windows(evaluation)}")
+    return finished(axes, f"{finding} ({WHOSE})", f"{reading} {_windows(evaluation)}")
 
 
 @styled
@@ -828,8 +806,7 @@ def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     pairs = {key: pair for key, pair in pairs.items() if pair[1] > 0}
     if not pairs:
         return None
-    figure = new_figure(10.0, 4.8)
-    axes = figure.subplots()
+    axes = new_figure(10.0, 4.8).subplots()
     for key, pair in pairs.items():
         axes.plot(*pair, **drawn_as(key, variants[key]) | {"ls": "none"})
     ends = [0.7 * min(map(min, pairs.values())), 1.4 * max(map(max, pairs.values()))]
@@ -837,7 +814,7 @@ def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     axes.set(xscale="log", xlim=ends, xlabel="predicted KL, nats a token")
     axes.set(yscale="log", ylim=ends, ylabel="real KL, nats a token")
     reading = "The prediction is a sum over layers, scaled once a format by all layers in that format."
-    return finished(figure, prediction_finding(pairs), f"{reading} {_windows(evaluation)}")
+    return finished(axes, prediction_finding(pairs), f"{reading} {_windows(evaluation)}")
 
 
 def prediction_finding(pairs: Mapping[str, Sequence[float]]) -> str:

@@ -113,32 +113,21 @@ def write_report(run: runs.Run) -> Path:
     stages = {"quantize": {}, "evaluate": {}} | runs.run_info(run)["stages"]
     drawn = figures(run) | {name: run.figures / f"{name}.png" for name in LAYERS}
     files = {name: base64.b64encode(p.read_bytes()).decode() for name, p in drawn.items() if p.exists()}
-    both = f"{runs.NOTEBOOKS['quantize']} and {runs.NOTEBOOKS['evaluate']}"
-    with runs.believing(run.info_json, "record of its stages", both):
-        proven, speed = stages["quantize"].get("proof"), stages["evaluate"].get("speed")
-        proof = f"not proven: run notebook {runs.NOTEBOOKS['quantize']} where transformers can run the file"
-        timing = pieces.timed(speed) if speed else ""
-        said = pieces.answer(proven) if proven else ""
-        if proven:
-            proof = proof_by_use(stages["quantize"])
+    with runs.believing(run.info_json, "record of its stages", "03_quantize, then 04_evaluate"):
+        made, speed = stages["quantize"], stages["evaluate"].get("speed")
         found = stages["evaluate"].get("environment")
-        machine = pieces.machine(found) if found else ""
+        proven = made.get("proof")
+        parts = {
+            "proof": proof_by_use(made) if proven else "not proven: run notebook 03_quantize first",
+            "said": pieces.answer(proven) if proven else "",
+            "timing": pieces.timed(speed) if speed else "",
+            "machine": pieces.machine(found) if found else "",
+        }
     with _believing(run):
-        page = pieces.page(
-            evaluation=evaluation,
-            files=files,
-            headline=claims.headline_of(evaluation),
-            advice=claims.switching_sentence(evaluation),
-            proof=proof,
-            claims=claims.audit(evaluation, speed),
-            beside=other_runs(run),
-            timing=timing,
-            said=said,
-            layers=LAYERS,
-            machine=machine,
-            draws=stats.DRAWS,
-            least=stats.MIN_CLUSTERS,
-        )
+        parts |= {"headline": claims.headline_of(evaluation), "advice": claims.switching_sentence(evaluation)}
+        parts |= {"claims": claims.audit(evaluation, speed), "beside": other_runs(run), "layers": LAYERS}
+        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files}
+        page = pieces.page(evaluation=evaluation, **parts)
     runs.write_text(run.report, page.strip() + "\n")
     return run.report
 
