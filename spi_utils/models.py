@@ -669,23 +669,21 @@ def find_recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
 
     transformers' rules: every renaming that matches, then at most one converter, then the base's prefix.
     """
+    from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
 
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     wanted = model.state_dict()
-
     grouped: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
-    for name in sorted(shapes, key=dot_natural_key):  # layer 2 before layer 10: experts are stacked so
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+    for name in sorted(
+        shapes, key=loading.dot_natural_key
+    ):  # layer 2 before layer 10: experts are stacked so
+        target, pattern = loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, wanted
+        )
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if target in wanted:
