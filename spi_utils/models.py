@@ -361,9 +361,9 @@ def _explain(repo_id: str, revision: str | None, error: Any) -> str:
 
     status, asked = error.response.status_code, server_delay(error.response.headers)
     if isinstance(error, GatedRepoError):
-        said = f"is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
+        said = f"it is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
     elif isinstance(error, RevisionNotFoundError):
-        said = f"has no revision {revision!r}. Leave `revision` empty for the main branch"
+        said = f"it has no revision {revision!r}. Leave `revision` empty for the main branch"
     elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         said = f"the Hub knows no such model, or it is private: check the spelling, or {TOKEN_HELP}"
     elif status == 429:
@@ -371,7 +371,7 @@ def _explain(repo_id: str, revision: str | None, error: Any) -> str:
         said = f"the Hub limits requests from this address (429): {wait}, or {TOKEN_HELP} for its own limits"
     else:
         said = f"the Hub answered {status}. Try again in a few minutes"
-    return f"{repo_id} {said}."
+    return f"{repo_id}: {said}."
 
 
 def is_transport_error(error: BaseException) -> bool:
@@ -669,23 +669,21 @@ def find_recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
 
     transformers' rules: every renaming that matches, then at most one converter, then the base's prefix.
     """
+    from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
 
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     wanted = model.state_dict()
-
     grouped: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
-    for name in sorted(shapes, key=dot_natural_key):  # layer 2 before layer 10: experts are stacked so
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+    for name in sorted(
+        shapes, key=loading.dot_natural_key
+    ):  # layer 2 before layer 10: experts are stacked so
+        target, pattern = loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, wanted
+        )
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if target in wanted:

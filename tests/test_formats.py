@@ -47,12 +47,6 @@ def assert_as_bitsandbytes(weight, double_quant=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 128), (33, 40), (7, 9), (1, 1), (3, 64), (1, 65), (300, 1031)])
-def test_nf4_is_bitsandbytes_bit_for_bit(dtype, shape):
-    assert_as_bitsandbytes(gaussian(*shape, dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_on_every_16_bit_pattern_and_around_every_midpoint(dtype):
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
     every = every[every.isfinite()].float().sort().values  # neighbours share a block: many ratios to absmax
@@ -100,7 +94,7 @@ def test_many_callers_at_once_get_the_same_codes_and_leave_the_threads_alone():
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("out", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (10, 9), (96, 96), (128, 32), (64, 160)])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (7, 9), (1, 1), (1, 65), (128, 32), (300, 1031)])
 def test_dequantized_values_are_bitsandbytes_own(shape, out, double_quant):
     packed, codes, state = assert_as_bitsandbytes(gaussian(*shape, torch.float16), double_quant)
     scales = state.absmax
@@ -214,11 +208,7 @@ def test_relative_error_by_parts_is_that_of_the_whole(fmt):
 def test_relative_errors_have_their_known_sizes():
     weight = gaussian(512, 512)
     assert 0.09 < relative_error(weight, "nf4") < 0.095  # METHOD: about .092 for a Gaussian matrix
-    peak = weight.abs().amax(1, keepdim=True).double()
-    rounding = (peak / 127 / math.sqrt(12)).expand_as(weight).norm() / weight.double().norm()
-    assert relative_error(weight, "int8") == pytest.approx(rounding.item(), rel=0.02)
-    assert relative_error(weight, "16bit") == 0
-    assert relative_error(torch.zeros(3, 5), "nf4") == 0
+    assert relative_error(weight, "16bit") == relative_error(torch.zeros(3, 5), "nf4") == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from threading import Thread
 
 import pytest
@@ -257,41 +258,45 @@ def test_the_bundled_model_equals_transformers_own_dequantization(bundled):
     assert (bundled.directory / "LICENSE").exists()
 
 
-def test_a_damaged_gguf_is_named(tmp_path):
+def test_a_damaged_gguf_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
     path = tmp_path / "half.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\0" * 40)
     with pytest.raises(ModelError, match="not a GGUF model"):
-        models.resolve(str(path), cache_dir=tmp_path)
+        models.resolve(str(path))
     assert [p.name for p in tmp_path.rglob(".converting-*")] == []
 
 
 def test_of_two_conversions_at_once_the_first_stays(monkeypatch, tmp_path):
-    target = tmp_path / "converted"
+    monkeypatch.setattr(models, "CACHE", tmp_path)
 
     def convert(path, work):
         (work / "config.json").write_text("ours")
+        versions = f"{version('transformers')}-{version('gguf')}-{models.CONVERTER}"
+        target = work.parents[1] / f"{'a' * 16}-{versions}"
         target.mkdir()  # another process ends first
         (target / "config.json").write_text("theirs")
 
     monkeypatch.setattr(models, "_convert_into", convert)
-    assert models.convert_gguf(tmp_path / "m.gguf", target) == target
-    assert (target / "config.json").read_text() == "theirs"
-    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+    made = models.convert_gguf(tmp_path / "m.gguf", "a" * 64)
+    assert (made / "config.json").read_text() == "theirs" and list(made.parent.iterdir()) == [made]
+    monkeypatch.setattr(models, "CONVERTER", models.CONVERTER + 1)  # another converter, another folder
+    assert models.convert_gguf(tmp_path / "m.gguf", "a" * 64) != made
 
 
 # --- the Hub, played by a local server -------------------------------------------------------------------
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers each repository name with the status that it carries: owner/status-404, owner/status-429 …"""
+    """Answers each repository name with the status that it carries: owner/status-404; 000 hangs up."""
 
     def do_GET(self):
         status = int(self.path.split("status-")[1][:3])
+        if status == 0:
+            return
         self.send_response(status)
-        if status == 403:
-            self.send_header("X-Error-Code", "GatedRepo")
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+        if status in (403, 404):
+            self.send_header("X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}[status])
         if status == 429:
             self.send_header("Retry-After", "0" if self.server.asked else "1")
             self.server.asked += 1
@@ -304,48 +309,40 @@ class Hub(BaseHTTPRequestHandler):
 
 
 FETCH = """
+import sys
 from spi_utils.errors import ModelError
 from spi_utils.models import download
-import sys
-try:
-    download(sys.argv[1])
-except ModelError as error:
-    print(error)
+for repo in sys.argv[1:]:
+    try:
+        download(repo)
+    except ModelError as error:
+        print(error)
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = 0  # how often it limited the client
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+SAID = {
+    "a/status-404": ["knows no such model"],
+    "a/status-403": ["is gated"],
+    "a/status-503": ["answered 503"],
+    "a/status-000": ["can't be reached"],
+    # a limited address waits as long as the Hub asks, and then says so
+    "a/status-429": ["waiting 1 s, then try 2", "waiting 0 s, then try 3", "asks to wait 0 s more"],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "repo, words",
-    [
-        ("a/status-404", ["knows no such model"]),
-        ("a/status-403", ["is gated"]),
-        ("a/status-503", ["answered 503"]),
-        ("a/status-000", ["can't be reached"]),
-        # a limited address waits as long as the Hub asks, and then says so
-        ("a/status-429", ["waiting 1 s, then try 2", "waiting 0 s, then try 3", "asks to wait 0 s more"]),
-    ],
-)
-def test_hub_errors_say_what_to_do(hub, repo, words, tmp_path):
+def test_hub_errors_say_what_to_do(tmp_path):
     """In a process of its own, from a local server."""
-    endpoint = "http://127.0.0.1:9" if repo.endswith("000") else hub
-    environment = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", FETCH, repo]
-    found = subprocess.run(
-        command, capture_output=True, text=True, env={**environment, "PATH": "/usr/bin"}, check=False
-    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = 0  # how often it limited the client
+    Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path), "PATH": "/usr/bin"}
+    command = [sys.executable, "-c", FETCH, *SAID]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    server.shutdown()
+    words = [word for said in SAID.values() for word in said]
     lines = found.stdout.splitlines()
-    assert len(lines) == len(words), found.stderr[-2000:]
-    assert all(word in line for word, line in zip(words, lines, strict=True))
+    assert len(lines) == len(words), found.stdout + found.stderr[-2000:]
+    assert all(word in line for word, line in zip(words, lines, strict=True)), lines
 
 
 @pytest.mark.parametrize(

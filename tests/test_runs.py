@@ -370,18 +370,10 @@ def test_several_attached_runs_are_listed_with_what_to_type(attached, tiny, monk
         find_run("auto", str(tiny("qwen3_5")), attached=attached)
 
 
-def test_a_lost_figure_or_page_is_missed_by_the_stage(tmp_path):
-    from spi_utils.explorer import write_explorer
-    from spi_utils.figures import draw_all
-    from spi_utils.plan import decide
-    from tests.synthetic import make_run
-
-    run = make_run(tmp_path / "run", count=14)
-    draw_all(run, decide(run, score="alpha_hill", rule="top_k", value=3))
-    write_explorer(run)
-    made = runs.run_info(run)["stages"]["visualize"]
-    for lost in (run.figures / "plan_map.png", run.explorer):
-        assert runs.is_intact(run, made)
-        lost.rename(tmp_path / "away")
-        assert not runs.is_intact(run, made)
-        (tmp_path / "away").rename(lost)
+def test_a_lost_file_of_a_stage_is_missed_one_that_was_added_too(run):
+    make(run)
+    runs.write_text(run.explorer, "<html>")
+    runs.add_outputs(run, "analyze", [run.explorer.name])
+    assert make(run) is True
+    run.explorer.unlink()
+    assert make(run) is False
