@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spi_utils import controls, evaluate, report, runs, speed, texts
-from spi_utils.checkpoint import saved_weights, weight_files
+from spi_utils.checkpoint import read_saved, weight_files
 from spi_utils.claims import QUESTIONS, SURVIVAL, Evaluation, audit, evaluated_beside, generalization
 from spi_utils.errors import CheckpointError, EvaluationError, RunError
 from spi_utils.plan import EQUAL, ProtectionPlan, fused_groups, make_plan
@@ -346,13 +346,11 @@ def test_a_corrupt_piece_is_scored_again(copy_of, capsys):
 
 def test_saved_values_are_bitsandbytes_own(ready):
     run, _ = ready
-    saved = saved_weights(run.model_dir)
     model = AutoModelForCausalLM.from_pretrained(run.model_dir).dequantize()
+    saved = {name: (fmt, value) for name, fmt, value in read_saved(run.model_dir, model)}
     for name, parameter in model.named_parameters():
-        module = name.removesuffix(".weight")
-        value = saved.read(module, None) if module in saved.formats else saved.tensor(name)
-        assert torch.equal(value.float(), parameter.detach().float()), name
-    assert sum(held == "nf4" for held in saved.formats.values()) == 14
+        assert torch.equal(saved[name][1].float(), parameter.detach().float()), name
+    assert sum(fmt == "nf4" for fmt, _ in saved.values()) == 14
 
 
 def spoil(run, change):

@@ -12,7 +12,7 @@ from benchmarks.budget import qwen35_4b
 from spi_utils.budget import KEPT, MACHINES, budget
 from spi_utils.evaluate import evaluate
 from spi_utils.models import chosen_model, resolve_device, resolve_dtype
-from spi_utils.quantize import Saving, _auto_storage, fits_in_memory
+from spi_utils.quantize import Saving, auto_storage, fits_in_memory
 from spi_utils.safe_linear import widen
 from tests.evaluated_run import ready_run
 from tests.test_platforms import GIB, P100, T4, fake_cuda
@@ -111,8 +111,8 @@ def test_the_pass_through_qwen_fits_a_t4_with_the_rounding():
 
 def test_a_checkpoint_made_on_a_t4_is_float16_for_it(t4):
     source = SimpleNamespace(storage_dtype="bfloat16")
-    assert _auto_storage(source, torch.device("cuda:0")) == "float16"
-    assert _auto_storage(source, torch.device("cpu")) == "bfloat16"
+    assert auto_storage(source, torch.device("cuda:0")) == "float16"
+    assert auto_storage(source, torch.device("cpu")) == "bfloat16"
 
 
 def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
         file.truncate(6_000_000_000)  # a hole: no byte is written
     weights = SimpleNamespace(shapes={"a.weight": (60_000, 50_000)})  # 6 GB in 16-bit
     half = torch.float16
-    stock = Saving(None, "bitsandbytes", half, half, half, torch.device("cuda:0"))
+    stock = Saving(None, "bitsandbytes", half, half, half, torch.device("cuda:0"), {})
     assert fits_in_memory(tmp_path, weights, stock)
     # compressed-tensors unpacks at the first forward pass: the packed file and the 16-bit weights at once
     assert not fits_in_memory(tmp_path, weights, replace(stock, backend="compressed-tensors"))
