@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,8 @@ def _bnb_values(fmt: str, parts: Parts) -> torch.Tensor:
     stats = {key.removeprefix("weight."): value for key, value in parts.items()}
     codes = stats.pop("weight")
     state = QuantState.from_dict(stats, device=codes.device)
-    second, nested = state.state2, None
-    if second is not None:
-        nested = (second.absmax, second.code, state.offset)
+    second = state.state2
+    nested = None if second is None else (second.absmax, second.code, state.offset)
     packed = Packed(fmt, tuple(state.shape), state.dtype, codes, state.absmax, nested)
     return dequantize(packed, state.dtype)
 
@@ -108,8 +106,7 @@ def _ct_values(fmt: str, parts: Parts) -> torch.Tensor:
     from compressed_tensors.compressors import PackedQuantizationCompressor
 
     held = {name: tensor.cpu() for name, tensor in parts.items()}
-    values: torch.Tensor = PackedQuantizationCompressor.decompress(held, ct_scheme(fmt, []))["weight"]
-    return values
+    return PackedQuantizationCompressor.decompress(held, ct_scheme(fmt, []))["weight"]
 
 
 def ct_scheme(fmt: str, targets: list[str]) -> Any:
@@ -164,23 +161,12 @@ def ct_formats(quantization: Mapping[str, Any]) -> dict[str, str]:
 # --- the table -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One kind of checkpoint.
-
-    `parts(packed)` are a packed matrix' tensors in the file, codes first; `values(fmt, parts)` is what the
-    backend's own package reads them as, in the dtype that was quantized. `config(model, formats,
-    double_quant, compute)` is the `quantization_config` that makes stock transformers load the checkpoint.
-    """
-
-    parts: Callable[[Packed], dict[str, torch.Tensor]]
-    values: Callable[[str, Parts], torch.Tensor]
-    config: Callable[[Any, Mapping[str, str], bool, torch.dtype], Any]
-
-
-BACKENDS = {
-    "bitsandbytes": Backend(_bnb_parts, _bnb_values, _bnb_config),
-    "compressed-tensors": Backend(_ct_parts, _ct_values, _ct_config),
+# For each kind of checkpoint three functions: `parts(packed)`, a packed matrix' tensors in the file;
+# `values(fmt, parts)`, what the backend's own package reads them as, in the dtype that was quantized; and
+# `config(model, formats, double_quant, compute)`, the `quantization_config` that lets transformers load it.
+BACKENDS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "bitsandbytes": (_bnb_parts, _bnb_values, _bnb_config),
+    "compressed-tensors": (_ct_parts, _ct_values, _ct_config),
 }
 
 
@@ -257,7 +243,7 @@ def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[
                 for part, (path, _, shape) in files.items()
                 if part.startswith(f"{stem}weight")
             }
-            value = BACKENDS[quantization["quant_method"]].values(fmt, parts)
+            value = BACKENDS[quantization["quant_method"]][1](fmt, parts)
             value = value.T.contiguous() if module in conv1d else value
         yield name, fmt, value
 

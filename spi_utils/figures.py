@@ -743,9 +743,10 @@ BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher th
 def quality_finding(evaluation: Evaluation) -> str:
     """One sentence: is the plan better than random at its bytes, and what would int8 cost?"""
     words = f"The plan's KL is {evaluation.variants['plan']['kl_mean']:.3g} ({WHOSE})"
-    if beside := evaluation.selection():
-        verdict = BESIDE_RANDOM.get(stats.verdict(beside, "lower"), "not separable from random's")
-        random_kl = np.mean([one["kl_mean"] for one in evaluation.randoms()])
+    if beside := evaluation.variants["plan"].get("vs_random"):
+        held = stats.Estimate.from_dict(beside["kl"])
+        verdict = BESIDE_RANDOM.get(stats.verdict(held, "lower"), "not separable from random's")
+        random_kl = np.mean([one["kl_mean"] for key, one in evaluation.variants.items() if is_random(key)])
         words += f", {verdict} ({random_kl:.3g}) at equal bytes"
     if "int8" in evaluation.variants:
         words += f"; int8 everywhere: {evaluation.variants['int8']['kl_mean']:.2g}"

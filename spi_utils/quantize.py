@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory as split
 
 from spi_utils import formats, models, runs
 from spi_utils.checkpoint import BACKENDS, conv1d_modules, disk_bytes, read_part, saved_files
@@ -48,6 +48,7 @@ from spi_utils.texts import load_text, make_windows, start_token
 from spi_utils.tokens import without_token
 
 OVERFLOW = ("keep_bf16", "error")
+SHARDS = "model{suffix}.safetensors"
 DTYPES = ("float16", "bfloat16", "float32")
 SPARE_DISK = 50_000_000  # bytes beside the weights: tokenizer, index, directory entries
 WORKING_MEMORY = 1_000_000_000  # bytes beside a shard and the tensor that is being read
@@ -66,9 +67,9 @@ class Saving:
 
     plan: ProtectionPlan
     backend: str
-    asked: torch.dtype
-    storage: torch.dtype
-    compute: torch.dtype
+    asked: str
+    storage: str
+    compute: str
     device: torch.device
     codes: Mapping[tuple[str, str], formats.Packed]
 
@@ -128,8 +129,7 @@ def quantize(
     if plan.rounding == "guided":
         codes = _guided_codes(run, source, plan, place)
         inputs["rounded"] = runs.checkpoint_hash(run.rounded.glob("*.safetensors"))
-    kind = getattr(torch, storage)
-    saving = Saving(plan, backend, kind, kind, getattr(torch, compute), place, codes)
+    saving = Saving(plan, backend, storage, storage, compute, place, codes)
     with runs.stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
@@ -159,20 +159,11 @@ def make_checkpoint(
     """
     wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
     if wide.exists():
-        compute = torch.bfloat16 if saving.compute == saving.storage else saving.compute
-        saving = replace(saving, storage=torch.bfloat16, compute=compute)
+        compute = "bfloat16" if saving.compute == saving.storage else saving.compute
+        saving = replace(saving, storage="bfloat16", compute=compute)
     try:
         with models.open_weights(source) as weights:
-            sizes = planned_bytes(weights, saving)
-            how: dict[str, Any] = {
-                "filename_pattern": "model{suffix}.safetensors",
-                "max_shard_size": max_shard_size,
-            }
-            split = split_state_dict_into_shards_factory(sizes, get_storage_size=int, **how)
-            shards = split.filename_to_tensors
-            needs = [sum(sizes[name] for name in names) for names in shards.values()]
-            _check_resources(folder, needs, max(map(math.prod, weights.shapes.values())))
-            notes = {}
+            shards, notes = plan_shards(folder, weights, saving, max_shard_size), {}
             for name in progress(list(shards), len(shards), "quantize"):
                 note = folder.with_name(f"{name}.json")
                 if not ((folder / name).exists() and note.exists()):
@@ -181,19 +172,14 @@ def make_checkpoint(
             write_companions(folder, source, weights, saving, notes)
             report = prove(folder, source, weights, saving, notes)
     except NotFinite as error:
-        if overflow == "error" or saving.storage != torch.float16:
+        if overflow == "error" or saving.storage != "float16":
             raise
         print(f"quantize: {str(error).partition('. ')[0]}; written again in bfloat16", flush=True)
         shutil.rmtree(folder)
         runs.write_text(wide, "")
         return make_checkpoint(folder, source, saving, max_shard_size, overflow)
     casts = [cast for note in notes.values() for cast in note["casts"]]
-    return report | {"saved_as": _plain(saving.storage), "casts": casts}
-
-
-def _plain(dtype: torch.dtype) -> str:
-    """A dtype's name as configurations write it: "float16"."""
-    return str(dtype).removeprefix("torch.")
+    return report | {"saved_as": saving.storage, "casts": casts}
 
 
 # --- before anything is written --------------------------------------------------------------------------
@@ -270,37 +256,33 @@ def _guided_codes(run: Run, source: ModelSource, plan: ProtectionPlan, place: to
     return codes
 
 
-def _check_resources(folder: Path, shards: Sequence[int], largest: int) -> None:
-    """Estimate disk and memory before the first byte is written, from the bytes of each shard and the number
-    of weights in the largest tensor."""
+# --- the shards ------------------------------------------------------------------------------------------
+
+
+def plan_shards(folder: Path, weights: Weights, saving: Saving, max_shard_size: str) -> dict[str, list[str]]:
+    """The names of the model's tensors for each file. Disk and memory are judged before the first byte is
+    written."""
+    sizes, double = {}, saving.plan.double_quant
+    for name, shape in weights.shapes.items():
+        sizes[name] = math.prod(shape) * (4 if name in weights.keep else 2)
+        if (fmt := saving.fmt(name)) != "16bit":
+            sizes[name] = formats.layer_bytes(fmt, *shape, double_quant=double, dtype=saving.storage)
+    shards = split(sizes, get_storage_size=int, filename_pattern=SHARDS, max_shard_size=max_shard_size)
+    names = shards.filename_to_tensors
     folder.mkdir(parents=True, exist_ok=True)
-    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    disk = sum(sizes.values()) - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # In memory: a shard (older versions of safetensors copy it to write it), the tensor as read, of 32 bits
     # at most, and scratch arrays of bounded size.
-    memory = 2 * max(shards) + 4 * largest + WORKING_MEMORY
-    disk = sum(shards) + SPARE_DISK - held
+    memory = 2 * max(sum(sizes[name] for name in part) for part in names.values())
+    memory += 4 * max(map(math.prod, weights.shapes.values())) + WORKING_MEMORY
     free = {"disk": shutil.disk_usage(folder).free, "memory": psutil.virtual_memory().available}
-    for what, need in (("disk", disk), ("memory", memory)):
+    for what, need in (("disk", disk + SPARE_DISK), ("memory", memory)):
         if free[what] < need:
             raise CheckpointError(
                 f"{folder}: {need / 1e9:.2f} GB of {what} are needed, {free[what] / 1e9:.2f} GB are free. "
                 "Free some, or choose another `run_dir` (disk) or a smaller max_shard_size (memory)."
             )
-
-
-# --- the shards ------------------------------------------------------------------------------------------
-
-
-def planned_bytes(weights: Weights, saving: Saving) -> dict[str, int]:
-    """The bytes that each of the model's tensors will take in the files."""
-    double, dtype = saving.plan.double_quant, _plain(saving.storage)
-    sizes = {}
-    for name, shape in weights.shapes.items():
-        if (fmt := saving.fmt(name)) == "16bit":
-            sizes[name] = math.prod(shape) * (4 if name in weights.keep else 2)
-        else:
-            sizes[name] = formats.layer_bytes(fmt, *shape, double_quant=double, dtype=dtype)
-    return sizes
+    return names
 
 
 def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, saving: Saving) -> None:
@@ -312,7 +294,7 @@ def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, 
             were meant.
     """
     tensors: dict[str, torch.Tensor] = {}
-    casts, backend, conv1d = [], BACKENDS[saving.backend], conv1d_modules(weights.model)
+    casts, conv1d, (parts_of, values_of, _) = [], conv1d_modules(weights.model), BACKENDS[saving.backend]
     for name in names:
         value, lost = read_and_cast(name, weights, saving)
         casts += lost
@@ -327,9 +309,9 @@ def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, 
             if chosen is None:
                 packed = formats.quantize(weight, stored)
             else:
-                packed = formats.in_dtype(chosen, saving.storage).to(saving.device)
-            parts = backend.parts(packed)
-            if not torch.equal(backend.values(fmt, parts), formats.dequantize(packed, packed.dtype)):
+                packed = formats.in_dtype(chosen, getattr(torch, saving.storage)).to(saving.device)
+            parts = parts_of(packed)
+            if not torch.equal(values_of(fmt, parts), formats.dequantize(packed, packed.dtype)):
                 what = f"{saving.backend} reads {fmt} as other values than were meant for {name}"
                 raise CheckpointError(f"{what}. Please report this with its version.")
             stem = file_stem(weights, module)
@@ -361,12 +343,12 @@ def read_and_cast(name: str, weights: Weights, saving: Saving) -> tuple[torch.Te
     value = weights.read_source(name).to(saving.device)
     if not value.is_floating_point() or name in weights.keep:
         return value, []
-    bad = over = under = 0
-    largest = 0.0
+    asked = getattr(torch, saving.asked)
+    bad, over, under, largest = 0, 0, 0, 0.0
     for part in value.view(-1).split(PIECE):
         bad += int((~part.isfinite()).sum())
-        if saving.asked != part.dtype and part.numel():
-            cast = part.to(saving.asked)
+        if asked != part.dtype and part.numel():
+            cast = part.to(asked)
             over += int((cast.isinf() & part.isfinite()).sum())
             under += int(((cast == 0) & (part != 0)).sum())
             largest = max(largest, part.abs().max().item())
@@ -374,10 +356,10 @@ def read_and_cast(name: str, weights: Weights, saving: Saving) -> tuple[torch.Te
         what = f"{name} holds {bad} values that are NaN or infinite in the source model itself"
         raise CheckpointError(f"{what}: no dtype mends that. Fetch it again, or ask those who made it.")
     if over and saving.storage == saving.asked:
-        what = f"{name}: {over} values are too large for {_plain(saving.storage)}, the largest {largest:.3g}"
+        what = f"{name}: {over} values are too large for {saving.storage}, the largest {largest:.3g}"
         raise NotFinite(f"{what}. Use overflow='keep_bf16' or storage_dtype='auto'.")
     lost = {"name": name, "overflow": over, "underflow": under, "largest": largest}
-    return value.to(saving.storage), [lost] if over or under else []
+    return value.to(getattr(torch, saving.storage)), [lost] if over or under else []
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -415,11 +397,11 @@ def write_companions(
     saving.plan.write(folder / "plan.json")
     config = copy.deepcopy(weights.model.config)
     config.architectures = [type(weights.model).__name__]
-    config.dtype = saving.storage
-    planned = saving.plan.formats
-    if set(planned.values()) - {"16bit"}:
-        make = BACKENDS[saving.backend].config
-        config.quantization_config = make(weights.model, planned, saving.plan.double_quant, saving.compute)
+    config.dtype = getattr(torch, saving.storage)
+    if set(saving.plan.formats.values()) - {"16bit"}:
+        _, _, configure = BACKENDS[saving.backend]
+        how = (saving.plan.double_quant, getattr(torch, saving.compute))
+        config.quantization_config = configure(weights.model, saving.plan.formats, *how)
     config.save_pretrained(folder)
 
 
@@ -449,28 +431,28 @@ def prove(
     counts = sorted(Counter(map(saving.fmt, weights.shapes)).items())
     report["bits"] = {**dict(counts), "against": f"{saving.backend} and the source"}
     planned = {name: fmt for name, fmt in saving.plan.formats.items() if fmt != "16bit"}
-    awkward = [
-        f"{layer.name} ({layer.rows} × {layer.cols})"
-        for layer in models.list_layers(source)
-        if planned.get(layer.name) == "nf4" and (layer.rows % 32 or layer.cols % 64)
-    ]
-    load, dtype = fits_in_memory(folder, weights, saving), _plain(saving.storage)
+    nf4 = [layer for layer in models.list_layers(source) if planned.get(layer.name) == "nf4"]
+    awkward = [layer.name for layer in nf4 if layer.rows % 32 or layer.cols % 64]
+    load = fits_in_memory(folder, weights, saving)
     forward = load and not (awkward and saving.device.type == "cpu")
-    config, tokenizer = weights.model.config, models.load_tokenizer(source)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or PROOF_LENGTH
-    reads = (PROOF_WINDOWS, min(PROOF_LENGTH, longest), start_token(tokenizer, config))
-    windows = make_windows(load_text(PROOF_TEXT), tokenizer, *reads, config=config).tolist()
+    windows: list[list[int]] = []
+    if forward:
+        config, tokenizer = weights.model.config, models.load_tokenizer(source)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or PROOF_LENGTH
+        reads = (PROOF_WINDOWS, min(PROOF_LENGTH, longest), start_token(tokenizer, config))
+        windows = make_windows(load_text(PROOF_TEXT), tokenizer, *reads, config=config).tolist()
     request: dict[str, Any] = {"stems": {name: file_stem(weights, name) for name in planned}}
     request |= {"model": str(folder.resolve()), "source": str(source.directory.resolve())}
     request |= {"trust": source.trust_remote_code, "device": str(saving.device), "windows": windows}
     request |= {"threads": torch.get_num_threads(), "load": load, "forward": forward}
     answer = ask(request)
     check_modules(answer, planned)
-    report["proof"] = proof = check_use(answer, dtype) if forward else None
-    if proof is not None:
+    report["proof"] = None
+    if forward:
+        proof = check_use(answer, saving.storage)
         proof |= {"device": request["device"], "text": PROOF_TEXT, "windows": len(windows)}
         proof |= {"length": len(windows[0]), "tokens": sum(map(len, windows)), "start_token": reads[2]}
-        proof |= {"rewritten_in_bfloat16": saving.storage != saving.asked}
+        report["proof"] = proof | {"rewritten_in_bfloat16": saving.storage != saving.asked}
     remarks = {
         "The model is too large to be loaded on this machine: classes were checked without weights (meta "
         "device), all bits by reading the files; logits were not compared.": not load,

@@ -48,24 +48,16 @@ class SafeFP16Linear(nn.Linear):
     bfloat16 has float32's range: its outputs aren't looked at.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        policy: str = "saturate",
-        label: str = "",
-        **options: Any,
-    ) -> None:
-        """`options` are nn.Linear's bias, device and dtype; the dtype is float16 if not given.
+    def __init__(self, in_features: int, out_features: int, *, policy: str = "saturate", **more: Any) -> None:
+        """`more` are nn.Linear's bias, device and dtype; the dtype is float16 if not given.
 
         Raises:
             PlanError: unknown policy.
         """
-        super().__init__(in_features, out_features, **({"dtype": torch.float16} | options))
+        super().__init__(in_features, out_features, **({"dtype": torch.float16} | more))
         if policy not in POLICIES:
             raise PlanError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}.")
-        self.policy, self.label = policy, label
+        self.policy, self.label = policy, type(self).__name__
         self._counts: dict[torch.device, torch.Tensor] = {}  # left on their devices until they are read
 
     @classmethod
@@ -75,7 +67,8 @@ class SafeFP16Linear(nn.Linear):
         Raises:
             PlanError: unknown policy.
         """
-        safe = cls(linear.in_features, linear.out_features, device="meta", policy=policy, label=label)
+        safe = cls(linear.in_features, linear.out_features, device="meta", policy=policy)
+        safe.label = label or safe.label
         safe.weight, safe.bias = linear.weight, linear.bias
         return safe.train(linear.training)
 
@@ -109,7 +102,7 @@ class SafeFP16Linear(nn.Linear):
         self._counts[values.device] = count + self._counts.get(values.device, 0)
         if self.policy == "error" and count:
             raise EvaluationError(
-                f"{self.label or 'SafeFP16Linear'}: {int(count)} {what} exceed float16's {LIMIT:,.0f}. Use "
+                f"{self.label}: {int(count)} {what} exceed float16's {LIMIT:,.0f}. Use "
                 "policy='upcast' or 'saturate', or bfloat16 where the device has it."
             )
 

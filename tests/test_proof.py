@@ -105,23 +105,6 @@ def test_one_repeated_token_is_judged_by_what_the_16_bit_model_answers(monkeypat
     assert fresh_check.use(model, request)["problem"] is None
 
 
-@pytest.mark.parametrize(
-    ("files", "config", "expected"),
-    [
-        ("float32", None, "bfloat16"),
-        ("float32", "float16", "float16"),
-        ("float16", None, "float16"),
-        ("float32", "float32", "bfloat16"),
-    ],
-)
-def test_the_storage_dtype_is_the_configurations_else_bfloat16(files, config, expected, tmp_path):
-    directory = make_tiny("llama", tmp_path / "m", dtype=files)
-    path = directory / "config.json"
-    held = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("dtype", "torch_dtype")}
-    path.write_text(json.dumps(held | ({"dtype": config} if config else {})))
-    assert resolve(str(directory)).storage_dtype == expected
-
-
 def test_a_float32_source_saved_in_bfloat16_is_recognised_as_its_own(tmp_path):
     """float32 -> float16 -> bfloat16 rounds twice; the file holds what one cast gives."""
     directory = make_tiny("llama", tmp_path / "f32", dtype="float32")

@@ -6,7 +6,6 @@ import copy
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,9 +15,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from spi_utils.errors import CheckpointError, EvaluationError, PlanError
 from spi_utils.models import load_model, resolve
 from spi_utils.safe_linear import SafeFP16Linear, WideLinear, isolate, widen
-from spi_utils.scoring import Head, Switch, final_hidden, reference_states
-from spi_utils.sensitivity import all_slopes
-from tests.tiny import Originals, make_tiny
+from tests.tiny import make_tiny
 
 
 @pytest.fixture
@@ -87,11 +84,8 @@ def test_inputs_beyond_float16_and_nan(loud):
     with pytest.raises(EvaluationError, match="1 inputs"):
         safe(x)
     assert safe(torch.full((1, 64), torch.nan).half()).isnan().all() and safe.overflows == 1
-
-
-def test_bfloat16_is_left_alone(loud):
-    y = SafeFP16Linear.from_linear(loud.bfloat16(), policy="error")(torch.ones(1, 64).bfloat16())
-    assert y.tolist() == [[128000.0, -128000.0, 0.5]]
+    loud.bfloat16().weight[:] = 2000  # has float32's range
+    assert safe(torch.ones(1, 64).bfloat16()).tolist() == [[128000.0] * 3]
 
 
 def test_quantizers_do_not_see_it(ordinary):
@@ -122,58 +116,33 @@ def test_isolate_swaps_exactly_the_protected_layers_and_changes_no_logit(tiny):
 # --- a whole model in float16 ----------------------------------------------------------------------------
 
 
-def make(arch, directory, factor=1.0):
-    """A tiny model in float32, one layer's weights times a factor: float16 holds them, not their products."""
-    make_tiny(arch, directory, initializer_range=0.1)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
-    model.get_submodule(layer_of(model)).weight.mul_(factor)
-    return model
-
-
-def layer_of(model):
-    return next(name for name, _ in model.named_modules() if name.endswith("1.mlp.down_proj"))
-
-
 @pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "gemma3", "phi3"])
 @pytest.mark.parametrize("factor", [1.0, 6e4])
 def test_what_overflows_in_float16_is_right(arch, factor, tmp_path):
+    """One layer's weights times a factor: float16 holds them, not their products."""
+
     def logits(model):
         with torch.no_grad():
             return model(input_ids=(torch.arange(48) * 5)[None], use_cache=False).logits.float()
 
-    model = make(arch, tmp_path, factor)
+    make_tiny(arch, tmp_path, initializer_range=0.1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval().requires_grad_(False)
+    layer = next(name for name, _ in model.named_modules() if name.endswith("1.mlp.down_proj"))
+    model.get_submodule(layer).weight.mul_(factor)
     expected, half = logits(model), copy.deepcopy(model).half()
     assert bool(logits(half).isfinite().all()) == (factor == 1.0)  # as stock transformers run it
-    names = list(half.state_dict())
-    assert widen(half)
-    assert list(half.state_dict()) == names and half.lm_head.weight.dtype == torch.float16
+    names, tied = list(half.state_dict()), half.config.tie_word_embeddings
+    assert widen(half) and list(half.state_dict()) == names and half.lm_head.weight.dtype == torch.float16
     assert ((logits(half) - expected).std() / expected.std()).item() < 0.01
-    hot = half.get_submodule(layer_of(half))
+    hot = half.get_submodule(layer)
     assert isinstance(hot, WideLinear) and (hot.overflows > 0) == (factor > 1)
-    if half.config.tie_word_embeddings:
-        assert half.lm_head.weight is half.get_input_embeddings().weight
+    assert (half.lm_head.weight is half.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "mixtral"])
 def test_models_with_matrices_elsewhere_stay_as_they_were(arch, tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny(arch), dtype=torch.float16)
     assert not widen(model) and {parameter.dtype for parameter in model.parameters()} == {torch.float16}
-
-
-def test_scores_and_slopes_of_a_model_that_float16_cannot_hold(tmp_path):
-    whole = make("qwen3_5", tmp_path, 6e4)
-    half = copy.deepcopy(whole).half()
-    widen(half)
-    windows = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for model in (whole, half):
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
-        slopes = all_slopes(Switch(model, Originals(model, names, torch.float16), names), windows, ("nf4",))
-        found[model.dtype] = reference_states(model, windows).nll, np.sqrt((slopes["nf4"] ** 2).mean((1, 2)))
-        assert final_hidden(model, windows).dtype == Head(model).weight.dtype
-    (nll, size), (half_nll, half_size) = found[torch.float32], found[torch.float16]
-    assert torch.isfinite(half_nll).all() and (half_nll - nll).abs().max() < 0.05
-    assert np.corrcoef(np.log(size), np.log(half_size))[0, 1] > 0.95  # some of the sampled labels differ
 
 
 def test_loading_in_float16_is_wide_and_in_float32_is_not(tiny):
