@@ -124,9 +124,8 @@ class ExplorerState:
         self.options["forbid_16bit"] = told["forbid_16bit"] or None
         if self.held:
             some = ", ".join(self.held[:3]) + (", …" if len(self.held) > 3 else "")
-            self.notes[0] = (
-                f"{len(self.held)} layer(s) stay in 16-bit because the analysis failed there ({some})."
-            )
+            words = "layer(s) stay in 16-bit because the analysis failed there"
+            self.notes[0] = f"{len(self.held)} {words} ({some})."
         if asked := ", ".join(f"{key} {', '.join(given)}" for key, given in told.items() if given):
             self.notes.append(f"Held at every threshold, and saved with the plan: {asked}.")
         # What random selections and the optimum reach at each size; None without sensitivity.
@@ -237,14 +236,10 @@ class ExplorerState:
         The slider asks for the present choice, the page for every choice. What is unknown is left out.
         """
         choice = chooser.at_count(count)
-        facts: dict[str, Any] = {
-            "layers": choice.layers,
-            "planned": len(self.planned),
-            "failed": f", {len(self.held)} of them as their analysis failed" if self.held else "",
-            "size": self.amount(choice.total_bytes),
-            "saved": self.amount(choice.saved_bytes),
-            "bits": f"{choice.matrix_bits:.2f}",
-        }
+        size, saved = self.amount(choice.total_bytes), self.amount(choice.saved_bytes)
+        facts: dict[str, Any] = {"layers": choice.layers, "planned": len(self.planned), "size": size}
+        facts |= {"saved": saved, "bits": f"{choice.matrix_bits:.2f}"}
+        facts["failed"] = f", {len(self.held)} of them as their analysis failed" if self.held else ""
         same = chooser.order[: len(chooser.cut)][chooser.cut == chooser.cut[count - 1]] if count else []
         if len(same) > 1:
             facts["ties"] = int(chooser.problem.count[same].sum())
@@ -339,9 +334,8 @@ class Picture:
         left.set(xlabel=figures.score_label(state.score), ylabel="layers", xscale=scale_of(self.values))
         left.set_ylim(0, max(counts.max(), 1) * 1.15)
         left.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        (self.point,) = (right or [left])[0].plot(
-            [], [], "o", ms=9, color=kept, mec="white", mew=1.5, zorder=6
-        )
+        look = {"ms": 9, "color": kept, "mec": "white", "mew": 1.5, "zorder": 6}
+        (self.point,) = (right or [left])[0].plot([], [], "o", **look)
         for axes in right:
             _draw_frontier(axes, state)
         below = bottom.subplots()
@@ -469,14 +463,9 @@ class Explorer:
         """Run `act` when a person changes `widget`; show the new choice, or why there is none."""
 
         def changed(change: Any) -> None:
-            if self._busy:
-                return
-            try:
-                act(change["new"])
-                self.message.value = ""
-            except SPIError as error:
-                self.message.value = _status(f"⚠ {error}")
-            self._show(moved=widget)
+            if not self._busy:
+                self.message.value = _told(lambda: act(change["new"]))
+                self._show(moved=widget)
 
         widget.observe(changed, names="value")
 
@@ -501,16 +490,16 @@ class Explorer:
         self.spectrum.value = self.state.spectrum(self.layer.value)
 
     def _save(self, _: Any) -> None:
-        try:
-            said = f"Saved to {self.state.save()}. Notebook 03_quantize uses it next."
-        except SPIError as error:
-            said = f"⚠ {error}"
-        self.saved.value = _status(said)
+        self.saved.value = _told(lambda: f"Saved to {self.state.save()}. Notebook 03_quantize uses it next.")
 
 
-def _status(text: str) -> str:
-    # Refusals carry a mark, not a colour, in the theme's own text colour: readable in light and dark.
-    return f"<span role='status'>{html.escape(text)}</span>"
+def _told(act: Callable[[], Any]) -> str:
+    """What is shown of an act: its own words if it has any, or why it was refused."""
+    try:
+        said = act() or ""
+    except SPIError as error:  # a mark, not a colour, in the theme's own ink: readable in light and dark
+        said = f"⚠ {error}"
+    return f"<span role='status'>{html.escape(said)}</span>" if said else ""
 
 
 def read_number(text: str) -> float:
@@ -548,14 +537,9 @@ def explorer_html(state: ExplorerState, model: str) -> str:
     pages = Environment(loader=PackageLoader("spi_utils", "."), autoescape=True, undefined=StrictUndefined)
     compact = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     pages.policies["json.dumps_kwargs"] = compact
-    return pages.get_template("explorer.html").render(
-        title=f"{model}: what stays in 16-bit",
-        lower=FORMAT_LABELS[state.lower],
-        steps=STEPS,
-        unit=state.unit[1],
-        bundle=_scripts(),
-        data=page_data(state),
-    )
+    words: dict[str, Any] = {"title": f"{model}: what stays in 16-bit", "lower": FORMAT_LABELS[state.lower]}
+    words |= {"steps": STEPS, "unit": state.unit[1], "bundle": _scripts()}
+    return pages.get_template("explorer.html").render(**words, data=page_data(state))
 
 
 @cache
@@ -583,16 +567,11 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
     spectra = (_spectrum(state, row) for _, row in table.iterrows())
     return {
         "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
-        "says": SAYS,
-        "make": _parameters(state),
+        **{"says": SAYS, "make": _parameters(state), "band": band, "layers": layers.to_dict("records")},
         "facts": {name: facts[name] for name in CONSTANT if name in facts},
-        "notes": " ".join(state.notes).strip(),
-        "unit": state.unit,
-        "rest": state.rest,
+        **{"notes": " ".join(state.notes).strip(), "unit": state.unit, "rest": state.rest},
         "colours": {"kept": FORMAT_COLOURS["16bit"], "spectrum": figures.SKY, "fit": figures.VERMILLION},
-        "layers": layers.to_dict("records"),
         "scores": {name: _score(state, name) for name in state.scores},
-        "band": band,
         "landmarks": [{"label": label, "size": size / unit, "kl": kl} for label, size, kl in state.landmarks],
         "spectra": list(spectra) if len(table) <= SPECTRA_UP_TO else None,
     }
@@ -634,22 +613,19 @@ def _score(state: ExplorerState, name: str) -> dict[str, Any]:
         place = np.full(len(c.problem.count), len(cut) + 1)
         place[c.order[: len(cut)]] = np.arange(1, len(cut) + 1)
         first = np.searchsorted(counts, place[c.problem.member])
-        tables[direction] = {
-            "cut": cut[counts[1:] - 1].tolist(),
-            "bytes": c.file_bytes[counts].tolist(),
-            "kl": [_short(kl) for kl in c.kl[counts]],
-            "facts": told.to_dict("list"),
-            "row": first.tolist(),
-        }
+        row = {"cut": cut[counts[1:] - 1].tolist(), "bytes": c.file_bytes[counts].tolist()}
+        row |= {"kl": [_short(kl) for kl in c.kl[counts]], "facts": told.to_dict("list")}
+        tables[direction] = row | {"row": first.tolist()}
     values, steps = values_of(c), thresholds_of(c)
     edges, held = histogram_edges(values), np.isfinite(values)
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
     return {
-        "title": state.scores[name],
-        "axis": figures.score_label(name),
-        "short": figures.short_label(name),
-        "additive": score_row(name).additive,
-        "scale": scale_of(values),
+        **{
+            "title": state.scores[name],
+            "axis": figures.score_label(name),
+            "short": figures.short_label(name),
+        },
+        **{"additive": score_row(name).additive, "scale": scale_of(values)},
         "steps": [_short(step) for step in steps],
         "domain": [min(steps[0], edges[0]), max(steps[-1], edges[-1])],
         "edges": [_short(edge) for edge in edges],

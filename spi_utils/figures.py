@@ -131,9 +131,8 @@ def short_label(score: str) -> str:
 
 def score_label(score: str) -> str:
     """How a score is written on an axis, with its unit where it has one."""
-    generic = (
-        f"{score} KL avoided (nats a token per GB)" if score_row(score).additive else score_row(score).title
-    )
+    row = score_row(score)
+    generic = f"{score} KL avoided (nats a token per GB)" if row.additive else row.title
     return LABELS.get(score, ("", ""))[1] or generic
 
 
@@ -330,10 +329,8 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
     inside = [rho for rho in within.values() if np.isfinite(rho)] or [overall]
     middle = np.median(inside)
     end = ": it mostly tells types apart" if abs(middle) < abs(overall) / 2 else ""
-    finding = (
-        f"{name} ranks the layers' cost with ρ = {overall:.2f} overall, but {min(inside):.2f} to "
-        f"{max(inside):.2f} within a type (median {middle:.2f}){end}"
-    )
+    finding = f"{name} ranks the layers' cost with ρ = {overall:.2f} overall, but {min(inside):.2f} to "
+    finding += f"{max(inside):.2f} within a type (median {middle:.2f}){end}"
     if np.isnan(overall):
         finding = f"Too few layers, or no spread: no rank correlation between {name} and cost"
     note = f"{lost} layers without both values are left out. " if lost else ""
@@ -551,15 +548,8 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
     looks = {(plan.score, plan.direction): (VERMILLION, "-")} | NAMED
     for key, curve in kinds["score"].groupby(["score", "direction"]):
         colour, line = looks.get(key, ("#DADADA", "-"))
-        label = f"{short_label(key[0])}, {key[1]}" if key in looks else "_"
-        axes.plot(
-            curve["size"],
-            curve["predicted_kl"],
-            color=colour,
-            ls=line,
-            lw=2 if key in looks else 0.7,
-            label=label,
-        )
+        look = {"lw": 2, "label": f"{short_label(key[0])}, {key[1]}"} if key in looks else {"lw": 0.7}
+        axes.plot(curve["size"], curve["predicted_kl"], color=colour, ls=line, **look)
     bands = kinds["random"].pivot_table("predicted_kl", "size", "quantile")
     low, high = min(bands), max(bands)
     label = f"random, {100 * (high - low):.0f} %"
@@ -662,10 +652,9 @@ def _look(
     colour: str, marker: str, size: float = 7.0, line: str = "-", hollow: bool = False
 ) -> dict[str, Any]:
     """Matplotlib's words for a variant's point and curve; large markers lie below small ones."""
-    rim = (
-        {"mfc": "none", "mec": colour, "mew": 1.6} if hollow else {"mfc": colour, "mec": "white", "mew": 0.6}
-    )
-    return {"color": colour, "marker": marker, "ms": size, "ls": line, "zorder": 4 - size / 20, **rim}
+    fill, rim, width = ("none", colour, 1.6) if hollow else (colour, "white", 0.6)
+    edge = {"mfc": fill, "mec": rim, "mew": width}
+    return {"color": colour, "marker": marker, "ms": size, "ls": line, "zorder": 4 - size / 20, **edge}
 
 
 LOOKS = {
@@ -710,9 +699,8 @@ def quality_by_bytes(evaluation: Evaluation) -> Figure:
     unit, unit_name = size_unit(variants["reference"]["bytes"])
     reach = JITTER * np.ptp([one["bytes"] / unit for one in variants.values()])
     # Only random draws, which would hide each other, are moved.
-    beside = dict(
-        zip(draws, np.linspace(-reach, reach, len(draws)) if len(draws) > 1 else [0.0], strict=False)
-    )
+    places = np.linspace(-reach, reach, len(draws)) if len(draws) > 1 else [0.0]
+    beside = dict(zip(draws, places, strict=False))
     left, right = new_figure(10.0, 5.2).subplots(1, 2, sharex=True)
     # The legend's order is that of the KL.
     for key, one in sorted(variants.items(), key=lambda item: -item[1]["kl_mean"]):
@@ -790,9 +778,7 @@ def kl_survival(evaluation: Evaluation) -> Figure:
     axes.set(xscale="log", xlabel="KL(16-bit ‖ variant) of one token, nats")
     axes.set(yscale="log", ylabel="share of tokens with at least this KL")
     plan, nf4 = variants["plan"]["kl_p999"], variants["nf4"]["kl_p999"]
-    finding = (
-        f"The worst token in a thousand moves by {plan:.2g} nats under the plan, by {nf4:.2g} in pure NF4"
-    )
+    finding = f"The worst token in a thousand moves by {plan:.2g} nats under the plan, by {nf4:.2g} in NF4"
     reading = "A mean hides rare, large changes; this curve doesn't. Further left is better."
     return finished(axes, f"{finding} ({WHOSE})", f"{reading} {_windows(evaluation)}")
 
@@ -801,10 +787,8 @@ def kl_survival(evaluation: Evaluation) -> Figure:
 def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     """Predicted against real KL; None where no sensitivity was computed."""
     variants = evaluation.variants
-    pairs = {
-        key: (one["predicted_kl"], one["kl_mean"]) for key, one in variants.items() if one["predicted_kl"]
-    }
-    pairs = {key: pair for key, pair in pairs.items() if pair[1] > 0}
+    pairs = {key: (one["predicted_kl"] or 0, one["kl_mean"]) for key, one in variants.items()}
+    pairs = {key: pair for key, pair in pairs.items() if min(pair) > 0}
     if not pairs:
         return None
     axes = new_figure(10.0, 4.8).subplots()

@@ -48,7 +48,8 @@ def main(request_path: str, answer_path: str) -> None:
             own = found = logits(model, config)
             if (broken := first_nonfinite(model, request["windows"])) is None:
                 answer["generation"] = use(model, request)
-            answer["first_nonfinite"] = broken
+            else:
+                answer["first_nonfinite"] = broken
             if "nf4" in answer["modules"].values():
                 # 4-bit kernels round otherwise than a 16-bit product, and some repack the weights that they
                 # multiply: the values are compared in a model that is dequantized before it is run

@@ -155,7 +155,7 @@ def make_checkpoint(
     One tensor in bfloat16 or float32 among float16 ones is not possible, so one that overflows moves all.
     Stock loaders keep a quantized checkpoint's dtypes as saved, and then refuse to multiply a float16
     activation by another dtype; a checkpoint without NF4 layers they cast to float16, where the value becomes
-    infinite. `test_stock_loaders_cannot_run_one_tensor_in_another_dtype` shows both, for matrices and norms.
+    infinite. (`test_stock_loaders_cannot_run_one_tensor_in_another_dtype`.)
     """
     wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
     if wide.exists():
@@ -460,7 +460,7 @@ def prove(
         "divide: bitsandbytes runs them on GPUs, but not on CPUs with AVX512-BF16, so logits were not "
         "compared on the CPU.": bool(awkward),
     }
-    fresh = {key: value for key, value in answer.items() if key not in ("modules", "text", "generation")}
+    fresh = {key: value for key, value in answer.items() if key not in ("modules", "generation")}
     fresh |= {"loaded": load, "modules": len(answer["modules"])}
     report["fresh_process"] = fresh | {"notes": [text for text, holds in remarks.items() if holds]}
     return report
@@ -554,7 +554,7 @@ def check_use(answer: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if said is None or not answer["finite"]:
         raise NotFinite(
             f"logits are not numbers in stock transformers: activations overflow {dtype}, first in "
-            f"{answer['first_nonfinite']}. Save it with storage_dtype='bfloat16'; where that is what it has, "
+            f"{answer.get('first_nonfinite')}. Save it with storage_dtype='bfloat16'; if it has that, "
             "check that the original model runs in it."
         )
     difference, spread = answer["max_logit_difference"], answer["logit_spread"]
@@ -597,11 +597,7 @@ def proof_of(run: Run) -> str:
 def proof_by_use(record: Mapping[str, Any]) -> str:
     """One line on how the checkpoint was used in a fresh process; `record` is run.json's stage "quantize"."""
     if (proof := record.get("proof")) is None:
-        return (
-            "NOT proven by use: it could not be run on this machine (see the notes), so it can't be published"
-        )
-    where = f"{proof['dtype']} on {proof['device']}, finite logits at all {proof['tokens']} tokens"
-    said = proof["generation"]["text"][:60]
-    return (
-        f"proven by use: transformers {proof['transformers']}, {where} of {proof['text']}, answers {said!r}"
-    )
+        return "NOT proven by use: it could not be run here (see the notes), so it can't be published"
+    where = f"transformers {proof['transformers']}, {proof['dtype']} on {proof['device']}"
+    read = f"finite logits at all {proof['tokens']} tokens of {proof['text']}"
+    return f"proven by use: {where}, {read}, answers {proof['generation']['text'][:60]!r}"

@@ -27,12 +27,8 @@ from spi_utils.errors import SPIError
 from spi_utils.formats import gigabytes
 from spi_utils.quantize import proof_by_use
 
-FIGURES = {
-    "quality_by_bytes": draw.quality_by_bytes,
-    "window_differences": draw.window_differences,
-    "kl_survival": draw.kl_survival,
-    "predicted_and_real": draw.predicted_and_real,
-}
+DRAWN = (draw.quality_by_bytes, draw.window_differences, draw.kl_survival, draw.predicted_and_real)
+FIGURES = {one.__name__: one for one in DRAWN}
 LAYERS = ("plan_map", "score_by_depth", "sensitivity", "frontier")  # notebook 02's, shown in the report
 
 
@@ -163,14 +159,9 @@ class Missing(StrictUndefined):
 @cache
 def _pieces() -> Any:
     """The macros of report.html.jinja; all text is escaped, negative numbers get a true minus."""
-    pages = Environment(
-        loader=PackageLoader("spi_utils", "."),
-        autoescape=True,
-        undefined=Missing,
-        finalize=_with_minus,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    text: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    loader = PackageLoader("spi_utils", ".")
+    pages = Environment(loader=loader, undefined=Missing, finalize=_with_minus, **text)
     pages.filters |= {"size": gigabytes, "signed": signed, "number": number, "percent": percent, "p": p_value}
     pages.filters |= {"code": code, "verbatim": lambda words: Markup(html.escape(words))}
     pages.filters["lower_verdict"] = lambda one: stats.verdict(stats.Estimate.from_dict(one), "lower")

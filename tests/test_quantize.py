@@ -1,10 +1,9 @@
-"""The hybrid checkpoint, judged by stock transformers, by bitsandbytes, and by its own bytes."""
+"""The hybrid checkpoint, judged by stock libraries, by its own bytes, and by use."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,19 +21,32 @@ import bitsandbytes as bnb
 import pandas as pd
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    Gemma3ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.quantize import synthetic
 from spi_utils import fresh_check
 from spi_utils import quantize as q
-from spi_utils.checkpoint import read_part, read_saved, saved_files
+from spi_utils.analyze import analyze
+from spi_utils.checkpoint import BACKENDS, ct_formats, put_saved, read_part, read_saved, saved_files
 from spi_utils.errors import CheckpointError, ModelError, PlanError
-from spi_utils.models import list_layers, open_weights, resolve
-from spi_utils.plan import make_plan
-from spi_utils.runs import open_run, run_info
-from tests.tiny import make_tiny
+from spi_utils.formats import FORMATS, dequantize, fits, layer_bytes
+from spi_utils.formats import quantize as round_to_nearest
+from spi_utils.models import list_layers, load_model, open_weights, resolve
+from spi_utils.plan import decide, make_plan, price, read_plan
+from spi_utils.publish import unplanned
+from spi_utils.rounding import Codes
+from spi_utils.runs import Run, open_run, run_info
+from spi_utils.workspace import begin_run
+from tests.tiny import CONFIGS, make_tiny
 
 ARCHS = ["llama", "llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3", "gpt2", "mixtral"]
 UP, NORM = "model.layers.1.mlp.up_proj", "model.norm.weight"
@@ -113,10 +127,8 @@ def test_stock_transformers_find_exactly_the_plan_and_the_sources_bits(tiny, tmp
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert abs(size - plan.bytes["total"]) <= max(0.005 * plan.bytes["total"], 64_000)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    wanted = {"quant_type": "nf4", "compute_dtype": "float16", "quant_storage": "uint8"}
-    assert {key: config[f"bnb_4bit_{key}"] for key in wanted} == wanted and config["load_in_4bit"] is True
-    skipped = set(config["llm_int8_skip_modules"])
-    assert {*plan.protected, "lm_head"} <= skipped and not skipped & planned
+    assert (config["bnb_4bit_quant_type"], config["bnb_4bit_compute_dtype"]) == ("nf4", "float16")
+    assert {*plan.protected, "lm_head"} <= set(config["llm_int8_skip_modules"])
     names = {path.name for path in folder.iterdir()}
     assert {"plan.json", "generate.py", "tokenizer.json", "tokenizer_config.json"} <= names
     if arch == "mixtral":  # as published: an expert a tensor
@@ -266,31 +278,14 @@ def test_what_float16_cannot_hold_keeps_the_checkpoint_in_bfloat16_or_is_refused
     assert not (tmp_path / "refused" / "run" / "model").exists()
 
 
-def test_a_cast_to_float16_that_holds_everything(tmp_path):
-    directory = make_tiny("llama", tmp_path / "bf16", dtype="bfloat16")
-    folder, found = quantized(directory, tmp_path, keep=1.0, storage_dtype="float16")
-    saved, own = (load_file(place / "model.safetensors") for place in (folder, directory))
-    assert found["saved_as"] == "float16" and all(torch.equal(saved[n], own[n].half()) for n in own)
-    lost = {name: int(((t.half() == 0) & (t != 0)).sum()) for name, t in own.items()}
-    assert {c["name"]: c["underflow"] for c in found["casts"]} == {n: c for n, c in lost.items() if c}
-
-
-@pytest.mark.parametrize("odd", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", ["protected", "norm"])
 @pytest.mark.parametrize("quantizes", [True, False])
-def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tiny, llama, tmp_path, odd, target, quantizes):
-    """Why one tensor that float16 can't hold moves the whole checkpoint to bfloat16: nothing less works.
-
-    With NF4 layers in it a checkpoint's dtypes are kept, and the float16 product meets another dtype; without
-    any, the value is cast to float16 as it is loaded, and becomes infinite.
-    """
-    kept = json.loads((llama / "plan.json").read_text())["protected"]
-    name = f"{kept[0]}.weight" if target == "protected" else "model.layers.1.input_layernorm.weight"
+def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tiny, llama, tmp_path, quantizes):
+    """Why one tensor that float16 can't hold moves the whole checkpoint to bfloat16: nothing less works."""
     folder = shutil.copytree(llama if quantizes else tiny("llama"), tmp_path / "m")
-    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(odd).fill_(1e5)}))
+    name = f"{json.loads((llama / 'plan.json').read_text())['protected'][0]}.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16().fill_(1e5)}))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    weight = model.get_parameter(name)
-    assert weight.dtype == (odd if quantizes else torch.float16) and bool(weight.isinf().all()) != quantizes
+    assert bool(model.get_parameter(name).isinf().all()) != quantizes  # cast to float16 as it is loaded
     if quantizes:
         with pytest.raises(RuntimeError, match="same dtype"):
             model(torch.arange(8)[None])
@@ -393,19 +388,6 @@ def test_tensors_that_are_other_too_few_or_too_many_are_found(llama, tmp_path, c
         q.check_bits(folder, written)
 
 
-def test_a_truncated_file_is_not_promoted(tiny, tmp_path, monkeypatch):
-    real = q.prove
-
-    def cut(folder, *rest):
-        os.truncate(folder / "model.safetensors", 100_000)
-        return real(folder, *rest)
-
-    monkeypatch.setattr(q, "prove", cut)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*03_quantize again"):
-        quantized(tiny("llama"), tmp_path)
-    assert not (tmp_path / "run" / "model").exists()
-
-
 def test_a_size_modules_or_logits_that_differ_are_found(refused):
     plan = refused.plan
     small = dataclasses.replace(plan, bytes={**plan.bytes, "total": plan.bytes["total"] // 2})
@@ -433,3 +415,308 @@ def test_a_size_modules_or_logits_that_differ_are_found(refused):
             q.check_modules(answer | {"modules": good | wrong}, planned)
     with pytest.raises(CheckpointError, match="imported spi_utils"):
         q.check_modules(answer | {"modules": good, "spi_utils": True}, planned)
+
+
+# --- compressed-tensors ----------------------------------------------------------------------------------
+
+MIX = ("int4_g64", "int8", "16bit", "int4_g32", "int4_g128_absmax")
+CT = {"backend": "compressed-tensors", "device": "cpu"}
+
+
+def mixed_plan(source, mix=MIX):
+    """Formats in turn, where they fit; merged layers may differ: transformers doesn't mind."""
+    layers = table(source)
+    planned = layers[layers["quantizable"]]
+    turns = zip(planned["name"], planned["cols"], cycle(mix), strict=False)
+    formats = {name: fmt if fits(fmt, cols) else "int8" for name, cols, fmt in turns}
+    plan = make_plan(layers, score="random", rule="top_k", value=0, model=source.identity())
+    kept = tuple(name for name, fmt in formats.items() if fmt == "16bit")
+    return dataclasses.replace(plan, formats=formats, protected=kept, bytes=price(layers, formats))
+
+
+def prepare_mixed(directory, tmp_path, mix=MIX):
+    source = resolve(str(directory))
+    return open_run(tmp_path / "run", source.identity()), source, mixed_plan(source, mix)
+
+
+def gemma3_multimodal(directory):
+    """A tiny random Gemma 3 with its vision tower, as its own class saves it: model.language_model.… in
+    memory, language_model.model.… in the file."""
+    kinds = ["sliding_attention", "full_attention"]
+    text = {**CONFIGS["gemma3"], "num_hidden_layers": 2, "layer_types": kinds}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    make_tiny("gemma3", directory)  # its tokenizer
+    (directory / "model.safetensors").unlink()
+    Gemma3ForConditionalGeneration(config).half().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("arch", [*ARCHS[:6], "gemma3_multimodal"])
+def test_stock_transformers_load_exactly_the_mixed_plan(tiny, tmp_path, arch):
+    multimodal = arch == "gemma3_multimodal"
+    run, source, plan = prepare_mixed(
+        gemma3_multimodal(tmp_path / "g") if multimodal else tiny(arch), tmp_path
+    )
+    folder = q.quantize(run, source, plan, **CT)
+    if multimodal:
+        names = load_file(folder / "model.safetensors")
+        assert (
+            any(name.startswith("language_model.model.") for name in names) and unplanned(run, plan) is None
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    packed = {name for name, module in model.named_modules() if hasattr(module, "weight_packed")}
+    assert packed == {name for name, fmt in plan.formats.items() if fmt != "16bit"}
+    model(torch.tensor([[1, 2, 3]]))  # the first forward unpacks
+    with open_weights(source) as weights:
+        for name, fmt in plan.formats.items():
+            module = model.get_submodule(name)
+            expected = dequantize(round_to_nearest(weights.read(f"{name}.weight"), fmt), torch.float16)
+            assert type(module) is nn.Linear and module.weight.dtype == torch.float16
+            assert torch.equal(module.weight, expected), (name, fmt)
+        rest = [name for name in weights.names if name.removesuffix(".weight") not in plan.formats]
+        state = model.state_dict()
+        assert rest and all(torch.equal(state[name], weights.read(name)) for name in rest)
+        own = load_model(source, device="cpu", dtype=torch.float32)
+        found = put_saved(own, weights, plan.formats, folder)
+    assert found == {fmt: plan.count(fmt) for fmt in set(plan.formats.values())}
+    for name in plan.formats:  # what is scored is what stock transformers compute with
+        assert torch.equal(own.get_submodule(name).weight, model.get_submodule(name).weight.float())
+    q.check_size(folder, plan.bytes["total"])
+
+    held = json.loads((folder / "config.json").read_text())["quantization_config"]
+    parsed = QuantizationConfig.model_validate({k: v for k, v in held.items() if k != "version"})
+    assert CompressedTensorsConfig(**held).is_quantization_compressed and parsed.format == "pack-quantized"
+    targets = [target for group in parsed.config_groups.values() for target in group.targets]
+    assert sorted(targets) == sorted(packed) and not any(
+        g.input_activations for g in parsed.config_groups.values()
+    )
+    assert all(group.weights.num_bits == FORMATS[name].bits for name, group in parsed.config_groups.items())
+    # vLLM looks for a target of every linear layer that isn't ignored, the output head included.
+    linear = {name for name, module in own.named_modules() if isinstance(module, nn.Linear)}
+    assert {*targets, *parsed.ignore} == linear and not set(targets) & set(parsed.ignore)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.bits and row.symmetric])
+def test_file_tensors_decompress_to_the_chosen_values(fmt, dtype):
+    weight = (torch.randn(44, 384, generator=torch.Generator().manual_seed(1)) * 0.03).to(dtype)
+    made, (parts_of, values_of, _) = round_to_nearest(weight, fmt), BACKENDS["compressed-tensors"]
+    parts = parts_of(made)
+    theirs = values_of(fmt, parts)
+    assert theirs.dtype == dtype and torch.equal(theirs, dequantize(made, dtype))
+    assert sum(tensor.nbytes for tensor in parts.values()) == layer_bytes(fmt, 44, 384)
+
+
+@pytest.mark.parametrize(
+    ("arch", "mix", "backend", "match"),
+    [
+        ("llama", MIX, "bitsandbytes", "bitsandbytes checkpoint can't hold .*backend='compressed-tensors'"),
+        ("llama", ("nf4", "int8"), CT["backend"], "can't hold nf4, which .* layers"),
+        ("llama", ("int4_g32_asym",), CT["backend"], "int4_g32_asym.*zero points"),
+        ("gpt2", MIX, CT["backend"], "Conv1D"),
+        ("mixtral", MIX, CT["backend"], "stack of experts"),
+    ],
+)
+def test_what_the_backend_cannot_hold_is_refused_before_writing(tiny, tmp_path, arch, mix, backend, match):
+    run, source, plan = prepare_mixed(tiny(arch), tmp_path, mix)
+    with pytest.raises(PlanError, match=match):
+        q.quantize(run, source, plan, backend=backend, device="cpu")
+    assert not run.model_dir.exists() and not run.partial.exists()
+
+
+def test_groups_that_do_not_divide_or_a_missing_package_are_refused(tmp_path, monkeypatch):
+    run, source, plan = prepare_mixed(
+        make_tiny("llama", tmp_path / "m", intermediate_size=200), tmp_path, ("int8",)
+    )
+    name = next(name for name in plan.formats if name.endswith("down_proj"))
+    narrow = dataclasses.replace(plan, formats=plan.formats | {name: "int4_g64"})
+    with pytest.raises(PlanError, match=f"{name} can't be int4_g64.*200 columns"):
+        q.quantize(run, source, narrow, **CT)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(CheckpointError, match="pip install compressed-tensors"):
+        q.quantize(run, source, plan, **CT)
+
+
+@pytest.mark.parametrize("name", ["group_0", "int4_g64"])
+def test_another_programs_groups_are_refused(name):
+    zeros = {"num_bits": 4, "group_size": 64, "symmetric": False}
+    with pytest.raises(CheckpointError, match=rf"{name}.*03_quantize"):
+        ct_formats({"config_groups": {name: {"targets": ["a"], "weights": zeros}}})
+
+
+# --- guided rounding -------------------------------------------------------------------------------------
+
+SMALL = {"device": "cpu", "windows": 6, "length": 24, "text": "pydoc", "formats": ("nf4", "int4_g64", "int8")}
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """Runs after notebook 01 by architecture; each is made once, tests get copies."""
+
+    @cache
+    def make(arch):
+        place = tmp_path_factory.mktemp(arch)
+        model = make_tiny(arch, place / "model", initializer_range=0.1)
+        run, source = begin_run(str(place / "run"), str(model))
+        analyze(run, source, **SMALL)
+        return run, source
+
+    return lambda arch, folder: (Run(shutil.copytree(make(arch)[0].path, folder / "run")), make(arch)[1])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_stock_bitsandbytes_reads_the_codes_that_were_chosen(arch, analysed, tmp_path, monkeypatch):
+    run, source = analysed(arch, tmp_path)
+    plan = decide(run)
+    assert plan.rounding == "guided" == read_plan(run).rounding
+    q.quantize(run, source, plan, device="cpu")
+    codes = Codes(run.rounded)
+    held = dict(AutoModelForCausalLM.from_pretrained(run.model_dir).dequantize().named_parameters())
+    planned = [name for name, fmt in plan.formats.items() if fmt == "nf4"]
+    assert planned
+    for name in planned:
+        meant, found = dequantize(codes[name, "nf4"], codes[name, "nf4"].dtype), held[f"{name}.weight"]
+        assert torch.equal(found, meant), name
+    assert run_info(run)["stages"]["quantize"]["fresh_process"]["max_logit_difference"] < 0.05
+    parts_of, *others = BACKENDS["bitsandbytes"]
+
+    def flipped(packed):
+        parts = parts_of(packed)
+        return parts | {"weight": parts["weight"] ^ 1}
+
+    monkeypatch.setitem(BACKENDS, "bitsandbytes", (flipped, *others))
+    with pytest.raises(CheckpointError, match="bitsandbytes reads nf4 as other values than were meant"):
+        q.quantize(run, source, plan, device="cpu", force=True)
+
+
+def test_compressed_tensors_reads_the_codes_that_were_chosen_or_made_now(analysed, tmp_path, capsys):
+    run, source = analysed("llama", tmp_path)
+    plan = decide(run, backend="compressed-tensors")
+    shutil.rmtree(run.rounded)
+    q.quantize(run, source, plan, device="cpu", backend="compressed-tensors")
+    assert "no guided codes in int4_g64" in capsys.readouterr().out
+    codes, model = Codes(run.rounded), AutoModelForCausalLM.from_pretrained(source.directory)
+    read = {name: value for name, fmt, value in read_saved(run.model_dir, model) if fmt == "int4_g64"}
+    assert read
+    for name, value in read.items():
+        assert torch.equal(value, dequantize(codes[name.removesuffix(".weight"), "int4_g64"], value.dtype))
+
+
+def test_in_another_dtype_and_with_double_quantization_the_codes_stay(analysed, tmp_path):
+    run, source = analysed("llama", tmp_path)
+    plan = decide(run, double_quant=True, force=True)
+    q.quantize(run, source, plan, device="cpu", storage_dtype="bfloat16")
+    codes, model = Codes(run.rounded), AutoModelForCausalLM.from_pretrained(source.directory)
+    tensors = load_file(run.model_dir / "model.safetensors")
+    for name, fmt, value in read_saved(run.model_dir, model):
+        if fmt == "nf4":
+            meant = codes[name.removesuffix(".weight"), "nf4"]
+            assert torch.equal(tensors[name], meant.codes)
+            assert (value.float() - dequantize(meant)).norm() < 0.02 * dequantize(meant).norm()
+
+
+# --- proof by use ----------------------------------------------------------------------------------------
+
+START = 257  # <s> of the tiny tokenizer
+
+
+def hot_behind_start(folder, *, factor=6e4, gate=16):
+    """A Llama in bfloat16 whose activations leave float16's range where the start token stands, and nowhere
+    else: its embedding alone has the component that one neuron of an MLP multiplies."""
+
+    def change(tensors):
+        embedding, mlp = tensors["model.embed_tokens.weight"], "model.layers.0.mlp"
+        embedding[:, 0] = embedding[START] = 0
+        embedding[START, 0] = 1
+        for kind in ("gate_proj", "up_proj"):
+            tensors[f"{mlp}.{kind}.weight"][0] = 0
+            tensors[f"{mlp}.{kind}.weight"][0, 0] = gate
+        tensors["model.layers.0.self_attn.o_proj.weight"].zero_()
+        tensors[f"{mlp}.down_proj.weight"][:, 0] = 0
+        tensors[f"{mlp}.down_proj.weight"][5, 0] = factor
+        tensors["lm_head.weight"][256:260] = 0  # so that an untrained model doesn't end its answer at once
+
+    return edit(make_tiny("llama_untied", folder, dtype="bfloat16"), change)
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes", "compressed-tensors"])
+def test_activations_that_overflow_behind_the_start_token_end_as_bfloat16(backend, tmp_path, capsys):
+    source = resolve(str(hot_behind_start(tmp_path / "hot")))
+    half = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float16)
+    assert half(torch.linspace(0, 319, 24).long()[None]).logits.isfinite().all()  # without the start token
+    plan = plan_for(source, keep=1.0)
+    if backend == "compressed-tensors":
+        plan = mixed_plan(source, ("int4_g64", "int8", "16bit"))
+    run, refused = (open_run(tmp_path / name, source.identity()) for name in ("run", "refused"))
+    options = {"device": "cpu", "storage_dtype": "float16", "backend": backend}
+    q.quantize(run, source, plan, **options)
+    assert "activations overflow float16" in capsys.readouterr().out
+    proof = run_info(run)["stages"]["quantize"]["proof"]
+    assert (proof["dtype"], proof["finite"], proof["rewritten_in_bfloat16"]) == ("bfloat16", True, True)
+    assert (proof["windows"], proof["length"], proof["start_token"]) == (4, 256, START)
+    loaded = AutoModelForCausalLM.from_pretrained(run.model_dir)
+    assert loaded(torch.tensor([[START, 72, 105]])).logits.isfinite().all()
+    assert "proven by use: transformers" in q.proof_of(run)
+    with pytest.raises(CheckpointError, match=r"not numbers.*float16.*model\.layers\.0\.mlp.*bfloat16"):
+        q.quantize(refused, source, plan, overflow="error", **options)
+    assert not refused.model_dir.exists()
+
+
+def nan(tensors):
+    tensors["model.norm.weight"].view(-1)[3] = float("nan")
+
+
+def mute(folder):
+    path = make_tiny("llama", folder) / "generation_config.json"
+    config = json.loads(path.read_text()) | {"suppress_tokens": [i for i in range(320) if i != 258]}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda folder: hot_behind_start(folder, factor=3e38, gate=1e18), r"bfloat16.*model\.layers\.0\.mlp"),
+        (lambda folder: edit(make_tiny("llama", folder), nan), r"model\.norm\.weight holds 1 .* NaN.*source"),
+        (mute, "answer to a prompt is empty"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused(make, match, tmp_path):
+    source = resolve(str(make(tmp_path / "m")))
+    run = open_run(tmp_path / "run", source.identity())
+    with pytest.raises(CheckpointError, match=match):
+        q.quantize(run, source, plan_for(source, keep=1.0), device="cpu")
+    assert not run.model_dir.exists()
+
+
+def test_one_repeated_token_is_judged_by_what_the_16_bit_model_answers(monkeypatch):
+    scores, repeats = torch.zeros(4, 8), fresh_check.REPEATS
+    monkeypatch.setattr(fresh_check, "generate", lambda model, request: {"problem": next(answers)})
+    monkeypatch.setattr(fresh_check, "load", lambda *_, **__: None)
+    monkeypatch.setattr(fresh_check, "run", lambda *_: scores)
+    model, request = SimpleNamespace(dtype=torch.float16), {"source": "", "windows": [[1, 2, 3, 4]]}
+    for trained, original, fault in ((False, None, None), (True, None, repeats), (True, repeats, None)):
+        scores[torch.arange(3), torch.tensor([2, 3, 4])] = 9.0 * trained
+        answers = iter([repeats, original])
+        assert fresh_check.use(model, request)["problem"] == fault
+
+
+def test_a_float32_source_saved_in_bfloat16_is_recognised_as_its_own(tmp_path):
+    """float32 -> float16 -> bfloat16 rounds twice; the file holds what one cast gives."""
+    directory = make_tiny("llama", tmp_path / "f32", dtype="float32")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    source = resolve(str(directory))
+    run, plan = open_run(tmp_path / "run", source.identity()), plan_for(source)
+    q.quantize(run, source, plan, device="cpu", storage_dtype="bfloat16")
+    original = load_file(directory / "model.safetensors")
+    assert any((t.half().bfloat16() != t.bfloat16()).any() for t in original.values())  # or nothing is tested
+    with open_weights(source) as weights:
+        model = load_model(source, device="cpu", dtype=torch.float32)
+        found = put_saved(model, weights, plan.formats, run.model_dir)
+    name = plan.protected[0]
+    assert torch.equal(model.get_submodule(name).weight, original[f"{name}.weight"].bfloat16().float())
+    assert found["16bit"] == len(plan.protected)
