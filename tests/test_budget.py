@@ -16,7 +16,7 @@ from spi_utils.errors import PlatformError
 from spi_utils.evaluate import evaluate
 from spi_utils.models import chosen_model, resolve, resolve_device, resolve_dtype
 from spi_utils.platforms import Gpu
-from spi_utils.quantize import Saving, _auto_storage, fits_in_memory
+from spi_utils.quantize import Saving, auto_storage, fits_in_memory
 from spi_utils.safe_linear import widen
 from tests.evaluated_run import ready_run
 from tests.test_gpu_check import check
@@ -134,7 +134,7 @@ def test_what_auto_means_on_a_t4_and_on_a_p100(t4, monkeypatch):
     assert (str(device), resolve_dtype("auto", device)) == ("cuda:0", torch.float16)
     assert chosen_model("auto") == "Qwen/Qwen3.5-4B"
     source = SimpleNamespace(storage_dtype="bfloat16")
-    assert [_auto_storage(source, torch.device(x)) for x in ("cuda:0", "cpu")] == ["float16", "bfloat16"]
+    assert [auto_storage(source, torch.device(x)) for x in ("cuda:0", "cpu")] == ["float16", "bfloat16"]
     fake_cuda(monkeypatch, P100)
     device = resolve_device("auto")
     assert (str(device), resolve_dtype("auto", device)) == ("cpu", torch.float32)
@@ -176,8 +176,7 @@ def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(6_000_000_000)  # a hole: no byte is written
     weights = SimpleNamespace(shapes={"a.weight": (60_000, 50_000)})  # 6 GB in 16-bit
-    half = torch.float16
-    stock = Saving(None, "bitsandbytes", half, half, half, torch.device("cuda:0"))
+    stock = Saving(None, "bitsandbytes", "float16", "float16", "float16", torch.device("cuda:0"), {})
     assert fits_in_memory(tmp_path, weights, stock)
     # compressed-tensors unpacks at the first forward pass: the packed file and the 16-bit weights at once
     assert not fits_in_memory(tmp_path, weights, replace(stock, backend="compressed-tensors"))

@@ -239,7 +239,7 @@ def test_numbers_need_no_torch():
     size, has_torch, names = json.loads(subprocess.check_output([sys.executable, "-c", code]))
     assert size == layer_bytes("nf4", 64, 64)
     assert not has_torch
-    assert names == sorted(["16bit", "int8", "nf4", *INT4])
+    assert names == sorted(["16bit", "int8", "nf4", "nf4_dq", *INT4])
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "int4_g32", "int4_g32_asym"])

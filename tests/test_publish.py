@@ -363,8 +363,9 @@ def test_a_models_own_code_finds_no_token_in_its_process_and_publishing_still_do
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit(folder / "config.json", lambda held: held.update(model_type="own", auto_map=names))
     (folder / "own.py").write_text(
-        "import json, os\nfrom transformers import LlamaConfig\n"
+        "import json, os\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
         f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(dict(os.environ)))\n"
     )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
