@@ -352,7 +352,7 @@ def test_a_stage_without_a_token_finds_what_was_fetched_with_it(hub, tmp_path, m
     )
     assert needed == {"model": "someone/private", "revision": "1" * 40}
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ModelError, match="is private: .*HF_TOKEN"):
+    with pytest.raises(ModelError, match=r"is private: .*HF_TOKEN"):
         resolve("someone/private")
     hub.requests.clear()
     found = resolve("someone/private", needed["revision"])
