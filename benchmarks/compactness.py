@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from spi_utils.compactness import factored_trace_norm, trace_norm
-from spi_utils.lab.arms import NUCLEAR, STANDARD, Arm, both_arm, trace_arm
-from spi_utils.lab.experiment import Setting, run_all, tune_controls
+from spi_utils.compactness import trace_norm
+from spi_utils.errors import AnalysisError
+from spi_utils.lab.arms import NUCLEAR, STANDARD, Arm, both_arm, control_arm, low_rank_arm, trace_arm
+from spi_utils.lab.experiment import Setting, run_all
 from spi_utils.lab.network import load_corpus
 from spi_utils.lab.numeric import depth_table, mass_table, quantizer_grid
 from spi_utils.lab.summary import summarize
@@ -44,6 +47,50 @@ SHAPES = ((96, 96), (96, 384), (512, 512))
 def full_arms(controls: list[Arm]) -> list[Arm]:
     """(a) standard, (b) nuclear initialization, (c) the sweep, (d) both, (e) the tuned controls."""
     return [STANDARD, NUCLEAR, *(trace_arm(c) for c in SWEEP), both_arm(MIDDLE), *controls]
+
+
+# --- the controls, tuned to the strongest trace norm -------------------------------------------------------
+
+TUNING_SEED = 1000  # no seed of the experiment
+# Of the controls: penalties' coefficients, and ranks.
+FROBENIUS_GRID, SPECTRAL_GRID, RANK_GRID = (3e-4, 6e-4, 1e-3), (1e-2, 3e-2, 1e-1), (20, 28, 36)
+
+
+def tune_controls(
+    reference: Arm, setting: Setting, folder: Path, *, workers: int | None = None
+) -> tuple[list[Arm], list[dict[str, Any]]]:
+    """The control arms that match `reference` on a seed of their own, and the table they were chosen from.
+
+    Spectral and Frobenius penalties: the coefficient that reaches the last level in the number of steps
+    nearest to the reference's, so that their loss is equal after equal training. Low rank: the rank whose
+    effective rank at the last level is nearest (both as ratios).
+
+    Raises:
+        AnalysisError: none of a control's arms reaches the last level.
+    """
+    grids = (
+        ("step", [control_arm("frobenius", c) for c in FROBENIUS_GRID]),
+        ("step", [control_arm("spectral", c) for c in SPECTRAL_GRID]),
+        ("effective_rank_rel", [low_rank_arm(rank) for rank in RANK_GRID]),
+    )
+    arms = [reference, *(arm for _, grid in grids for arm in grid)]
+    table = []
+    for run in run_all(arms, [TUNING_SEED], setting, folder, workers=workers):
+        level = run["levels"][-1]
+        ranks = [layer["effective_rank_rel"] for layer in level["layers"].values()]
+        row = {"arm": run["arm"]["label"], "reached": run["reached"], "step": level["step"]}
+        table.append(row | {"effective_rank_rel": float(np.mean(ranks))})
+    chosen, target = [], table[0]
+    for key, grid in grids:
+        rows = table[1 + arms[1:].index(grid[0]) :][: len(grid)]
+        gaps = [abs(math.log(row[key] / target[key])) if row["reached"] else math.inf for row in rows]
+        if math.isinf(min(gaps)):
+            raise AnalysisError(
+                f"No {grid[0].name} control reached loss {setting.recipe.levels[-1]} in "
+                f"{setting.recipe.limit} steps; raise the limit or the last level."
+            )
+        chosen.append(grid[int(np.argmin(gaps))])
+    return chosen, table
 
 
 # --- what a gradient of the trace norm costs -------------------------------------------------------------
@@ -98,7 +145,8 @@ def costs(repeats: int = 15) -> list[dict[str, Any]]:
 
 
 def _factors(left: Tensor, right: Tensor, _: Tensor) -> Tensor:
-    return factored_trace_norm(left, right)
+    """½(‖A‖_F² + ‖B‖_F²) ≥ ‖A B‖_*, equal for balanced factors (Srebro 2005): nothing is decomposed."""
+    return 0.5 * (left.square().sum() + right.square().sum())
 
 
 def _median_ms(find: Callable[[Tensor], Tensor], weight: Tensor, repeats: int) -> float:

@@ -74,19 +74,19 @@ def bundled(gigabytes: float) -> dict[str, Any]:
         return _quantized(resolve("bundled"), Path(folder), fresh=True)
 
 
-def synthetic(gigabytes: float) -> dict[str, Any]:
-    """A random llama of this size with a 248k vocabulary; the fresh process only builds its modules."""
+def synthetic(gigabytes: float, *, vocabulary: int = VOCABULARY, shard: str = "2GB") -> dict[str, Any]:
+    """A random llama of this size and vocabulary; the fresh process only builds its modules."""
     from spi_utils.models import resolve
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # its memory isn't ours
-            largest = pool.submit(make_checkpoint, source, gigabytes).result()
-        result = _quantized(resolve(str(source)), Path(folder), fresh=False)
+            largest = pool.submit(make_checkpoint, source, gigabytes, vocabulary).result()
+        result = _quantized(resolve(str(source)), Path(folder), fresh=False, shard=shard)
         return result | {"largest_tensor_gb": largest / 1e9}
 
 
-def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
+def _quantized(source: Any, folder: Path, *, fresh: bool, shard: str = "2GB") -> dict[str, Any]:
     import pandas as pd
 
     from spi_utils import quantize as q
@@ -101,7 +101,7 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
     if not fresh:
         q.fits_in_memory = lambda *_: False
     before = peak_rss_bytes()
-    seconds, _ = _timed(lambda: q.quantize(run, source, plan, device="cpu"))
+    seconds, _ = _timed(lambda: q.quantize(run, source, plan, device="cpu", max_shard_size=shard))
     stage = run_info(run)["stages"]["quantize"]
     return {
         "seconds": seconds,
@@ -115,19 +115,19 @@ def _quantized(source: Any, folder: Path, *, fresh: bool) -> dict[str, Any]:
     }
 
 
-def make_checkpoint(directory: Path, gigabytes: float) -> int:
-    """Write a random float16 llama with a tied 248k embedding; bytes of its largest tensor."""
+def make_checkpoint(directory: Path, gigabytes: float, vocabulary: int) -> int:
+    """Write a random float16 llama with a tied embedding; bytes of its largest tensor."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     per_layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
-    layers = max(1, -(-int(gigabytes * 1e9 - 2 * HIDDEN * VOCABULARY) // per_layer))
+    layers = max(1, -(-int(gigabytes * 1e9 - 2 * HIDDEN * vocabulary) // per_layer))
     config = AutoConfig.for_model(
         "llama",
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         num_hidden_layers=layers,
         num_attention_heads=20,
         num_key_value_heads=20,

@@ -32,24 +32,26 @@ from spi_utils.formats import dequantize, layer_bytes, quantize
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.rounding import DAMPING, _inverse_factor, guided
 from spi_utils.scoring import Switch, reference_states, token_scores
-from spi_utils.sensitivity import BlockPass, random_windows, sample_windows
+from spi_utils.sensitivity import BlockPass, fused_parts, random_windows, sample_windows
 from spi_utils.stats import estimate
 from spi_utils.texts import load_text, make_windows, start_token
 
-FORMATS = ("nf4", "int4_g64", "int4_g32")
+FORMATS = ("nf4", "nf4_dq", "int4_g64", "int4_g32")
+TRIED = ("nf4", "int4_g64")  # where ideas are tried
 BATCH = 4  # windows of one backward pass
 
 
-def moments(switch: Switch, windows: torch.Tensor, *, guide: bool = True) -> dict[str, torch.Tensor]:
-    """H of every layer; without `guide` GPTQ's own, Σ x xᵀ."""
-    found: dict[str, torch.Tensor] = {}
+def moments(switch: Switch, windows: torch.Tensor, *, guide: bool = True) -> dict[str, list[torch.Tensor]]:
+    """H of every layer's parts; without `guide` GPTQ's own, Σ x xᵀ."""
+    found: dict[str, list[torch.Tensor]] = {}
     for passing, block in backwards(switch, windows):
         if guide:
             found |= passing.moments(block)
         for k in () if guide else passing.guiding:
             for name, inputs, _ in passing._visit(block, k):
                 x = inputs.flatten(0, -2).float()
-                found[name] = found[name].addmm_(x.T, x) if name in found else x.T @ x
+                h = found[name][0].addmm_(x.T, x) if name in found else x.T @ x
+                found[name] = [h] * len(passing.parts[name])
     return found
 
 
@@ -67,15 +69,10 @@ class Bench:
     def __init__(self, spec: str, text: str, score: int, length: int) -> None:
         self.source = resolve(spec)
         self.model = load_model(self.source, device="cpu", dtype=torch.float32)
+        self.layers = {layer.name: layer for layer in list_layers(self.source) if layer.quantizable}
         with open_weights(self.source) as weights:
-            layers = [
-                layer for layer in list_layers(self.source) if layer.quantizable and layer.role == "linear"
-            ]
-            self.layers = {layer.name: layer for layer in layers}
-            self.weights = {name: weights.read(f"{name}.weight") for name in self.layers}
-        self.switch = Switch(self.model, None, list(self.layers))
-        parameters = dict(self.model.named_parameters())
-        self.parameters = {name: parameters[f"{name}.weight"] for name in self.layers}
+            self.switch = Switch(self.model, weights, list(self.layers))
+            self.weights = {name: self.switch.original(name) for name in self.layers}
         tokenizer = load_tokenizer(self.source)
         self.start = start_token(tokenizer, self.model.config)
         self.text = load_text(text)
@@ -88,9 +85,8 @@ class Bench:
 
     def put(self, values: dict[str, torch.Tensor]) -> None:
         """Weights of the named layers, as the file would load them."""
-        with torch.no_grad():
-            for name, value in values.items():
-                self.parameters[name].copy_(value)
+        for name, value in values.items():
+            self.switch._put(name, value)
 
     def measure(self, fmt: str, rounding: str, tokens: int, seconds: float, values: dict[str, Any]) -> None:
         """Score one variant and print its row."""
@@ -123,15 +119,21 @@ class Bench:
             flush=True,
         )
 
-    def rounded(self, fmt: str, h: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
+    def rounded(self, fmt: str, h: dict[str, list[torch.Tensor]], **options: Any) -> dict[str, torch.Tensor]:
         """Every layer's values under guided rounding."""
-        return {n: dequantize(guided(w, h[n], fmt, **options)[0]) for n, w in self.weights.items()}
+        config, values = self.model.config.get_text_config(), {}
+        for name, w in self.weights.items():
+            parts = fused_parts(name, len(w), config)
+            values[name] = dequantize(guided(w, h[name], fmt, parts=parts, **options)[0])
+        return values
 
 
 # --- what was tried on top ---------------------------------------------------------------------------------
 
 
-def output_factor(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], fmt: str) -> dict[str, Any]:
+def output_factor(
+    bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], fmt: str
+) -> dict[str, Any]:
     """Feedback across rows as well (YAQA, arXiv 2505.22988): the second moments as H ⊗ G, G of the outputs.
 
     G = Σ_t (x_tᵀ H x_t) g_t g_tᵀ, one step of the power iteration for the nearest Kronecker product. Rows go
@@ -143,7 +145,8 @@ def output_factor(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], f
             for name, inputs, gradient in passing._visit(block, k):
                 x = inputs.flatten(0, -2).float()
                 scaled = (
-                    gradient.flatten(0, -2) * ((x @ h[name]) * x).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
+                    gradient.flatten(0, -2)
+                    * ((x @ h[name][0]) * x).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
                 )
                 outer[name] = outer[name].addmm_(scaled.T, scaled) if name in outer else scaled.T @ scaled
     values = {}
@@ -152,7 +155,7 @@ def output_factor(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], f
         w, made = weight.float().clone(), []
         for first in range(0, len(w), 64):
             rows, below = slice(first, first + 64), slice(first + 64, None)
-            made.append(dequantize(guided(w[rows].to(weight.dtype), h[name], fmt)[0]))
+            made.append(dequantize(guided(w[rows].to(weight.dtype), [h[name][0]], fmt)[0]))
             error = torch.linalg.solve_triangular(
                 upper[rows, rows].T, w[rows] - made[-1].float(), upper=False
             )
@@ -208,7 +211,7 @@ def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -
             if asymmetric:
                 damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h))
                 target = target + torch.linalg.solve(damped, (target @ (cross[name] - h)).T).T
-            values[name] = dequantize(guided(target.to(weight.dtype), h, fmt)[0])
+            values[name] = dequantize(guided(target.to(weight.dtype), [h], fmt)[0])
         bench.put({name: values[name] for name in names})
         with torch.no_grad():
             for k in passing.guiding:
@@ -218,9 +221,9 @@ def sequential(bench: Bench, own: torch.Tensor, fmt: str, *, asymmetric: bool) -
     return values
 
 
-def curve(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], real: torch.Tensor) -> None:
+def curve(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], real: torch.Tensor) -> None:
     """Damping; how many tokens; where they come from."""
-    for fmt, damping in product(FORMATS[:2], (0.01, 0.1, 0.2)):
+    for fmt, damping in product(TRIED, (0.01, 0.1, 0.2)):
         t = time.monotonic()
         values = bench.rounded(fmt, h, damping=damping)
         bench.measure(fmt, f"guided, damping {damping}", own.numel(), time.monotonic() - t, values)
@@ -239,9 +242,9 @@ def curve(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor], real: tor
         bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
 
 
-def beyond(bench: Bench, own: torch.Tensor, h: dict[str, torch.Tensor]) -> None:
+def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]]) -> None:
     """What was tried on top of guided rounding, in both formats."""
-    for fmt in FORMATS[:2]:
+    for fmt in TRIED:
         tried: dict[str, Any] = {
             "guided, no sweep": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=0),
             "guided, 4 sweeps": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=4),
@@ -274,12 +277,12 @@ def main() -> None:
     bench = Bench(args.model, args.text, args.score, args.length)
     own = sample_windows(bench.model, args.own, args.length, bench.start, seed=0)
     for fmt in FORMATS:
-        for base in (fmt, f"{fmt}_absmax") if fmt != "nf4" else (fmt,):
+        for base in (fmt, f"{fmt}_absmax") if fmt.startswith("int4") else (fmt,):
             t = time.monotonic()
             values = {n: dequantize(quantize(w, base)) for n, w in bench.weights.items()}
             bench.measure(
                 fmt,
-                "nearest" if base != fmt or fmt == "nf4" else "nearest, searched scales",
+                "nearest" if base != fmt or not fmt.startswith("int4") else "nearest, searched scales",
                 0,
                 time.monotonic() - t,
                 values,

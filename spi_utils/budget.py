@@ -88,6 +88,12 @@ class Model:
     hidden: int
     blocks: int = 1
 
+    planned = property(lambda self: sum(rows * cols for rows, cols in self.shapes))
+    bytes_16bit = property(lambda self: 2 * (self.planned + self.other))
+    forward = property(
+        lambda self: 2.0 * (self.planned + self.vocabulary * self.hidden)
+    )  # operations a token
+
     @classmethod
     def of_layers(cls, layers: pd.DataFrame) -> Model:
         """From the layer table, or from `models.list_layers` as a frame.
@@ -98,33 +104,15 @@ class Model:
         quantizable = layers["quantizable"].astype(bool)
         planned, wide = layers[quantizable], layers[layers["role"].isin(["head", "embedding"])]
         if wide.empty:
-            raise PlatformError(
-                "the layer table names no head and no embedding: run notebook 01_analyze again."
-            )
-        head = wide.iloc[-1]
+            raise PlatformError("the layer table names no head and no embedding: run 01_analyze again.")
         shapes = tuple(zip(planned["rows"].tolist(), planned["cols"].tolist(), strict=True))
-        blocks = int(planned["depth"].nunique()) if "depth" in layers else 1
-        other = int(layers[~quantizable]["numel"].sum())
-        return cls(shapes, other, int(head["rows"]), int(head["cols"]), max(blocks, 1))
-
-    @property
-    def planned(self) -> int:
-        """Weights in the matrices that can be quantized."""
-        return sum(rows * cols for rows, cols in self.shapes)
-
-    @property
-    def bytes_16bit(self) -> int:
-        """The whole model in 16-bit."""
-        return 2 * (self.planned + self.other)
+        rows, cols = (int(wide.iloc[-1][side]) for side in ("rows", "cols"))
+        blocks = max(planned["depth"].nunique(), 1) if "depth" in layers else 1
+        return cls(shapes, int(layers[~quantizable]["numel"].sum()), rows, cols, blocks)
 
     def packed(self, fmt: str) -> int:
         """Bytes of the planned matrices in a format."""
         return sum(layer_bytes(fmt, rows, cols) for rows, cols in self.shapes)
-
-    @property
-    def forward(self) -> float:
-        """Operations a token: two a weight, the head included."""
-        return 2.0 * (self.planned + self.vocabulary * self.hidden)
 
 
 @dataclass(frozen=True)
@@ -163,7 +151,7 @@ def budget(
     # 01: every matrix' eigenvalues, then one pass over the model's own text, rounding on the way
     solve = guided = 0.0
     for rows, cols in shapes:
-        short, long = min(rows, cols), max(rows, cols)
+        short, long = sorted((rows, cols))
         # the Gram matrix (2M²N operations) and its reduction (4M³/3, half of it bound by memory: the trailing
         # matrix once a column, in float32, half of it each)
         work, moved = 2.0 * short**2 * long + 2.0 / 3 * short**3, 4.0 / 3 * short**3
@@ -173,8 +161,7 @@ def budget(
         guided += work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
     batches = math.ceil((guiding + sloping) / OWN_LENGTH / TOGETHER)
     write = batches * OWN_LENGTH * size / machine.gpu_bandwidth  # token after token
-    passes = (guiding + sloping) * BACKWARD * model.forward
-    passes += sloping * CHANGES * 2.0 * planned
+    passes = (guiding + sloping) * BACKWARD * model.forward + sloping * CHANGES * 2.0 * planned
     read = 2 * size / machine.disk  # once for the spectra, once for the model
     analyze = solve + write + passes / machine.half + guided + read
     # its peak: one block's graph for a batch of windows, its second moments, the factors of the largest of
@@ -206,30 +193,18 @@ def budget(
     return [Cost(name, (s + NOTEBOOK_SECONDS) / 60, *rest) for name, (s, *rest) in stages.items()]
 
 
-def check_budget(
-    costs: Sequence[Cost], machine: Machine, *, outside: Sequence[str] = ("fetch",)
-) -> list[str]:
-    """What does not fit, in sentences; empty if all does.
-
-    Args:
-        costs: `budget(...)`.
-        machine: the same.
-        outside: stages whose files lie elsewhere than in the working folder (the Hub's cache).
-    """
-    problems = [
-        f"{cost.stage} needs about {need / 1e9:.1f} GB of {what}, {machine.name} has {limit / 1e9:.1f}"
-        for cost in costs
-        for need, limit, what in (
-            (cost.gpu, machine.gpu_bytes, "GPU memory"),
-            (cost.ram, machine.ram_bytes, "memory"),
-        )
-        if need > limit
-    ]
-    disk = sum(cost.disk for cost in costs if cost.stage not in outside)
+def check_budget(costs: Sequence[Cost], machine: Machine) -> list[str]:
+    """What of `budget(...)` does not fit the same machine, in sentences; the Hub's cache lies elsewhere."""
+    problems, has = [], f"{machine.name} has"
+    for cost in costs:
+        limits = ((cost.gpu, machine.gpu_bytes, "GPU memory"), (cost.ram, machine.ram_bytes, "memory"))
+        for need, limit, what in limits:
+            if need > limit:
+                said = f"{cost.stage} needs about {need / 1e9:.1f} GB of {what}, {has} {limit / 1e9:.1f}"
+                problems.append(said)
+    disk = sum(cost.disk for cost in costs if cost.stage != "fetch")
     if disk > machine.disk_bytes:
-        problems.append(
-            f"the run leaves {disk / 1e9:.1f} GB, {machine.name} has {machine.disk_bytes / 1e9:.0f}"
-        )
+        problems.append(f"the run leaves {disk / 1e9:.1f} GB, {has} {machine.disk_bytes / 1e9:.0f}")
     return problems
 
 
@@ -238,18 +213,14 @@ def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]
     lines = [TABLE_HEAD]
     for cost in costs:
         held = [stages[name] for name in PARTS.get(cost.stage, (cost.stage,)) if name in stages]
-        minutes = f"{sum(one['seconds'] for one in held) / 60:.1f}" if held else "–"
-        gpu, memory = (_peak(held, name) for name in ("peak_gpu_gb", "peak_rss_gb"))
-        numbers = f"{cost.gpu / 1e9:.1f} | {gpu} | {cost.ram / 1e9:.1f} | {memory} | {cost.disk / 1e9:.2f}"
-        lines.append(f"| {cost.stage} | {cost.minutes:.1f} | {minutes} | {numbers} |")
+        cells = [f"{cost.minutes:.1f}", f"{sum(x['seconds'] for x in held) / 60:.1f}" if held else "–"]
+        for need, peak in ((cost.gpu, "peak_gpu_gb"), (cost.ram, "peak_rss_gb")):
+            found = [one[peak] for one in held if peak in one]
+            cells += [f"{need / 1e9:.1f}", f"{max(found):.1f}" if found else "–"]
+        lines.append(f"| {cost.stage} | {' | '.join(cells)} | {cost.disk / 1e9:.2f} |")
     total, taken = sum(cost.minutes for cost in costs), sum(one["seconds"] for one in stages.values()) / 60
     actual = f"**{taken:.1f}**" if stages else "–"
     return "\n".join([*lines, f"| **all** | **{total:.1f}** | {actual} | | | | | |"])
-
-
-def _peak(stages: Sequence[Mapping[str, Any]], name: str) -> str:
-    """The largest of some stages' peaks, in GB."""
-    return f"{max(one[name] for one in stages):.1f}" if stages and all(name in one for one in stages) else "–"
 
 
 def announce(
@@ -282,18 +253,15 @@ def announce(
     tokens, variants = work_of(profile, random_seeds)
     costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
     problems = check_budget(costs, machine)
-    said = f"{source.id} does not fit: {'; '.join(problems)}."
+    said = (
+        f"{source.id} does not fit: {'; '.join(problems)}. This arithmetic is good to a factor of two: "
+        "over_budget='warn' goes on all the same, 'stop' ends the run here. Or use a smaller model."
+    )
     if problems and over_budget == "stop":
-        raise PlatformError(
-            f"{said} This arithmetic is good to a factor of two: over_budget='warn' tries it all the same. "
-            "Or use a smaller model."
-        )
+        raise PlatformError(said)
     print(f"Budget on {machine.name}, by arithmetic:\n{beside_actual(costs, {})}")
     if problems:
-        print(
-            f"Warning: {said} This arithmetic is good to a factor of two, so the run goes on; "
-            "over_budget='stop' would end it here. If a stage runs out, use a smaller model."
-        )
+        print(f"Warning: {said}")
     return costs
 
 

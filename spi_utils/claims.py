@@ -68,7 +68,8 @@ class Evaluation:
         with runs.believing(path, "evaluation", notebook):
             held = runs.read_json(path, SCHEMA, "evaluation", notebook)
             del held["schema"]
-            if odd := [name for name, value in held.items() if not isinstance(value, dict | list | str)]:
+            kinds = {"other_texts": list, "claims": list, "checkpoint_sha256": str, "kernel": str}
+            if odd := [name for name, value in held.items() if not isinstance(value, kinds.get(name, dict))]:
                 raise TypeError(f"{', '.join(odd)} can't be read")
             return cls(**held)
 

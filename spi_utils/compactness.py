@@ -42,7 +42,6 @@ from spi_utils.errors import AnalysisError
 
 MASS = 0.9  # the share of the trace norm by which the preprint counts rank
 SLACK = 1e-12  # a sum that is the share but for its last bits has reached it
-METHODS = ("exact", "fast")
 
 
 # --- the rank that holds the mass ------------------------------------------------------------------------
@@ -64,19 +63,14 @@ def rank_of_mass(sigma: NDArray[np.float64], share: float = MASS, *, count: str 
         AnalysisError: not 1-D, empty, negative, not finite, all zero; a share or a count that isn't one.
     """
     values = np.sort(np.asarray(sigma, dtype=np.float64))[::-1]
-    if (
-        values.ndim != 1
-        or not len(values)
-        or not np.isfinite(values).all()
-        or values[-1] < 0
-        or not values[0]
-    ):
+    if values.ndim != 1 or not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        shape = np.shape(sigma)
         raise AnalysisError(
-            f"Expected finite singular values, none negative and one above 0; got shape {np.shape(sigma)}."
+            f"Expected finite singular values, none negative, one above 0; got shape {shape}."
         )
     if not 0 < share <= 1 or count not in ("at_least", "before"):
         raise AnalysisError(
-            f"share={share!r}, count={count!r}: expected 0 < share ≤ 1 and 'at_least' or 'before'."
+            f"share={share!r}, count={count!r}: expected 0 < share ≤ 1, 'at_least' or 'before'."
         )
     mass = np.cumsum(values)
     reached = int(np.searchsorted(mass, share * mass[-1] * (1 - SLACK))) + 1
@@ -88,11 +82,7 @@ def rank_of_mass(sigma: NDArray[np.float64], share: float = MASS, *, count: str 
 
 @torch.no_grad()
 def nuclear_init_(
-    weight: Tensor,
-    rank_or_decay: int | float,
-    *,
-    gain: float = 1.0,
-    generator: torch.Generator | None = None,
+    weight: Tensor, rank_or_decay: int | float, *, gain: float = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """Fill a matrix in place with W = U diag(σ) Vᵀ, σ_k ∝ e^(-κk), U and V Haar-random; returns it.
 
@@ -109,18 +99,24 @@ def nuclear_init_(
     Raises:
         AnalysisError: not a floating-point matrix; a rank below 1 or above the dimension; κ or gain ≤ 0.
     """
-    _check_matrix(weight, finite=False)
+    _check_matrix(weight)
     rows, cols = weight.shape
-    short = min(rows, cols)
-    kappa = _decay(rank_or_decay, short)
-    if not (math.isfinite(gain) and gain > 0):
+    short, kappa = min(rows, cols), rank_or_decay
+    if isinstance(rank_or_decay, int) and not isinstance(rank_or_decay, bool):
+        kappa = decay_for_rank(rank_or_decay, short)
+    elif not (isinstance(kappa, float) and 0 < kappa < math.inf):
+        raise AnalysisError(f"rank_or_decay={kappa!r}: expected an int (rank) or a finite float above 0.")
+    if not 0 < gain < math.inf:
         raise AnalysisError(f"gain={gain!r}: expected a finite number above 0.")
-    dtype = _working(weight.dtype)
     sigma = torch.exp(-kappa * torch.arange(short, dtype=torch.float64, device=weight.device))
     sigma = sigma * (gain * math.sqrt(rows) / torch.linalg.vector_norm(sigma))
-    left = _orthonormal(rows, short, weight, generator)
-    right = _orthonormal(cols, short, weight, generator)
-    return weight.copy_((left * sigma.to(dtype)) @ right.T)
+    dtype, bases = _working(weight.dtype), []
+    for side in (rows, cols):  # orthonormal columns, Haar-distributed (Mezzadri 2007: fix the signs of R)
+        q, r = torch.linalg.qr(
+            torch.randn(side, short, generator=generator, dtype=dtype, device=weight.device)
+        )
+        bases.append(q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(dtype))
+    return weight.copy_((bases[0] * sigma.to(dtype)) @ bases[1].T)
 
 
 def decay_for_rank(rank: int, dimension: int) -> float:
@@ -132,16 +128,14 @@ def decay_for_rank(rank: int, dimension: int) -> float:
     Raises:
         AnalysisError: rank < 1, or above what even a flat spectrum of that dimension needs.
     """
-    if rank < 1 or rank > dimension:
-        raise AnalysisError(f"rank={rank} is outside 1…{dimension}, the matrix' smaller side.")
     most = math.ceil(MASS * dimension)
-    if (rank - 0.5) / dimension >= MASS:
-        if rank == most:
-            return 0.0
+    if not 1 <= rank <= most:
         raise AnalysisError(
-            f"rank={rank}: in dimension {dimension} even a flat spectrum holds 90 % of its sum in {most}. "
-            f"Ask for at most {most}."
+            f"rank={rank} is outside 1…{most}: in dimension {dimension} even a flat spectrum holds 90 % of "
+            f"its sum in {most} values."
         )
+    if rank - 0.5 >= MASS * dimension:
+        return 0.0
     return float(
         brentq(lambda k: math.expm1(-k * (rank - 0.5)) / math.expm1(-k * dimension) - MASS, 1e-9, 50.0)
     )
@@ -161,21 +155,6 @@ class NuclearInit:
             nuclear_init_(module.weight, self.rank_or_decay, gain=self.gain, generator=self.generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def _decay(rank_or_decay: int | float, dimension: int) -> float:
-    if isinstance(rank_or_decay, int) and not isinstance(rank_or_decay, bool):
-        return decay_for_rank(rank_or_decay, dimension)
-    if isinstance(rank_or_decay, float) and math.isfinite(rank_or_decay) and rank_or_decay > 0:
-        return rank_or_decay
-    raise AnalysisError(f"rank_or_decay={rank_or_decay!r}: expected an int (rank) or a finite float above 0.")
-
-
-def _orthonormal(rows: int, cols: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(rows, cols) with orthonormal columns, Haar-distributed (Mezzadri 2007: fix the signs of R)."""
-    gauss = torch.randn(rows, cols, generator=generator, dtype=_working(like.dtype), device=like.device)
-    q, r = torch.linalg.qr(gauss)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 
 
 # --- penalty ---------------------------------------------------------------------------------------------
@@ -198,9 +177,14 @@ def trace_norm(weight: Tensor, *, method: str = "exact") -> Tensor:
     Raises:
         AnalysisError: not a floating-point matrix, or it holds NaN or infinity; an unknown method.
     """
-    if method not in METHODS:
+    if method not in ("exact", "fast"):
         raise AnalysisError(f"method={method!r}: expected 'exact' or 'fast'.")
     _check_matrix(weight)
+    if not torch.isfinite(weight).all():
+        raise AnalysisError(
+            f"A weight of shape {tuple(weight.shape)} holds NaN or infinity: training has diverged, or the "
+            "checkpoint is damaged. Lower the learning rate, or look at the step before."
+        )
     return _TraceNorm.apply(weight, method)
 
 
@@ -210,44 +194,12 @@ def trace_norm_penalty(weights: Iterable[Tensor], coefficient: float, *, method:
     Raises:
         AnalysisError: a negative or infinite coefficient, no weights, or what `trace_norm` refuses.
     """
-    if not (math.isfinite(coefficient) and coefficient >= 0):
+    if not 0 <= coefficient < math.inf:
         raise AnalysisError(f"coefficient={coefficient!r}: expected a finite number, 0 or more.")
     norms = [trace_norm(weight, method=method) for weight in weights]
     if not norms:
         raise AnalysisError("There are no weights to penalize: expected at least one matrix.")
     return coefficient * torch.stack(norms).sum()
-
-
-def factored_trace_norm(left: Tensor, right: Tensor) -> Tensor:
-    """½(‖A‖_F² + ‖B‖_F²) ≥ ‖A B‖_*, equal for balanced factors (Srebro 2005): the variational form.
-
-    For a layer that is trained as its factors A (rows, r) and B (r, cols): nothing has to be decomposed.
-
-    Raises:
-        AnalysisError: not two floating-point matrices that can be multiplied.
-    """
-    for factor in (left, right):
-        _check_matrix(factor)
-    if left.shape[1] != right.shape[0]:
-        raise AnalysisError(f"Shapes {tuple(left.shape)} and {tuple(right.shape)} have no product A B.")
-    return 0.5 * (left.square().sum() + right.square().sum())
-
-
-def _exact(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σσ, U Vᵀ over the non-zero σ) by a singular value decomposition."""
-    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    floor = torch.finfo(matrix.dtype).eps * max(matrix.shape) * sigma[0]
-    return sigma.sum(), (u * (sigma > floor)) @ vh
-
-
-def _fast(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σσ, (W Wᵀ + δ)^-½ W) by the eigenvalues of the shorter side's Gram matrix."""
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values, vectors = torch.linalg.eigh(short @ short.T)
-    values = values.clamp(min=0)
-    delta = 4 * torch.finfo(matrix.dtype).eps * values[-1] + torch.finfo(matrix.dtype).tiny
-    polar = (vectors * (values + delta).rsqrt()) @ (vectors.T @ short)
-    return values.sqrt().sum(), polar if short is matrix else polar.T
 
 
 class _TraceNorm(torch.autograd.Function):
@@ -256,9 +208,20 @@ class _TraceNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, method: str) -> Tensor:
         matrix = weight.detach().to(_working(weight.dtype))
-        value, polar = (_fast if method == "fast" else _exact)(matrix)
+        info = torch.finfo(matrix.dtype)
+        if method == "exact":  # U Vᵀ over the non-zero σ
+            u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+            polar = (u * (sigma > info.eps * max(matrix.shape) * sigma[0])) @ vh
+        else:  # (W Wᵀ + δ)^-½ W by the eigenvalues of the shorter side's Gram matrix
+            wide = matrix.shape[0] <= matrix.shape[1]
+            short = matrix if wide else matrix.T
+            values, vectors = torch.linalg.eigh(short @ short.T)
+            sigma = values.clamp(min=0).sqrt()
+            shifted = values.clamp(min=0) + (4 * info.eps * values[-1].clamp(min=0) + info.tiny)
+            polar = (vectors * shifted.rsqrt()) @ (vectors.T @ short)
+            polar = polar if wide else polar.T
         ctx.save_for_backward(polar.to(weight.dtype))
-        return value
+        return sigma.sum()
 
     @staticmethod
     @once_differentiable
@@ -272,15 +235,10 @@ def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_matrix(weight: Tensor, *, finite: bool = True) -> None:
+def _check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or weight.numel() == 0:
         raise AnalysisError(
             f"Expected a matrix with entries, got shape {tuple(weight.shape)}; pass stacks slice by slice."
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise AnalysisError(f"Expected float16, bfloat16, float32 or float64 entries, got {weight.dtype}.")
-    if finite and not torch.isfinite(weight).all():
-        raise AnalysisError(
-            f"A weight of shape {tuple(weight.shape)} holds NaN or infinity: training has diverged, or the "
-            "checkpoint is damaged. Lower the learning rate, or look at the step before."
-        )

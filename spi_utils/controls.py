@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,8 @@ from spi_utils.errors import EvaluationError, PlanError
 from spi_utils.plan import (
     ProtectionPlan,
     able,
-    available_scores,
     bit_rates,
+    costs_as_stored,
     equal_bytes_plan,
     fused_groups,
     held_words,
@@ -84,19 +85,17 @@ def make_variants(
     Returns the variants in the order in which they are scored, and {control: reason} for those that this
     layer table can't give (no sensitivity column). Raises EvaluationError for an unknown control's name.
     """
-    unknown = [key for key in controls if key not in FULL]
-    if unknown:
+    if unknown := [key for key in controls if key not in FULL]:
         raise EvaluationError(f"there is no control {unknown[0]!r}; choose from {', '.join(FULL)}.")
     rows = {key: one for key, one in ENDS.items() if plan.rounding == "guided" or not key.endswith(NEAREST)}
     rows |= {key: one for key, one in CONTROLS.items() if key in controls}
-    for index in range(random_seeds if "random" in controls else 0):
-        choose = partial(_by_score, score="random", seed=seed + index)
-        rows[f"random_{index}"] = Control(f"random, seed {seed + index}", choose)
+    for n in range(seed, seed + random_seeds if "random" in controls else seed):
+        rows[f"random_{n - seed}"] = _chosen(f"random, seed {n}", score="random", seed=n)
     found: dict[str, Variant] = {}
     skipped: dict[str, str] = {}
     for key, control in rows.items():
         try:
-            formats = control.choose(layers, plan)
+            formats = dict(control.choose(layers, plan))
         except PlanError as error:
             skipped[key] = str(error)
             continue
@@ -107,27 +106,19 @@ def make_variants(
         label = control.label.format(held=held, score=plan.score, direction=plan.direction)
         if len(set(formats.values())) > 1:
             label = label.replace("everywhere", "where it fits")
-        cost = price(layers, stored, plan.double_quant)
-        overall, matrix = bit_rates(layers, stored, plan.double_quant)
-        miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"]
-        found[key] = Variant(
-            label=label,
-            formats=dict(formats),
-            bytes=cost["total"],
-            bits_per_weight=overall,
-            matrix_bits=matrix,
-            # Predictions speak of the run's own rounding; none was ever made for noise.
-            predicted_kl=predicted_kl(layers, stored) if stored == formats else None,
-            equal_bytes=control.equal_bytes,
-            bytes_miss=miss if control.equal_bytes else 0.0,
-        )
+        cost, rates = price(layers, stored, plan.double_quant), bit_rates(layers, stored, plan.double_quant)
+        miss = (cost["total"] - plan.bytes["total"]) / cost["total_16bit"] if control.equal_bytes else 0.0
+        # Predictions speak of the run's own rounding; none was ever made for noise.
+        known = costs_as_stored(layers, plan.double_quant)
+        kl = predicted_kl(known, stored) if stored == formats else None
+        found[key] = Variant(label, formats, cost["total"], *rates, kl, control.equal_bytes, miss)
     return found, skipped
 
 
 def _everywhere(layers: pd.DataFrame, plan: ProtectionPlan, fmt: str) -> Formats:
-    fits, planned = able(layers, fmt.removesuffix(NEAREST)), layers["quantizable"].to_numpy(bool)
-    rows = zip(layers["name"][planned], fits[planned], strict=True)
-    return {name: fmt if held else "16bit" for name, held in rows}
+    planned = layers[layers["quantizable"]]
+    rows = zip(planned["name"], able(planned, fmt.removesuffix(NEAREST)), strict=True)
+    return {name: fmt if fits else "16bit" for name, fits in rows}
 
 
 def _plan_nearest(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
@@ -141,39 +132,20 @@ def _noise(layers: pd.DataFrame, plan: ProtectionPlan) -> Formats:
 
 
 def _by_score(
-    layers: pd.DataFrame,
-    plan: ProtectionPlan,
-    score: str = "",
-    formats: Sequence[str] = (),
-    seed: int = 0,
-    flip: bool = False,
-    group: str | None = None,
+    layers: pd.DataFrame, plan: ProtectionPlan, score: str = "", seed: int = 0, flip: bool = False, **mix: Any
 ) -> Formats:
-    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end, and no
-    `formats` are the plan's two tiers: its smallest one (NF4 if there is none) and 16-bit."""
+    """What a score chooses at the plan's bytes; `score` "" is the plan's own, `flip` its other end. `mix`:
+    formats and group; none are the plan's group, its smallest format (NF4 if there is none) and 16-bit."""
     low = min(set(plan.formats.values()) - {"16bit"}, key=nominal_bits, default="nf4")
-    chosen = tuple(formats) or (low, "16bit")
-    if not formats and score != "fisher" and set(plan.formats.values()) - set(chosen):
+    if not mix and score != "fisher" and set(plan.formats.values()) - {low, "16bit"}:
         return _in_plans_formats(layers, plan, score or plan.score, low, seed, flip)
-    if score and score not in available_scores(layers, chosen):
-        raise PlanError(
-            f"layers.csv lacks {score}'s column for {', '.join(chosen)}. Run notebook 01_analyze with "
-            "sensitivity='self' and these among its cost_formats."
-        )
-    other = "low" if plan.direction == "high" else "high"
-    return equal_bytes_plan(
-        layers,
-        total_bytes=plan.bytes["total"],
-        score=score or plan.score,
-        direction=other if flip else "high",
-        formats=chosen,
-        double_quant=plan.double_quant,
-        seed=seed,
-        group=group if formats else plan.options.get("group"),
-        # What the plan's user settled: a control that chose there too would differ in more than the score.
-        force_16bit=plan.options.get("force_16bit"),
-        forbid_16bit=plan.options.get("forbid_16bit"),
-    ).formats
+    # What the plan's user settled: a control that chose there too would differ in more than the score.
+    asked = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
+    asked |= {"formats": (low, "16bit"), "double_quant": plan.double_quant, "seed": seed}
+    asked |= {"direction": "low" if flip and plan.direction == "high" else "high"}
+    asked |= {"group": None, **mix} if mix else {}
+    total = plan.bytes["total"]
+    return equal_bytes_plan(layers, total_bytes=total, score=score or plan.score, **asked).formats
 
 
 def _in_plans_formats(
@@ -189,58 +161,58 @@ def _in_plans_formats(
     planned = layers["quantizable"].to_numpy(bool)
     rows = layers[planned].reset_index(drop=True)
     names = list(rows["name"])
-    groups = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    own = np.array([plan.formats[name] for name in names])
     values = score_values(layers, score, formats=(low, "16bit"), seed=seed)[planned]
-    own = [plan.formats[name] for name in names]
-    forced = matches(names, plan.options.get("force_16bit"), "force_16bit")
-    forbidden = matches(names, plan.options.get("forbid_16bit"), "forbid_16bit")
+    forced, forbidden = (
+        matches(names, plan.options.get(one), one) for one in ("force_16bit", "forbid_16bit")
+    )
     movable = able(rows, low) & ~forced  # others keep the plan's format, and so do those merged with them
-    for group in groups:
-        movable[group] = movable[group].all()
-    groups = [group for group in groups if movable[group[0]]]
+    together = fused_groups(names) if plan.options.get("group") else [[place] for place in range(len(names))]
+    groups = [group for group in together if movable[group].all()]
     mean = np.array([np.nanmean(values[group]) for group in groups])
     order = np.argsort(mean if flip else -mean, kind="stable")
-    chosen = [low if held else fmt for held, fmt in zip(movable, own, strict=True)]
-    base = payload_bytes(rows, low, plan.double_quant)
+    chosen = own.astype(object)
+    moved = [place for group in groups for place in group]
+    chosen[moved] = low
     left = 0
-    for fmt in sorted(set(own) - {low}, key=nominal_bits, reverse=True):
-        extra = payload_bytes(rows, fmt, plan.double_quant) - base
-        left += sum(int(extra[place]) for place, held in enumerate(own) if held == fmt and movable[place])
+    for fmt in sorted({*own} - {low}, key=nominal_bits, reverse=True):
+        extra = payload_bytes(rows, fmt, plan.double_quant) - payload_bytes(rows, low, plan.double_quant)
+        left += int(extra[moved][own[moved] == fmt].sum())
         for group in (groups[place] for place in order):
-            cost = int(extra[group].sum())
-            barred = fmt == "16bit" and forbidden[group].any()
-            fitting = cost <= left and able(rows.iloc[group], fmt).all()
-            if chosen[group[0]] == low and fitting and not barred:
-                left -= cost
-                for place in group:
-                    chosen[place] = fmt
-    return dict(zip(names, chosen, strict=True))
+            barred = (fmt == "16bit" and forbidden[group].any()) or not able(rows.iloc[group], fmt).all()
+            if chosen[group[0]] == low and extra[group].sum() <= left and not barred:
+                left -= int(extra[group].sum())
+                chosen[group] = fmt
+    return dict(zip(names, chosen.tolist(), strict=True))
 
 
+def _uniform(label: str, fmt: str) -> Control:
+    return Control(label, partial(_everywhere, fmt=fmt), equal_bytes=False)
+
+
+def _chosen(label: str, **asked: Any) -> Control:
+    return Control(label, partial(_by_score, **asked))
+
+
+# What bitsandbytes would have made of the same weights, where rounding is guided, is the claim as stated.
 ENDS: dict[str, Control] = {
-    "reference": Control("16-bit reference", partial(_everywhere, fmt="16bit"), equal_bytes=False),
-    "nf4": Control("pure NF4", partial(_everywhere, fmt="nf4"), equal_bytes=False),
+    "reference": _uniform("16-bit reference", "16bit"),
+    "nf4": _uniform("pure NF4", "nf4"),
     "plan": Control("the plan ({score}, {direction})", lambda layers, plan: plan.formats),
-    # What bitsandbytes would have made of the same weights, where rounding is guided: the claim as stated.
-    "nf4_nearest": Control("pure NF4, nearest", partial(_everywhere, fmt="nf4" + NEAREST), equal_bytes=False),
+    "nf4_nearest": _uniform("pure NF4, nearest", "nf4" + NEAREST),
     "plan_nearest": Control("the plan, nearest", _plan_nearest, equal_bytes=False),
 }
+MIX, SERVED = ("nf4", "int8", "16bit"), (INT4, "int8", "16bit")  # vLLM serves the second: merged layers share
 CONTROLS: dict[str, Control] = {
-    "other_direction": Control("the score's other end", partial(_by_score, flip=True)),
-    "fisher": Control("Fisher's optimum", partial(_by_score, score="fisher")),
+    "other_direction": _chosen("the score's other end", flip=True),
+    "fisher": _chosen("Fisher's optimum", score="fisher"),
     # Above all-int8 the optimum keeps the layers in 16-bit that gain most.
-    "fisher_int8": Control(
-        "Fisher's optimum of {held}", partial(_by_score, score="fisher", formats=("nf4", "int8", "16bit"))
-    ),
-    # What vLLM serves: merged layers share a format.
-    "fisher_int4": Control(
-        "Fisher for vLLM: {held}",
-        partial(_by_score, score="fisher", formats=(INT4, "int8", "16bit"), group="fused"),
-    ),
-    "int8": Control("int8 everywhere", partial(_everywhere, fmt="int8"), equal_bytes=False),
-    "int4": Control("int4 (groups of 64) everywhere", partial(_everywhere, fmt=INT4), equal_bytes=False),
+    "fisher_int8": _chosen("Fisher's optimum of {held}", score="fisher", formats=MIX),
+    "fisher_int4": _chosen("Fisher for vLLM: {held}", score="fisher", formats=SERVED, group="fused"),
+    "int8": _uniform("int8 everywhere", "int8"),
+    "int4": _uniform("int4 (groups of 64) everywhere", INT4),
     "noise": Control("the plan, noise for NF4", _noise),
-    "first_last": Control("first and last blocks", partial(_by_score, score="first_last")),
-    "smallest_first": Control("smallest layers first", partial(_by_score, score="smallest")),
-    "type_prior": Control("type prior", partial(_by_score, score="type_prior")),
+    "first_last": _chosen("first and last blocks", score="first_last"),
+    "smallest_first": _chosen("smallest layers first", score="smallest"),
+    "type_prior": _chosen("type prior", score="type_prior"),
 }

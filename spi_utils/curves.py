@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from spi_utils.errors import PlanError
 from spi_utils.plan import DIRECTIONS, Floats, Ints, Mask, Problem, available_scores, least_cost, price
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -50,31 +50,21 @@ class Chooser:
     the 16-bit file's size.
     """
 
-    def __init__(
-        self,
-        layers: pd.DataFrame,
-        score: str,
-        direction: str = "high",
-        *,
-        formats: Sequence[str] = ("nf4", "16bit"),
-        **options: Any,
-    ) -> None:
-        """Sort a score; `options` are `Problem`'s: double_quant, group, force_16bit, forbid_16bit, seed."""
-        p = self.problem = Problem(layers, score, direction, formats, **options)
-        low, top = p.tiers
-        items = np.arange(len(p.start))
-        order = self.order = p.order
+    def __init__(self, layers: pd.DataFrame, score: str, direction: str = "high", **options: Any) -> None:
+        """Sort a score; `options` are `Problem`'s: formats, double_quant, group, force_16bit, …"""
+        p = self.problem = Problem(layers, score, direction, **options)
+        (low, top), items, order = p.tiers, np.arange(len(p.start)), p.order
+        self.order = order
 
         def run(table: Any) -> Any:
             """Cumulative sums over the order, from the choice that protects nothing."""
-            steps = table[order, top] - table[order, low]
-            return table[items, p.start].sum() + np.concatenate([np.zeros(1, steps.dtype), np.cumsum(steps)])
+            steps = np.append(0, table[order, top] - table[order, low])
+            return table[items, p.start].sum() + np.cumsum(steps)
 
         self.data_bytes: Ints = run(p.payload) + p.fixed_data
         self.file_bytes: Ints = run(p.payload + p.header) + p.fixed_data + p.fixed_header
         self.kl: Floats = run(p.predicted)
-        held = p.count[p.start == top].sum()
-        self.layer_count = held + np.concatenate([[0], np.cumsum(p.count[order])])
+        self.layer_count = p.count[p.start == top].sum() + np.cumsum(np.append(0, p.count[order]))
         self.cut = p.raw[order][~np.isnan(p.raw[order])]
         self.full_bytes = price(layers, {})["total"]
 
@@ -110,15 +100,9 @@ class Chooser:
         items = p.start == p.tiers[1]
         items[self.order[:k]] = True
         data, file, kl = int(self.data_bytes[k]), int(self.file_bytes[k]), float(self.kl[k])
-        return Choice(
-            mask=items[p.member],
-            layers=int(self.layer_count[k]),
-            total_bytes=file,
-            saved_bytes=self.full_bytes - file,
-            bits_per_weight=8 * data / p.all_numel,
-            matrix_bits=8 * (data - p.fixed_data) / p.numel,
-            predicted_kl=kl if np.isfinite(kl) else None,
-        )
+        rates = 8 * data / p.all_numel, 8 * (data - p.fixed_data) / p.numel
+        size = int(self.layer_count[k]), file, self.full_bytes - file
+        return Choice(items[p.member], *size, *rates, kl if np.isfinite(kl) else None)
 
     def threshold_for(self, total_bytes: float) -> float:
         """The threshold that protects most within a file size: the same choice seen from the byte side.
@@ -141,8 +125,8 @@ class Chooser:
         if order is None:
             ratio = np.divide(saved, spent, out=np.full(len(saved), np.inf), where=spent > 0)
             order = np.argsort(-ratio, kind="stable")
-        size = self.file_bytes[0] + np.concatenate([[0.0], np.cumsum(spent[order])])
-        return size, self.kl[0] - np.concatenate([[0.0], np.cumsum(saved[order])])
+        size = self.file_bytes[0] + np.cumsum(np.append(0.0, spent[order]))
+        return size, self.kl[0] - np.cumsum(np.append(0.0, saved[order]))
 
     def random_curves(self, grid: Floats, seeds: int) -> Floats:
         """Predicted KL of random orders at each size of `grid`: (seeds, points), sorted over seeds."""
@@ -184,7 +168,7 @@ class Field:
 
     @classmethod
     def of(
-        cls, layers: pd.DataFrame, *, seeds: int = SEEDS, points: int = POINTS, **options: Any
+        cls, layers: pd.DataFrame, seeds: int = SEEDS, points: int = POINTS, **options: Any
     ) -> Field | None:
         """Precompute the field; None where the table holds no predicted KL."""
         base = Chooser(layers, "random", **options)
@@ -199,21 +183,15 @@ class Field:
 
     def standing(self, total_bytes: float, predicted_kl: float) -> Standing:
         """Compare a choice with random selections and the optimum of the same size, by interpolation."""
-        low, median, high, best = (
-            float(np.interp(total_bytes, self.file_bytes, line)) for line in (*self._bands, self.optimum)
+        lines = (self.optimum, *self._bands, np.arange(len(self.file_bytes)))
+        best, low, median, high, place = (
+            float(np.interp(total_bytes, self.file_bytes, line)) for line in lines
         )
-        place = float(np.interp(total_bytes, self.file_bytes, np.arange(len(self.file_bytes))))
-        left, right = int(np.floor(place)), int(np.ceil(place))
-        at = self.random[:, left] + (place - left) * (self.random[:, right] - self.random[:, left])
+        left, right = self.random[:, int(place)], self.random[:, int(np.ceil(place))]
+        better = ((left + place % 1 * (right - left)) > predicted_kl).mean()
         room = median - best
-        return Standing(
-            optimum=best,
-            random_low=low,
-            random_median=median,
-            random_high=high,
-            better_than=float((at > predicted_kl).mean()),
-            gain=(median - predicted_kl) / room if room > 1e-12 * max(median, 1e-300) else 0.0,
-        )
+        gain = (median - predicted_kl) / room if room > 1e-12 * max(median, 1e-300) else 0.0
+        return Standing(best, low, median, high, float(better), gain)
 
 
 def frontier(
@@ -233,7 +211,7 @@ def frontier(
         scores: rows of `SCORES`; default every one that the table holds, random apart.
         formats: with more than two, scores lift layers from the smallest to the largest and the optimum
             uses all of them.
-        seeds: random orders in the band, at least 20.
+        seeds: random orders in the band; below 20 its ends say little.
         points: sizes at which each curve is read, evenly spread.
         options: group, double_quant, force_16bit, forbid_16bit.
 
@@ -242,25 +220,22 @@ def frontier(
         `layers`, `bytes` (the file's), `matrix_bits`, `predicted_kl`.
 
     Raises:
-        PlanError: as `make_plan`, or fewer than 20 seeds.
+        PlanError: as `make_plan`.
     """
-    if seeds < 20:
-        raise PlanError(f"seeds={seeds}: a random band needs at least 20 seeds.")
     if scores is None:
         scores = [name for name in available_scores(layers, formats) if name != "random"]
-    base = Chooser(layers, "random", formats=formats, **options)
-    grid = base.grid(points)
+    options["formats"] = formats
+    base = Chooser(layers, "random", **options)
+    grid, p = base.grid(points), base.problem
     rows: list[tuple[Any, ...]] = []  # in the order of `COLUMNS`
-    for score in scores:
-        for direction in directions:
-            curve = Chooser(layers, score, direction, formats=formats, **options)
-            # The largest choice within each size; equal neighbours are kept once.
-            within = np.unique(np.searchsorted(curve.file_bytes, grid, side="right") - 1)
-            for at in (curve.at_count(int(k)) for k in within[within >= 0]):
-                found = (at.layers, at.total_bytes, at.matrix_bits, at.predicted_kl)
-                rows.append(("score", score, direction, None, *found))
+    for score, direction in product(scores, directions):
+        curve = Chooser(layers, score, direction, **options)
+        # The largest choice within each size; equal neighbours are kept once.
+        within = np.unique(np.searchsorted(curve.file_bytes, grid, side="right") - 1)
+        for at in map(curve.at_count, within[within >= 0]):
+            found = (at.layers, at.total_bytes, at.matrix_bits, at.predicted_kl)
+            rows.append(("score", score, direction, None, *found))
     if np.isfinite(base.kl).all():
-        p = base.problem
         ends = 8 * (base.data_bytes[[0, -1]] - p.fixed_data) / p.numel
         bits = np.interp(grid, base.file_bytes[[0, -1]], ends)
         bands = np.quantile(base.random_curves(grid, seeds), QUANTILES, axis=0)  # (quantiles, points)
@@ -268,13 +243,11 @@ def frontier(
             for at_size in zip(grid.astype(int), bits, band, strict=True):
                 rows.append(("random", "random", None, quantile, None, *at_size))
         items, size = np.arange(len(p.start)), p.payload + p.header
-        outside = int(base.file_bytes[0] - size[items, p.start].sum())
+        outside = p.fixed_data + p.fixed_header
         for limit in grid:  # the exact least predicted KL within each size, every format allowed
             choice, _ = least_cost(p.predicted, size.astype(float), float(limit - outside), p.allowed)
-            lifted, total = int(p.count[choice != p.start].sum()), outside + int(size[items, choice].sum())
-            rate, kl = (
-                8 * int(p.payload[items, choice].sum()) / p.numel,
-                float(p.predicted[items, choice].sum()),
-            )
-            rows.append(("optimum", "optimum", None, None, lifted, total, rate, kl))
+            data, file, kl = (one[items, choice].sum() for one in (p.payload, size, p.predicted))
+            lifted = int(p.count[choice != p.start].sum())
+            found = (lifted, outside + int(file), 8 * int(data) / p.numel, float(kl))
+            rows.append(("optimum", "optimum", None, None, *found))
     return pd.DataFrame(rows, columns=COLUMNS)

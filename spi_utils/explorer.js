@@ -1,9 +1,10 @@
 // The explorer without a kernel. DATA, written by explorer.py, holds for each score and direction a table: a row a
-// choice, what is said of it, and the first row that keeps each layer. Here a row is found, told and drawn.
+// choice, what is said of it, and the first row that keeps each layer. Here a row is found, told and drawn; nothing
+// is computed that isn't there.
 const $ = id => document.getElementById(id);
 const choice = { ...DATA.start };
 const [UNIT, UNIT_NAME] = DATA.unit;
-const STEPS = 1000;
+const STEPS = Number($("slider").max);
 const score = () => DATA.scores[choice.score];
 const table = () => score()[choice.direction];
 const count = (values, test) => values.filter(test).length;
@@ -14,8 +15,7 @@ function row() {
   return count(table().cut, choice.direction === "high" ? v => v >= choice.threshold : v => v <= choice.threshold);
 }
 function choose(r) {
-  const [low, high] = score().bounds;
-  choice.threshold = r > 0 ? table().cut[r - 1] : choice.direction === "high" ? high : low;
+  choice.threshold = r > 0 ? table().cut[r - 1] : score().steps.at(choice.direction === "high" ? -1 : 0);
 }
 const sizeBounds = () => [table().bytes[0], table().bytes.at(-1)];
 const sizeRow = bytes => Math.max(0, count(table().bytes, size => size <= bytes) - 1);
@@ -40,18 +40,11 @@ function tell() {
   $("notes").textContent = [say("ties", known), DATA.notes].filter(Boolean).join(" ");
   $("parameters").textContent = parameters();
 }
-// The choice as notebook 02's parameters and as a command; python's literals, a shell's quotes.
-const literal = value => Array.isArray(value) ? `[${value.map(literal).join(", ")}]`
-  : value === true ? "True" : typeof value === "number" ? String(value) : JSON.stringify(value);
-const yaml = value => typeof value === "string" ? value : Array.isArray(value) ? JSON.stringify(value) : String(value);
-const quoted = text => /^[\w.+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
-function parameters() {
-  const { score, direction } = choice, value = choice.threshold;  // in full: it may be a layer's own score
-  const all = { score, direction, rule: "threshold", value, ...DATA.wishes };
-  const lines = Object.entries(all).map(([name, one]) => `${name} = ${literal(one)}`);
-  const parts = Object.entries(all).map(([name, one]) => `-p ${name} ${quoted(yaml(one))}`);
-  return `${lines.join("\n")}\n\nspi-utils run -p model ${quoted(DATA.model)} ${parts.join(" ")}`;
-}
+// The choice as notebook 02's parameters and as a command; the threshold in full: it may be a layer's own score.
+const parameters = () => {
+  const known = { ...choice, value: choice.threshold };
+  return DATA.make.replace(/{(score|direction|value)}/g, (mark, name) => known[name]);
+};
 function nameSpectrum(place) {
   const spectrum = DATA.spectra && DATA.spectra[place];
   $("spectrum-title").textContent = spectrum ? spectrum.title
@@ -62,14 +55,14 @@ function nameSpectrum(place) {
 function tables() {
   const r = row(), { cut, bytes, kl, row: first } = table(), { bin, edges, values } = score();
   const layers = DATA.layers.map((layer, i) => {
-    const state = layer.fixed ?? (first[i] === null ? `${DATA.rest}, no score` : first[i] <= r ? "16-bit" : DATA.rest);
+    const state = layer.fixed ?? (first[i] > cut.length ? NO_SCORE : first[i] <= r ? "16-bit" : DATA.rest);
     const own = values[i] === null ? {} : { [score().short + " (the score)"]: values[i] };
     const tip = Object.entries(layer.tip).filter(([title]) => title !== score().short);
     return { label: layer.label, depth: layer.depth, place: i, state, left: edges[bin[i]], right: edges[bin[i] + 1],
              tip: { title: layer.name, "stored in": state, ...own, ...Object.fromEntries(tip) } };
   });
   return {
-    histogram: { layers: layers.filter(layer => bin[layer.place] !== null), cut: [{ threshold: choice.threshold }] },
+    histogram: { layers: layers.filter(layer => bin[layer.place] >= 0), cut: [{ threshold: choice.threshold }] },
     map: { layers },
     frontier: DATA.band && { band: DATA.band, landmarks: DATA.landmarks, point: [{ size: bytes[r] / UNIT, kl: kl[r] }],
                              curve: bytes.map((size, i) => ({ size: size / UNIT, kl: kl[i] })) },
@@ -103,7 +96,7 @@ const chart = (height, rest) => ({ width: "container", height, autosize: { type:
 
 const CHARTS = {
   histogram() {
-    const scale = { domain: score().domain, nice: false, type: score().wide ? "log" : "linear", zero: false };
+    const scale = { domain: score().domain, nice: false, type: score().scale, zero: false };
     const x = { title: null, scale, axis: { labelExpr: LABELS } };
     return chart(230, { layer: [
       from("layers", {
@@ -141,7 +134,7 @@ const CHARTS = {
   },
   map() {
     const free = i => DATA.layers[i].fixed === null;
-    const unscored = Object.values(DATA.scores).some(one => one.high.row.some((r, i) => r === null && free(i)));
+    const unscored = Object.values(DATA.scores).some(one => one.high.row.some((r, i) => r > one.high.cut.length && free(i)));
     const failed = DATA.layers.some(layer => layer.fixed === FAILED);
     const states = ["16-bit", DATA.rest, ...(unscored ? [NO_SCORE] : []), ...(failed ? [FAILED] : [])];
     const legend = { title: null, orient: "top" };  // one legend: fill and outline share field and title
@@ -184,16 +177,7 @@ function feed(name, datasets) {
 
 // --- controls --------------------------------------------------------------------------------------------
 const refuse = text => { $("refusal").textContent = text; };
-// The slider runs over the thresholds allowed, logarithmically where the score spans decades.
-function fromSlider(step) {
-  const [low, high] = score().bounds, share = step / STEPS;
-  return step <= 0 ? low : step >= STEPS ? high : score().wide ? low * (high / low) ** share : low + (high - low) * share;
-}
-function toSlider(value) {
-  const [low, high] = score().bounds;
-  const share = score().wide ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
-  return Math.round(STEPS * Math.min(1, Math.max(0, share)));
-}
+const toSlider = value => Math.max(0, score().steps.findIndex(step => step >= value));
 // Bring every control but the one that a person is moving in line with the choice, then tell and draw it.
 function show(moved) {
   const size = table().bytes[row()], [least, most] = sizeBounds();
@@ -222,7 +206,7 @@ const typed = id => {
   return text === "" ? NaN : Number(text);
 };
 function readNumber() {
-  const value = typed("number"), [low, high] = score().bounds, range = `between ${short(low)} and ${short(high)}`;
+  const value = typed("number"), [low, high] = [score().steps[0], score().steps.at(-1)], range = `between ${short(low)} and ${short(high)}`;
   if (!Number.isFinite(value)) return refuse(`“${$("number").value}” is no number: type one ${range}.`);
   if (value < low || value > high)
     return refuse(`${short(value)} is outside the score's range: type a number ${range}.`);
@@ -255,7 +239,7 @@ async function start() {
   nameSpectrum(0);
   show();
   $("slider").addEventListener("input", () => {
-    choice.threshold = fromSlider(Number($("slider").value));
+    choice.threshold = score().steps[$("slider").value];
     show("slider");
   });
   $("number").addEventListener("change", readNumber);

@@ -5,7 +5,7 @@ a notebook, and `write_explorer` puts what every threshold gives into one file t
 
     state = ExplorerState.open("runs/smollm2-135m-instruct")
     state.set_threshold(4.5)
-    print(state.line())
+    print(state.say("line"))
     state.save()
 """
 
@@ -13,67 +13,34 @@ from __future__ import annotations
 
 import html
 import io
-import math
+import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy.ndimage import binary_erosion
 
-from spi_utils import figures, runs
+from spi_utils import figures, plan, runs
 from spi_utils.claims import Evaluation
 from spi_utils.curves import Chooser, Field
 from spi_utils.errors import PlanError, RunError, SPIError
-from spi_utils.figures import (
-    FORMAT_COLOURS,
-    FORMAT_LABELS,
-    LayerGrid,
-    density_of,
-    draw_grid,
-    eigenvalues_of,
-    histogram_edges,
-    is_wide,
-    planned_layers,
-    score_label,
-    short_label,
-    shorten,
-    single_spectrum,
-)
-from spi_utils.plan import (
-    SCORES,
-    Patterns,
-    ProtectionPlan,
-    able,
-    available_scores,
-    make_plan,
-    matches,
-    nominal_bits,
-    payload_bytes,
-    predicted_kl,
-    price,
-    score_row,
-)
-from spi_utils.runs import Run
+from spi_utils.figures import FORMAT_COLOURS, FORMAT_LABELS, LayerGrid, histogram_edges, scale_of, shorten
+from spi_utils.formats import gigabytes
+from spi_utils.plan import Floats, ProtectionPlan, predicted_kl, price, score_row
 
-if TYPE_CHECKING:
-    import ipywidgets
-    from numpy.typing import NDArray
-
-SLIDER_STEPS = 500
-NAMED = 3  # failed layers named in a sentence; the rest are counted
-PICTURES_KEPT = 8  # bitmaps of recently used scores, 2.4 MB each
-WISHES = ("group", "force_16bit", "forbid_16bit", "seed")
-UNKNOWN = "No sensitivity in this run: the cost of a choice is not predicted."
+STEPS = 500  # of a slider
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10}  # of a panel
 # What is said of a choice. A part is said where all its numbers are known; the page says the same parts.
 SAYS = {
     "line": (
@@ -97,40 +64,30 @@ def say(what: str, facts: Mapping[str, Any]) -> str:
     return "".join(known).format(**facts)
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits without an exponent: "205", "64.0", "0.498"."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(abs(value)))))}f}".replace("-", "−")
-
-
 # --- the state: what is chosen, and what follows -----------------------------------------------------------
 
 
 class ExplorerState:
     """A layer table, a person's wishes, a score with its direction, and a threshold.
 
-    `chooser`, `threshold` and `choice` are the present choice, `bounds` the thresholds allowed. `held` names
-    the layers that stay in 16-bit because their analysis failed: no score can tell what they cost, so no
-    threshold chooses them, unless a pattern speaks of them. `notes` are sentences that hold at every choice.
+    `chooser`, `threshold` and `choice` are the choice; `thresholds` and `sizes` (bytes) are steps of a
+    slider, `STEPS` + 1 from the least to the greatest allowed. `held` names the layers that stay in 16-bit
+    because their analysis failed: no score can tell what they cost, so no threshold chooses them, unless a
+    pattern speaks of them. `notes` are sentences that hold at every choice.
     """
 
     def __init__(
         self,
         layers: pd.DataFrame,
         *,
-        run: Run | None = None,
-        spectra: Mapping[str, NDArray[np.float64]] | None = None,
+        run: runs.Run | None = None,
+        spectra: Mapping[str, Floats] | None = None,
         score: str = "alpha_hill",
         direction: str = "high",
         share: float = 0.52,
         threshold: float | None = None,
         lower: str = "nf4",
-        double_quant: bool = False,
-        group: str | None = None,
-        force_16bit: Patterns = None,
-        forbid_16bit: Patterns = None,
-        seed: int = 0,
+        **wishes: Any,
     ) -> None:
         """Start from a table in memory; `open` starts from a run directory.
 
@@ -141,82 +98,66 @@ class ExplorerState:
             share: of the layers, how many are protected at first; unless
             threshold: says where to start, in the score's units.
             lower: the format of the layers that are not kept in 16-bit.
-            double_quant: NF4 with double quantization.
-            group, force_16bit, forbid_16bit, seed: as `make_plan`.
+            wishes: `double_quant`, `group`, `force_16bit`, `forbid_16bit`, `seed`, as `make_plan`.
 
         Raises:
-            PlanError, AnalysisError: unknown score or format, a score that the table doesn't hold,
-                nothing to plan, a bad pattern.
+            PlanError: unknown score or format, a score that the table doesn't hold, nothing to plan, a bad
+                pattern.
         """
-        self.layers, self.run, self.spectra = layers, run, dict(spectra or {})
-        self.planned = planned_layers(layers)
-        self.lower, self.rest = lower, f"{int(nominal_bits(lower))}-bit"
-        self.scores = {name: SCORES[name].title for name in available_scores(layers, (lower, "16bit"))}
-        names, failed = list(self.planned["name"]), (self.planned["status"] == "failed").to_numpy()
+        self.layers, self.run, self.spectra, self.lower = layers, run, dict(spectra or {}), lower
+        self.rest = f"{int(plan.nominal_bits(lower))}-bit"
+        self.planned = layers[layers["quantizable"]].reset_index(drop=True)
+        known = plan.available_scores(layers, (lower, "16bit"))
+        self.scores = {name: plan.SCORES[name].title for name in known}
+        names, failed = self.planned["name"], self.planned["status"] == "failed"
         # A plan that an explorer saved names its failed layers; they are found anew in each table.
-        own = {name: f"^{re.escape(name)}$" for name, lost in zip(names, failed, strict=True) if lost}
-        force, forbid = (
-            [given]
-            if isinstance(given, str)
-            else [one for one in given or () if one not in ("", *own.values())]
-            for given in (force_16bit, forbid_16bit)
-        )
-        spoken = matches(names, force, "force_16bit") | matches(names, forbid, "forbid_16bit")
-        self.held = [name for name, lost in zip(names, failed & ~spoken, strict=True) if lost]
-        forced = force + [own[name] for name in self.held]
-        self.options: dict[str, Any] = {"formats": (lower, "16bit"), "double_quant": double_quant}
-        self.options |= {"group": group, "seed": seed}
-        self.options |= {"force_16bit": forced or None, "forbid_16bit": forbid or None}
-        self.notes: list[str] = []
+        own = {name: f"^{re.escape(name)}$" for name in names[failed]}
+        told = {"group": [wishes["group"]] if wishes.get("group") else []}
+        for key in ("force_16bit", "forbid_16bit"):
+            given = wishes.get(key) or ()
+            given = [given] if isinstance(given, str) else given
+            told[key] = [one for one in given if one not in own.values()]
+            failed &= ~plan.matches(list(names), told[key], key)
+        self.held, self.notes = list(names[failed]), [""]
+        self.options: dict[str, Any] = {"formats": (lower, "16bit"), **wishes}
+        self.options["force_16bit"] = told["force_16bit"] + [own[name] for name in self.held] or None
+        self.options["forbid_16bit"] = told["forbid_16bit"] or None
         if self.held:
-            count, more = len(self.held), len(self.held) - NAMED
-            self.notes.append(
-                f"{count} layer{' stays' if count == 1 else 's stay'} in 16-bit because the analysis failed "
-                f"there: {', '.join(self.held[:NAMED])}{f' and {more} more' if more > 0 else ''}; no "
-                "threshold chooses among those."
-            )
-        self.failures = " ".join(self.notes)
-        told = {"group": [group] if group else [], "force_16bit": force, "forbid_16bit": forbid}
-        if wishes := ", ".join(f"{name} {', '.join(wish)}" for name, wish in told.items() if wish):
-            self.notes.append(f"Held at every threshold, and saved with the plan: {wishes}.")
-        self.grid = LayerGrid(layers)
+            some = ", ".join(self.held[:3]) + (", …" if len(self.held) > 3 else "")
+            words = "layer(s) stay in 16-bit because the analysis failed there"
+            self.notes[0] = f"{len(self.held)} {words} ({some})."
+        if asked := ", ".join(f"{key} {', '.join(given)}" for key, given in told.items() if given):
+            self.notes.append(f"Held at every threshold, and saved with the plan: {asked}.")
         # What random selections and the optimum reach at each size; None without sensitivity.
         self.field = Field.of(layers, **self.options)
+        self.grid = LayerGrid(layers)
         self.landmarks = self._landmarks()
-        self._choosers: dict[tuple[str, str], Chooser] = {}
-        self._pictures: dict[tuple[str, str], Picture] = {}
+        # (score, direction) -> the layers sorted by it, with the consequences of every cut.
+        self.chooser_of = cache(partial(Chooser, layers, **self.options))
         self._use(score, direction, round(share * len(names)))
         if threshold is not None:
-            self.set_threshold(threshold)
+            self._at(threshold)
 
     @classmethod
-    def open(cls, run_dir: str | Path | Run, **options: Any) -> ExplorerState:
+    def open(cls, run_dir: str | Path | runs.Run, **options: Any) -> ExplorerState:
         """Start from a run directory, at the plan it holds if there is one.
 
         Raises:
             RunError, PlanError: no analysis there, or damaged files; says which notebook to run.
         """
-        run = run_dir if isinstance(run_dir, Run) else runs.existing_run(run_dir)
+        run = run_dir if isinstance(run_dir, runs.Run) else runs.existing_run(run_dir)
         layers, spectra = runs.read_layers(run), runs.read_spectra(run)
-        if lost := sorted(spectra.keys() - set(layers["name"])):
-            raise RunError(
-                f"{run.layers_csv}: no row for {', '.join(lost[:3])}, yet {run.spectra.name} holds its "
-                "spectrum: rows were lost. Run notebook 01_analyze again with force=True."
-            )
         if not run.plan_json.exists():
             return cls(layers, run=run, spectra=spectra, **options)
-        plan = ProtectionPlan.read(run.plan_json, model=runs.run_info(run)["model"])
-        quantized = sorted(set(plan.formats.values()) - {"16bit"}, key=nominal_bits)
-        start: dict[str, Any] = {"lower": next(iter(quantized), "nf4"), "double_quant": plan.double_quant}
-        start |= {name: plan.options[name] for name in WISHES if name in plan.options}
-        start |= {"share": plan.count("16bit") / max(len(plan.formats), 1)} | options
-        known = plan.score in available_scores(layers, (start["lower"], "16bit"))
-        if as_planned := known and not {"score", "direction", "share"} & set(options):
-            start |= {"score": plan.score, "direction": plan.direction}
-        state = cls(layers, run=run, spectra=spectra, **start)
-        if as_planned and plan.rule == "threshold" and plan.value is not None and "threshold" not in options:
-            state._at(plan.value)
-        if dropped := [fmt for fmt in quantized if fmt != state.lower]:
+        kept = ProtectionPlan.read(run.plan_json, model=runs.run_info(run)["model"])
+        lower, *dropped = sorted({*kept.formats.values()} - {"16bit"}, key=plan.nominal_bits) or ["nf4"]
+        start = {"lower": lower, "double_quant": kept.double_quant, **kept.options}
+        start |= {"score": kept.score, "direction": kept.direction}
+        start["share"] = kept.count("16bit") / len(kept.formats)
+        if kept.rule == "threshold" and not {"score", "direction", "share"} & set(options):
+            start["threshold"] = kept.value
+        state = cls(layers, run=run, spectra=spectra, **start | options)
+        if dropped:
             here = f"here layers are {state.lower} or 16-bit"
             state.notes.append(f"Not kept from the run's plan: {', '.join(dropped)}; {here}.")
         return state
@@ -226,38 +167,18 @@ class ExplorerState:
 
         int8 everywhere as predicted, and bitsandbytes' own NF4 as measured where notebook 04 has run.
         """
-        found = []
-        everywhere = dict.fromkeys(self.planned["name"], "int8")
-        kl = predicted_kl(self.planned, everywhere) if "predicted_int8" in self.layers else None
-        if kl is not None and able(self.planned, "int8").all():
+        found, everywhere = [], dict.fromkeys(self.planned["name"], "int8")
+        if (kl := predicted_kl(self.planned, everywhere)) is not None:
             found.append(("int8 everywhere", price(self.layers, everywhere)["total"], kl))
         if self.run is not None and self.run.evaluation_json.exists():
-            nearest = Evaluation.read(self.run.evaluation_json).variants.get("nf4_nearest")
-            if nearest is not None:
-                found.append(("NF4, nearest (measured)", int(nearest["bytes"]), float(nearest["kl_mean"])))
+            variants = Evaluation.read(self.run.evaluation_json).variants
+            if one := variants.get("nf4_nearest"):
+                found.append(("NF4, nearest (measured)", int(one["bytes"]), float(one["kl_mean"])))
         return found
 
-    def chooser_of(self, score: str, direction: str) -> Chooser:
-        """The layers sorted by a score, with the consequences of every cut; made once."""
-        key = (score, direction)
-        if key not in self._choosers:
-            self._choosers[key] = Chooser(self.layers, score, direction, **self.options)
-        return self._choosers[key]
-
-    @property
-    def size_bounds(self) -> tuple[int, int]:
-        """File sizes in bytes with nothing and with everything scored in 16-bit."""
-        return int(self.chooser.file_bytes[0]), int(self.chooser.file_bytes[len(self.chooser.cut)])
-
-    @property
-    def unit(self) -> tuple[float, str]:
-        """What this model's sizes are told in, whatever the choice: bytes in the unit, and its name."""
-        return (1e9, "GB") if self.chooser.full_bytes >= 1e9 else (1e6, "MB")
-
     def amount(self, count: float) -> str:
-        """A number of bytes in the model's unit: "205 MB"."""
-        size, name = self.unit
-        return f"{three_digits(count / size)} {name}"
+        """Bytes with three digits in the model's unit, whatever the choice: "64.0 MB"."""
+        return f"{count / self.unit[0]:#.3g}".rstrip(".") + f" {self.unit[1]}"
 
     def set_score(self, score: str, direction: str | None = None) -> None:
         """Rank the layers by another score or from its other end; as many stay protected as before.
@@ -272,44 +193,41 @@ class ExplorerState:
         """Protect the layers whose score is at `value` or beyond it.
 
         Raises:
-            PlanError: not a finite number, or outside `bounds`; the choice stays as it was.
+            PlanError: no number, or beyond `thresholds`; the choice stays as it was.
         """
-        low, high = self.bounds
-        if not math.isfinite(value) or not low <= value <= high:
-            raise PlanError(
-                f"threshold {value:g}: expected a number between {low:.4g} and {high:.4g}, the range of "
-                f"{self.score}. The threshold stays at {self.threshold:.4g}."
-            )
+        self._check(value, self.thresholds, self.threshold, "threshold {:.4g}".format)
         self._at(value)
 
     def set_size(self, total_bytes: float) -> None:
         """Protect as many layers, in the score's order, as a file of `total_bytes` has room for.
 
         Raises:
-            PlanError: not a finite number, or no such size is possible; the choice stays as it was.
+            PlanError: no number, or no such size is possible; the choice stays as it was.
         """
-        low, high = self.size_bounds
-        slack = 0.005 * high  # a size as it is displayed, rounded, is still meant
-        if not math.isfinite(total_bytes) or not low - slack <= total_bytes <= high + slack:
-            raise PlanError(
-                f"{self.amount(total_bytes)}: expected a size between {self.amount(low)} (no layer in "
-                f"16-bit) and {self.amount(high)} (all). The size stays at "
-                f"{self.amount(self.choice.total_bytes)}."
-            )
+        self._check(total_bytes, self.sizes, self.choice.total_bytes, self.amount)
         self._at(self.chooser.threshold_for(total_bytes))
+
+    def _check(self, value: float, steps: Floats, now: float, written: Callable[[float], str]) -> None:
+        low, high = steps[[0, -1]]
+        slack = 0.005 * abs(high)  # a value as it is displayed, rounded, is still meant
+        if not low - slack <= value <= high + slack:
+            here = f"expected {written(low)} to {written(high)}. The choice stays at {written(now)}"
+            raise PlanError(f"{written(value)} is out of range: {here}.")
 
     def _use(self, score: str, direction: str, count: int) -> None:
         """Set the score, with the threshold that protects the most layers up to `count`."""
         self.chooser = self.chooser_of(score, direction)
         self.score, self.direction = score, direction
-        self.wide, self.bounds = is_wide(values_of(self.chooser)), bounds_of(self.chooser)
-        cut = self.chooser.cut
+        self._picture: Picture | None = None  # drawn when asked for
+        self.unit = figures.size_unit(self.chooser.full_bytes)
+        self.thresholds, cut = thresholds_of(self.chooser), self.chooser.cut
+        self.sizes = np.linspace(self.chooser.file_bytes[0], self.chooser.file_bytes[len(cut)], STEPS + 1)
         items = int(np.searchsorted(self.chooser.layer_count, count, side="right")) - 1
-        none = self.bounds[1] if direction == "high" else self.bounds[0]
-        self._at(none if items <= 0 or not len(cut) else float(cut[min(items, len(cut)) - 1]))
+        none = self.thresholds[-1 if direction == "high" else 0]
+        self._at(none if items <= 0 or not len(cut) else cut[min(items, len(cut)) - 1])
 
     def _at(self, threshold: float) -> None:
-        self.threshold = float(np.clip(threshold, *self.bounds))
+        self.threshold = float(np.clip(threshold, *self.thresholds[[0, -1]]))
         self.choice = self.chooser.at_threshold(self.threshold)
 
     def consequences(self, chooser: Chooser, count: int) -> dict[str, Any]:
@@ -318,72 +236,46 @@ class ExplorerState:
         The slider asks for the present choice, the page for every choice. What is unknown is left out.
         """
         choice = chooser.at_count(count)
-        facts: dict[str, Any] = {
-            "layers": choice.layers,
-            "planned": len(self.planned),
-            "failed": f", {len(self.held)} of them as their analysis failed" if self.held else "",
-            "size": self.amount(choice.total_bytes),
-            "saved": self.amount(choice.saved_bytes),
-            "bits": f"{choice.matrix_bits:.2f}",
-        }
-        if count:
-            same = chooser.order[: len(chooser.cut)][chooser.cut == chooser.cut[count - 1]]
-            if len(same) > 1:
-                facts["ties"] = int(chooser.problem.count[same].sum())
-        kl = choice.predicted_kl
-        if kl is None or self.field is None:
-            known = {} if kl is None else {"kl": f"{kl:.3g}"}
-            return facts | known | {"unknown": UNKNOWN}
+        size, saved = self.amount(choice.total_bytes), self.amount(choice.saved_bytes)
+        facts: dict[str, Any] = {"layers": choice.layers, "planned": len(self.planned), "size": size}
+        facts |= {"saved": saved, "bits": f"{choice.matrix_bits:.2f}"}
+        facts["failed"] = f", {len(self.held)} of them as their analysis failed" if self.held else ""
+        same = chooser.order[: len(chooser.cut)][chooser.cut == chooser.cut[count - 1]] if count else []
+        if len(same) > 1:
+            facts["ties"] = int(chooser.problem.count[same].sum())
+        if (kl := choice.predicted_kl) is None or self.field is None:
+            return facts | {"unknown": "No sensitivity in this run: the cost of a choice is not predicted."}
         kl = 0.0 if abs(kl) < 1e-12 * abs(chooser.kl[0]) else kl  # what a running sum leaves of nothing
         s = self.field.standing(choice.total_bytes, kl)
-        facts["kl"] = f"{kl:.3g}"
-        for name, value in (("low", s.random_low), ("high", s.random_high), ("best", s.optimum)):
-            facts[name] = f"{value:.3g}"
-        if s.gain < 0:
-            facts["worse"] = f"{kl - s.random_median:.3g}"
-        elif s.gain > 0:
-            facts |= {"better": f"{s.better_than:.0%}", "gain": f"{s.gain:.0%}"}
-        return facts
+        told = {"kl": kl, "low": s.random_low, "high": s.random_high, "best": s.optimum}
+        told |= {"worse": kl - s.random_median} if s.gain < 0 else {}
+        facts |= {name: f"{value:.3g}" for name, value in told.items()}
+        return facts | ({"better": f"{s.better_than:.0%}", "gain": f"{s.gain:.0%}"} if s.gain > 0 else {})
 
     def say(self, what: str) -> str:
         """A sentence of `SAYS` on the present choice: "line", "comparison" or "ties"; may be empty."""
         return say(what, self.consequences(self.chooser, self.chooser.count_at(self.threshold)))
 
-    def line(self) -> str:
-        """The consequences of the choice, as one line."""
-        return self.say("line")
-
     def picture(self) -> bytes:
         """The choice as a PNG: histogram with threshold, frontier, depth × type map."""
-        key = (self.score, self.direction)
-        if key not in self._pictures:
-            if len(self._pictures) >= PICTURES_KEPT:
-                del self._pictures[next(iter(self._pictures))]
-            self._pictures[key] = Picture(self)
-        return self._pictures[key].png(self)
+        self._picture = self._picture or Picture(self)
+        return self._picture.png(self)
 
     def spectrum(self, name: str) -> bytes:
         """One planned layer's spectrum and fit as a PNG."""
         file = io.BytesIO()
-        single_spectrum(self.layers, self.spectra, name).savefig(file, format="png", dpi=100)
+        figures.spectra_figure(self.layers, self.spectra, [name]).savefig(file, format="png", dpi=100)
         return file.getvalue()
 
     def plan(self) -> ProtectionPlan:
         """The present choice as a plan, by plan.py's own rule."""
-        plan = make_plan(
-            self.layers,
-            score=self.score,
-            direction=self.direction,
-            rule="threshold",
-            value=self.threshold,
-            model=runs.run_info(self.run)["model"] if self.run else None,
-            layers_fingerprint=runs.layers_fingerprint(self.run) if self.run else "",
-            origin="slider",
-            **self.options,
-        )
-        rounding = runs.run_rounding(self.run) if self.run else "nearest"
-        reason = " ".join(filter(None, (plan.reason, self.failures)))
-        return replace(plan, reason=reason, rounding=rounding)
+        rule = {"rule": "threshold", "value": self.threshold, "origin": "slider", **self.options}
+        made = plan.make_plan(self.layers, score=self.score, direction=self.direction, **rule)
+        made = replace(made, reason=f"{made.reason} {self.notes[0]}".strip())
+        if self.run is None:
+            return made
+        known = {"model": runs.run_info(self.run)["model"], "rounding": runs.run_rounding(self.run)}
+        return replace(made, layers_fingerprint=runs.layers_fingerprint(self.run), **known)
 
     def save(self) -> Path:
         """Write the present choice as the run's plan.json, and return its path.
@@ -392,26 +284,24 @@ class ExplorerState:
             RunError: this state has no run directory, or it can't be written.
         """
         if self.run is None:
-            raise RunError(
-                "this explorer has no run directory to save to: open it with ExplorerState.open(run_dir)."
-            )
+            raise RunError("no run directory to save to: open the explorer with ExplorerState.open(run_dir).")
         self.plan().write(self.run.plan_json)
         return self.run.plan_json
 
 
-def values_of(chooser: Chooser) -> NDArray[np.float64]:
+def values_of(chooser: Chooser) -> Floats:
     """The score of each planned layer as a threshold sees it, a group's for its layers. (L,), NaN if none."""
     return chooser.problem.raw[chooser.problem.member]
 
 
-def bounds_of(chooser: Chooser) -> tuple[float, float]:
-    """The thresholds allowed: a little beyond the finite scores, so that the ends protect all and none."""
+def thresholds_of(chooser: Chooser) -> Floats:
+    """A slider's steps (STEPS + 1,), a little beyond the finite scores: its ends protect all and none."""
     low, high = chooser.limits
-    if is_wide(values_of(chooser)):
-        step = (high / low) ** (2 / SLIDER_STEPS)
-        return low / step, high * step
-    pad = (high - low) * 2 / SLIDER_STEPS or max(abs(high) * 0.05, 1e-9)
-    return low - pad, high + pad
+    if scale_of(values_of(chooser)) == "log":
+        step = (high / low) ** (2 / STEPS)
+        return np.geomspace(low / step, high * step, STEPS + 1)
+    pad = (high - low) * 2 / STEPS or max(abs(high) * 0.05, 1e-9)
+    return np.linspace(low - pad, high + pad, STEPS + 1)
 
 
 # --- the picture: only what a threshold changes is drawn again --------------------------------------------
@@ -420,118 +310,87 @@ def bounds_of(chooser: Chooser) -> tuple[float, float]:
 class Picture:
     """Histogram, frontier and map of a state as one PNG, for any threshold of its present score.
 
-    Axes, labels and the histogram of all layers are drawn once and kept as a bitmap. A new threshold moves
-    three artists over it (the protected part of the histogram, the threshold line, the point on the frontier)
-    and paints the map's cells into it: matplotlib's resampling would take half of the time.
+    Axes, labels and the histogram of all layers are drawn once and kept as a bitmap; over it a new threshold
+    draws the protected part of the histogram, its own line, the point on the frontier and the map's cells.
     """
 
     @figures.styled
     def __init__(self, state: ExplorerState) -> None:
-        lower, self.values = FORMAT_COLOURS[state.lower], values_of(state.chooser)
+        self.colours = np.array([to_rgb(FORMAT_COLOURS[fmt]) for fmt in (state.lower, "16bit")])
+        low, kept = self.colours
+        self.values = values_of(state.chooser)
         self.edges = histogram_edges(self.values)
-        counts, _ = np.histogram(self.values[np.isfinite(self.values)], self.edges)
+        counts, _ = np.histogram(self.values, self.edges)
         figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
         self.canvas = FigureCanvasAgg(figure)
         top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
-        self.point = None
-        if state.field is None:
-            axes = top.subplots()
-        else:
-            axes, right = top.subplots(1, 2, width_ratios=[1.25, 1])
-            size, unit = state.unit
-            grid = state.field.file_bytes / size
-            low, middle, high = np.quantile(state.field.random, (0.05, 0.5, 0.95), axis=0)
-            right.fill_between(grid, low, high, color="#DDDDDD", label="random, 90 %")
-            right.plot(grid, middle, color=figures.GREY, lw=1)
-            own = state.chooser
-            right.plot(own.file_bytes / size, own.kl, color=figures.BLUE, lw=1.8, label="this score")
-            right.plot(
-                grid, state.field.optimum, color=figures.BLACK, lw=1.4, ls="--", label="least predicted"
-            )
-            right.set(xlabel=f"model size ({unit})", ylabel="predicted KL (nats a token)")
-            right.set_title("What a gigabyte buys", loc="left", fontsize=10)
-            self._place_landmarks(right, state)
-            right.set_ylim(0, None)
-            right.xaxis.set_major_locator(MaxNLocator(nbins=6))
-            right.legend(loc="upper right", fontsize=8)
-            look = {"ms": 9, "color": figures.VERMILLION, "mec": "white", "mew": 1.5, "zorder": 6}
-            (self.point,) = right.plot([], [], "o", animated=True, **look)
-        axes.stairs(counts, self.edges, fill=True, color=lower)
-        kept = FORMAT_COLOURS["16bit"]
-        self.kept = axes.stairs(np.zeros(len(counts)), self.edges, fill=True, color=kept, animated=True)
-        self.line = axes.axvline(self.edges[0], color=figures.BLACK, lw=2, animated=True)
-        axes.set(xlabel=score_label(state.score), ylabel="layers", ylim=(0, max(counts.max(), 1) * 1.15))
-        axes.set_xscale("log" if is_wide(self.values) else "linear")
-        lost = len(self.values) - int(counts.sum())
+        left, *right = top.subplots(1, 1 if state.field is None else 2, squeeze=False)[0]
+        left.stairs(counts, self.edges, fill=True, color=low)
+        self.kept = left.stairs(np.zeros(len(counts)), self.edges, fill=True, color=kept)
+        self.line = left.axvline(self.edges[0], color=figures.BLACK, lw=2)
+        lost = np.isnan(self.values).sum()
         side = f"score {'≥' if state.direction == 'high' else '≤'} threshold"
-        title = f"Kept in 16-bit: {side}{f' ({lost} without a value)' if lost else ''}"
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        left.set_title(f"Kept in 16-bit: {side}{f' ({lost} without a value)' if lost else ''}", **TITLE)
+        left.set(xlabel=figures.score_label(state.score), ylabel="layers", xscale=scale_of(self.values))
+        left.set_ylim(0, max(counts.max(), 1) * 1.15)
+        left.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        look = {"ms": 9, "color": kept, "mec": "white", "mew": 1.5, "zorder": 6}
+        (self.point,) = (right or [left])[0].plot([], [], "o", **look)
+        for axes in right:
+            _draw_frontier(axes, state)
         below = bottom.subplots()
-        draw_grid(below, state.grid, most_labels=16)
-        below.set_title("What is kept in 16-bit, a cell a layer", loc="left", fontsize=10)
+        cells = state.grid.draw(below, self.colours[np.zeros(len(self.values), int)])
+        below.set_title("What is kept in 16-bit, a cell a layer", **TITLE)
         below.plot([], [], "s", ms=8, color=kept, label="16-bit")
-        below.plot([], [], "s", ms=8, color=lower, label=FORMAT_LABELS[state.lower])
-        if state.grid.hollow.any():
+        below.plot([], [], "s", ms=8, color=low, label=FORMAT_LABELS[state.lower])
+        if state.grid.hollow:
             below.plot([], [], "s", ms=7, mfc="white", mec=kept, mew=2, label="analysis failed")
         below.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1)
+        self.map, self.moving = cells[0], [self.kept, self.line, self.point, *cells]
+        for artist in self.moving:
+            artist.set_animated(True)
         self.canvas.draw()
-        self._place_cells(state.grid, below.get_window_extent())
         figure.set_layout_engine("none")  # the layout is settled; what follows must not move it
         self.background = self.canvas.copy_from_bbox(figure.bbox)
 
-    def _place_landmarks(self, axes: Any, state: ExplorerState) -> None:
-        """The other files as hollow diamonds, their labels turned to the side that has room."""
-        middle = np.mean(state.size_bounds) / state.unit[0]
-        for label, count, kl in state.landmarks:
-            size = count / state.unit[0]
-            axes.plot(size, kl, "D", ms=6, mfc="none", mec=figures.BLACK)
-            look: dict[str, Any] = {"xytext": (7 if size < middle else -7, 5), "fontsize": 8}
-            look["ha"] = "left" if size < middle else "right"
-            axes.annotate(label, (size, kl), textcoords="offset points", **look)
-
-    def _place_cells(self, grid: LayerGrid, box: Any) -> None:
-        """Which cell of the map each pixel inside its axes shows, and which pixels stay white."""
-        # Inside the left and the lower spine; a bitmap counts its rows from the top.
-        top, bottom = round(600 - box.y1), round(600 - box.y0) - 1
-        left, right = round(box.x0) + 1, round(box.x1)
-        self.box = (slice(top, bottom), slice(left, right))
-        rows = np.arange(bottom - top) * grid.shape[0] // (bottom - top)
-        columns = np.arange(right - left) * grid.shape[1] // (right - left)
-        self.cells = rows[:, None] * grid.shape[1] + columns
-        gaps = [
-            (np.diff(place, prepend=0) > 0) & (len(place) > 4 * count)  # a line between two cells
-            for place, count in zip((rows, columns), grid.shape, strict=True)
-        ]
-        lines = gaps[0][:, None] | gaps[1]
-        inside = binary_erosion(~lines, np.ones((3, 3)), iterations=3)  # of hollow cells a frame is left
-        self.white = lines | (inside & grid.hollow.ravel()[self.cells])
-
     def png(self, state: ExplorerState) -> bytes:
         """The picture of the state's present threshold."""
-        chosen = state.choice.mask
-        self.kept.set_data(np.histogram(self.values[chosen & np.isfinite(self.values)], self.edges)[0])
+        chosen, choice = state.choice.mask, state.choice
+        self.kept.set_data(np.histogram(self.values[chosen], self.edges)[0])
         self.line.set_xdata([state.threshold, state.threshold])
-        moving: list[Any] = [self.kept, self.line]
-        if self.point is not None and state.choice.predicted_kl is not None:
-            self.point.set_data([state.choice.total_bytes / state.unit[0]], [state.choice.predicted_kl])
-            moving.append(self.point)
-        self.canvas.restore_region(self.background)  # type: ignore[attr-defined]
-        for artist in moving:
+        if choice.predicted_kl is not None:
+            self.point.set_data([choice.total_bytes / state.unit[0]], [choice.predicted_kl])
+        self.map.set_array(state.grid.colours(self.colours[chosen.astype(int)]))
+        self.canvas.restore_region(self.background)
+        for artist in self.moving:
             artist.draw(self.canvas.get_renderer())
-        pixels = np.asarray(self.canvas.buffer_rgba())
-        colours = state.grid.colours({"16bit": chosen, state.lower: ~chosen}).reshape(-1, 3)[self.cells]
-        colours[self.white] = 255
-        pixels[self.box][..., :3] = colours
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "png", compress_level=1)
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).save(file, "png", compress_level=1)
         return file.getvalue()
+
+
+def _draw_frontier(axes: Any, state: ExplorerState) -> None:
+    """Predicted KL by size: random's band, this score, the optimum, and other files as hollow diamonds."""
+    assert state.field is not None
+    own, (unit, name) = state.chooser, state.unit
+    grid = state.field.file_bytes / unit
+    low, middle, high = np.quantile(state.field.random, (0.05, 0.5, 0.95), axis=0)
+    axes.fill_between(grid, low, high, color="#DDDDDD", label="random, 90 %")
+    axes.plot(grid, middle, color=figures.GREY, lw=1)
+    axes.plot(own.file_bytes / unit, own.kl, color=figures.BLUE, lw=1.8, label="this score")
+    axes.plot(grid, state.field.optimum, color=figures.BLACK, lw=1.4, ls="--", label="least predicted")
+    for (label, count, kl), marker in zip(state.landmarks, "Ds", strict=False):
+        axes.plot(count / unit, kl, marker, ms=6, mfc="none", mec=figures.BLACK, label=label)
+    axes.set(xlabel=f"model size ({name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.legend(loc="upper right", fontsize=8)
+    axes.set_title("What a gigabyte buys", **TITLE)
 
 
 # --- the sliders in a notebook ----------------------------------------------------------------------------
 
 
-def explore(run_dir: str | Path | Run, **options: Any) -> ipywidgets.VBox:
+def explore(run_dir: str | Path | runs.Run, **options: Any) -> Any:
     """The explorer of a run, to be the last line of a notebook cell.
 
     Args:
@@ -556,28 +415,22 @@ class Explorer:
     def __init__(self, state: ExplorerState) -> None:
         import ipywidgets as widgets
 
-        self.state, self._busy = state, False
-        self._placed: dict[Any, float] = {}  # where we put each slider: browsers echo it, rounded
+        self.state, self._busy, unit = state, False, state.unit[0]
         wide = widgets.Layout(flex="1 1 260px", width="auto", min_width="180px")
-        number, picture = widgets.Layout(width="120px"), widgets.Layout(width="100%", max_width="1000px")
+        picture = widgets.Layout(width="100%", max_width="1000px", overflow="hidden")
         titles = [(title, name) for name, title in state.scores.items()]
         self.score = widgets.Dropdown(options=titles, value=state.score, layout=wide)
-        self.direction = widgets.ToggleButtons(
-            options=[("high end", "high"), ("low end", "low")],
-            value=state.direction,
-            style={"button_width": "84px"},
-            tooltips=["protect the layers where the score is high", "protect the layers where it is low"],
-        )
-        self.threshold = widgets.FloatSlider(readout=False, layout=wide)
-        self.number = widgets.Text(continuous_update=False, layout=number)
-        self.size = widgets.FloatSlider(readout=False, layout=wide)
-        self.size_number = widgets.Text(continuous_update=False, layout=number)
-        self.line, self.message, self.saved = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.picture = widgets.Image(format="png", layout=picture)
-        self.spectrum = widgets.Image(format="png", layout=picture)
-        types = list(dict.fromkeys(state.planned["type"]))
-        self.type = widgets.Dropdown(options=types, layout=widgets.Layout(width="220px"))
-        self.layer = widgets.Dropdown(layout=wide)
+        ends, narrow = [("high end", "high"), ("low end", "low")], {"button_width": "84px"}
+        self.direction = widgets.ToggleButtons(options=ends, value=state.direction, style=narrow)
+        # Sliders count steps: a number that the browser rounded and sent back would move the choice.
+        slider = {"max": STEPS, "readout": False, "layout": wide}
+        self.threshold, self.size = widgets.IntSlider(**slider), widgets.IntSlider(**slider)
+        typed = {"continuous_update": False, "layout": widgets.Layout(width="120px")}
+        self.number, self.size_number = widgets.Text(**typed), widgets.Text(**typed)
+        self.line, self.message, self.saved = (widgets.HTML() for _ in range(3))
+        self.picture, self.spectrum = (widgets.Image(format="png", layout=picture) for _ in range(2))
+        names = list(state.planned["name"])
+        self.layer = widgets.Combobox(options=names, value=names[0], ensure_option=True, layout=wide)
         self.save = widgets.Button(description="Save plan", button_style="primary", icon="")
 
         def row(label: str, *parts: Any) -> Any:
@@ -585,106 +438,68 @@ class Explorer:
             layout = widgets.Layout(flex_flow="row wrap", align_items="center", width="100%")
             return widgets.HBox([name, *parts], layout=layout)
 
-        self.box = widgets.VBox(
-            [
-                row("Score", self.score, self.direction),
-                row("Threshold", self.threshold, self.number),
-                row(f"Model size, {state.unit[1]}", self.size, self.size_number),
-                self.line,
-                self.message,
-                row("", self.save, self.saved),
-                self.picture,
-                row("Layer", self.type, self.layer),
-                self.spectrum,
-            ],
-            layout=widgets.Layout(width="100%", max_width="1000px", overflow="hidden"),
-        )
+        rows = [
+            row("Score", self.score, self.direction),
+            row("Threshold", self.threshold, self.number),
+            row(f"Model size, {state.unit[1]}", self.size, self.size_number),
+            *(self.line, self.message, row("", self.save, self.saved), self.picture),
+            row("Layer", self.layer),
+            self.spectrum,
+        ]
+        self.box = widgets.VBox(rows, layout=picture)
         self.box.add_class("spi-explorer")
-        self._fill_layers()
-        self._show()
-        self.spectrum.value = state.spectrum(self.layer.value)
-        unit = state.unit[0]
-        for widget, act in (
-            (self.score, state.set_score),
-            (self.direction, lambda value: state.set_score(state.score, value)),
-            (self.threshold, lambda value: state.set_threshold(self._from_slider(value))),
-            (self.number, lambda value: state.set_threshold(read_number(value))),
-            (self.size, lambda value: state.set_size(value * unit)),
-            (self.size_number, lambda value: state.set_size(read_number(value) * unit)),
-        ):
-            self._on(widget, act)
-        self.type.observe(self._fill_layers, names="value")
-        self.layer.observe(self._choose_layer, names="value")
+        self._on(self.score, state.set_score)
+        self._on(self.direction, lambda value: state.set_score(state.score, value))
+        self._on(self.threshold, lambda step: state.set_threshold(state.thresholds[step]))
+        self._on(self.number, lambda text: state.set_threshold(read_number(text)))
+        self._on(self.size, lambda step: state.set_size(state.sizes[step]))
+        self._on(self.size_number, lambda text: state.set_size(read_number(text) * unit))
+        self.layer.observe(self._show_layer, names="value")
         self.save.on_click(self._save)
+        self._show()
+        self._show_layer()
 
     def _on(self, widget: Any, act: Callable[[Any], None]) -> None:
         """Run `act` when a person changes `widget`; show the new choice, or why there is none."""
 
         def changed(change: Any) -> None:
-            placed = self._placed.get(widget)
-            if self._busy or (placed is not None and abs(change["new"] - placed) < 0.01 * widget.step):
-                return
-            self._placed.pop(widget, None)
-            try:
-                act(change["new"])
-                self.message.value = ""
-            except SPIError as error:
-                self.message.value = _status(str(error), wrong=True)
-            self._show(moved=widget)
+            if not self._busy:
+                self.message.value = _told(lambda: act(change["new"]))
+                self._show(moved=widget)
 
         widget.observe(changed, names="value")
 
-    def _from_slider(self, place: float) -> float:
-        return float(np.clip(10**place if self.state.wide else place, *self.state.bounds))
-
     def _show(self, moved: Any = None) -> None:
-        """Bring every widget but the one that a person is moving in line with the state."""
-        state, unit = self.state, self.state.unit[0]
-        scale = math.log10 if state.wide else float
-        size = state.choice.total_bytes / unit
-        self._busy = True
-        for slider, value, (low, high) in (
-            (self.threshold, scale(state.threshold), map(scale, state.bounds)),
-            (self.size, size, (bound / unit for bound in state.size_bounds)),
-        ):
-            if low > slider.max:  # in an order that never makes min exceed max, which ipywidgets refuses
-                slider.max, slider.min = high, low
-            else:
-                slider.min, slider.max = low, high
-            slider.step = (high - low) / SLIDER_STEPS or 1e-9
-            if slider is not moved:  # to the nearest step: browsers round to steps, and would send that back
-                slider.value = slider.min + round((value - slider.min) / slider.step) * slider.step
-                self._placed[slider] = slider.value
+        """Bring every widget but the slider that a person is moving in line with the state."""
+        state, unit, self._busy = self.state, self.state.unit[0], True
+        size = state.choice.total_bytes
+        if moved is not self.threshold:
+            self.threshold.value = int(np.abs(state.thresholds - state.threshold).argmin())
+        if moved is not self.size:
+            self.size.value = int(np.abs(state.sizes - size).argmin())
         self.number.value = f"{state.threshold:.5g}"
-        self.size_number.value = f"{size:.{3 if unit == 1e9 else 2}f}"
+        self.size_number.value = f"{size / unit:.{3 if unit == 1e9 else 2}f}"
         self.score.value, self.direction.value = state.score, state.direction
         self._busy = False
         told = (state.say("comparison"), state.say("ties"), " ".join(state.notes))
         said = "<br>".join(html.escape(text) for text in told if text)
-        self.line.value = f"<b>{html.escape(state.line())}</b><br>{said}"
+        self.line.value = f"<b>{html.escape(state.say('line'))}</b><br>{said}"
         self.picture.value = state.picture()
 
-    def _fill_layers(self, _: Any = None) -> None:
-        planned = self.state.planned
-        names = planned.loc[planned["type"] == self.type.value, "name"]
-        self.layer.options = [(shorten(name, 60), name) for name in names]
-        self.layer.index = 0
-
-    def _choose_layer(self, change: Any) -> None:
-        if change["new"] is not None:
-            self.spectrum.value = self.state.spectrum(change["new"])
+    def _show_layer(self, _: Any = None) -> None:
+        self.spectrum.value = self.state.spectrum(self.layer.value)
 
     def _save(self, _: Any) -> None:
-        try:
-            path = self.state.save()
-            self.saved.value = _status(f"Saved to {path}. Notebook 03_quantize uses it next.")
-        except SPIError as error:
-            self.saved.value = _status(str(error), wrong=True)
+        self.saved.value = _told(lambda: f"Saved to {self.state.save()}. Notebook 03_quantize uses it next.")
 
 
-def _status(text: str, wrong: bool = False) -> str:
-    # A mark, not only a colour, and the theme's own text colour: readable in light and dark.
-    return f"<span role='status'>{'⚠ ' if wrong else ''}{html.escape(text)}</span>"
+def _told(act: Callable[[], Any]) -> str:
+    """What is shown of an act: its own words if it has any, or why it was refused."""
+    try:
+        said = act() or ""
+    except SPIError as error:  # a mark, not a colour, in the theme's own ink: readable in light and dark
+        said = f"⚠ {error}"
+    return f"<span role='status'>{html.escape(said)}</span>" if said else ""
 
 
 def read_number(text: str) -> float:
@@ -700,17 +515,9 @@ def read_number(text: str) -> float:
 SPECTRA_UP_TO = 1000  # layers; beyond, the file would grow past what an e-mail carries
 CONSTANT = ("planned", "failed", "unknown")  # facts that no choice changes
 ROWS = 1000  # of a score's table; where it has more cuts, they are thinned evenly
-# spectra.py's status in words: what is to be thought of Clauset's α.
-FITS = {
-    "few_values": "rough: few eigenvalues",
-    "short_tail": "rough: few values in the tail",
-    "poor_fit": "doubtful: no power law",
-    "failed": "analysis failed",
-    "listed": "not analysed",
-}
 
 
-def write_explorer(run: Run, **options: Any) -> Path:
+def write_explorer(run: runs.Run, **options: Any) -> Path:
     """Write the run's explorer.html, an output of the stage "visualize", and return its path.
 
     Args:
@@ -727,17 +534,12 @@ def write_explorer(run: Run, **options: Any) -> Path:
 
 def explorer_html(state: ExplorerState, model: str) -> str:
     """The page for one layer table, starting at the state's choice. `model` is its heading."""
-    typed = runs.typed_model(runs.run_info(state.run)["model"]) if state.run else "MODEL"
     pages = Environment(loader=PackageLoader("spi_utils", "."), autoescape=True, undefined=StrictUndefined)
     compact = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     pages.policies["json.dumps_kwargs"] = compact
-    return pages.get_template("explorer.html").render(
-        title=f"{model}: what stays in 16-bit",
-        lower=FORMAT_LABELS[state.lower],
-        unit=state.unit[1],
-        bundle=_scripts(),
-        data=page_data(state) | {"model": typed},
-    )
+    words: dict[str, Any] = {"title": f"{model}: what stays in 16-bit", "lower": FORMAT_LABELS[state.lower]}
+    words |= {"steps": STEPS, "unit": state.unit[1], "bundle": _scripts()}
+    return pages.get_template("explorer.html").render(**words, data=page_data(state))
 
 
 @cache
@@ -750,58 +552,55 @@ def _scripts() -> str:
 
 def page_data(state: ExplorerState) -> dict[str, Any]:
     """What explorer.js reads as DATA: layers, and for each score and direction a table of its cuts."""
-    facts, table = state.consequences(state.chooser, 0), state.planned
+    table, unit, band = state.planned, state.unit[0], None
+    facts = state.consequences(state.chooser, 0)
     fixed = np.where(state.chooser.held, "16-bit", state.rest).astype(object)  # what no threshold changes
     fixed[table["name"].isin(state.held)] = "16-bit, analysis failed"
     fixed[~state.chooser.settled] = None
-    band = None
     if state.field is not None:
         low, high = np.quantile(state.field.random, (0.05, 0.95), axis=0)
-        curves = {"size": state.field.file_bytes / state.unit[0], "low": low, "high": high}
-        rows = pd.DataFrame(curves | {"optimum": state.field.optimum})
-        band = rows.map(_short).to_dict("records")
-    spectra = None
-    if len(table) <= SPECTRA_UP_TO:
-        spectra = [_spectrum(row, state.spectra.get(row["name"])) for _, row in table.iterrows()]
-    places = zip(table["name"], table["type"], table["depth"], fixed, _tips(state), strict=True)
+        curves = {"size": state.field.file_bytes / unit, "low": low, "high": high}
+        band = pd.DataFrame(curves | {"optimum": state.field.optimum}).map(_short).to_dict("records")
+    held = {"name": table["name"], "depth": table["depth"], "fixed": fixed, "tip": _tips(state)}
+    layers = pd.DataFrame(held, dtype=object)
+    layers["label"] = [shorten(str(kind), 24) for kind in table["type"]]
+    spectra = (_spectrum(state, row) for _, row in table.iterrows())
     return {
         "start": {"score": state.score, "direction": state.direction, "threshold": state.threshold},
-        "says": SAYS,
+        **{"says": SAYS, "make": _parameters(state), "band": band, "layers": layers.to_dict("records")},
         "facts": {name: facts[name] for name in CONSTANT if name in facts},
-        "notes": " ".join(state.notes),
-        "unit": state.unit,
-        "rest": state.rest,
+        **{"notes": " ".join(state.notes).strip(), "unit": state.unit, "rest": state.rest},
         "colours": {"kept": FORMAT_COLOURS["16bit"], "spectrum": figures.SKY, "fit": figures.VERMILLION},
-        "layers": [
-            {"name": name, "label": shorten(str(kind), 24), "depth": depth, "fixed": held, "tip": tip}
-            for name, kind, depth, held, tip in places
-        ],
         "scores": {name: _score(state, name) for name in state.scores},
-        "band": band,
-        "landmarks": [
-            {"label": label, "size": count / state.unit[0], "kl": _short(kl)}
-            for label, count, kl in state.landmarks
-        ],
-        "wishes": {name: value for name, value in _wishes(state).items() if value not in (None, [], False)},
-        "spectra": spectra,
+        "landmarks": [{"label": label, "size": size / unit, "kl": kl} for label, size, kl in state.landmarks],
+        "spectra": list(spectra) if len(table) <= SPECTRA_UP_TO else None,
     }
 
 
-def _wishes(state: ExplorerState) -> dict[str, Any]:
-    """Notebook 02's parameters that hold at every threshold."""
-    backend = "bitsandbytes" if state.lower == "nf4" else "compressed-tensors"
-    formats = [state.lower, "16bit"] if state.lower != "nf4" else None
-    patterns = {name: list(state.options[name] or []) for name in ("force_16bit", "forbid_16bit")}
-    rest = {"double_quant": state.options["double_quant"], "group": state.options["group"]}
-    rounding = "nearest" if state.run and runs.run_rounding(state.run) == "nearest" else None
-    return {"backend": backend, "formats": formats, "rounding": rounding, **rest, **patterns}
+def _parameters(state: ExplorerState) -> str:
+    """A choice as notebook 02's parameters and as a command, {score}, {direction} and {value} left open."""
+    more: dict[str, Any] = {"backend": "bitsandbytes"}
+    if state.lower != "nf4":
+        more = {"backend": "compressed-tensors", "formats": [state.lower, "16bit"]}
+    if state.run and runs.run_rounding(state.run) == "nearest":
+        more["rounding"] = "nearest"
+    wishes = ("double_quant", "group", "force_16bit", "forbid_16bit")
+    more |= {name: state.options[name] for name in wishes if state.options.get(name)}
+    model = runs.typed_model(runs.run_info(state.run)["model"]) if state.run else "MODEL"
+    cell = 'score = "{score}"\ndirection = "{direction}"\nrule = "threshold"\nvalue = {value}'
+    line = f"spi-utils run -p model {shlex.quote(model)}"
+    line += " -p score {score} -p direction {direction} -p rule threshold -p value {value}"
+    for name, value in more.items():
+        cell += f"\n{name} = {value!r}"
+        line += f" -p {name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+    return f"{cell}\n\n{line}"
 
 
 def _score(state: ExplorerState, name: str) -> dict[str, Any]:
     """A score of the page: its values and bins (L,), and for each direction the table of its cuts.
 
     Row r of a table is a choice: `cut[r - 1]` is its threshold, `bytes` its size, `kl` its predicted KL, and
-    `facts` what is said of it. `row[i]` is the first row that keeps layer i; None if no threshold does.
+    `facts` what is said of it. `row[i]` is the first row that keeps layer i, beyond the table if none does.
     """
     tables = {}
     for direction in ("high", "low"):
@@ -809,34 +608,29 @@ def _score(state: ExplorerState, name: str) -> dict[str, Any]:
         cut = np.nan_to_num(c.cut)  # an infinite score is the first or the last
         ends = np.flatnonzero(np.diff(cut, append=np.nan)) + 1  # equal scores go together
         counts = np.append(0, ends[:: -(len(ends) // ROWS + 1)][::-1])
-        said = [state.consequences(c, int(count)) for count in counts]
-        told = dict.fromkeys(fact for facts in said for fact in facts if fact not in CONSTANT)
+        told = pd.DataFrame([state.consequences(c, int(count)) for count in counts], dtype=object)
+        told = told.where(told.notna(), None).drop(columns=list(CONSTANT), errors="ignore")
         place = np.full(len(c.problem.count), len(cut) + 1)
         place[c.order[: len(cut)]] = np.arange(1, len(cut) + 1)
         first = np.searchsorted(counts, place[c.problem.member])
-        tables[direction] = {
-            "cut": cut[counts[1:] - 1].tolist(),
-            "bytes": c.file_bytes[counts].tolist(),
-            "kl": [_short(kl) for kl in c.kl[counts]],
-            "facts": {fact: [facts.get(fact) for facts in said] for fact in told},
-            "row": [int(row) if row < len(counts) else None for row in first],
-        }
-    values = values_of(c)
-    held = np.isfinite(values)
-    edges = histogram_edges(values)
+        row = {"cut": cut[counts[1:] - 1].tolist(), "bytes": c.file_bytes[counts].tolist()}
+        row |= {"kl": [_short(kl) for kl in c.kl[counts]], "facts": told.to_dict("list")}
+        tables[direction] = row | {"row": first.tolist()}
+    values, steps = values_of(c), thresholds_of(c)
+    edges, held = histogram_edges(values), np.isfinite(values)
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    low, high = bounds_of(c)
     return {
-        "title": state.scores[name],
-        "axis": score_label(name),
-        "short": short_label(name),
-        "additive": score_row(name).additive,
-        "wide": is_wide(values),
-        "bounds": [low, high],
-        "domain": [min(low, edges[0]), max(high, edges[-1])],
+        **{
+            "title": state.scores[name],
+            "axis": figures.score_label(name),
+            "short": figures.short_label(name),
+        },
+        **{"additive": score_row(name).additive, "scale": scale_of(values)},
+        "steps": [_short(step) for step in steps],
+        "domain": [min(steps[0], edges[0]), max(steps[-1], edges[-1])],
         "edges": [_short(edge) for edge in edges],
         "top": 1.08 * np.bincount(bins[held], minlength=1).max(),  # air above the tallest bar
-        "bin": [int(place) if known else None for place, known in zip(bins, held, strict=True)],
+        "bin": np.where(held, bins, -1).tolist(),
         "values": [f"{value:.3g}" if known else None for value, known in zip(values, held, strict=True)],
         **tables,
     }
@@ -846,47 +640,31 @@ def _tips(state: ExplorerState) -> list[dict[str, str]]:
     """What a layer's tooltip tells besides its format and score, a record a layer: title -> text."""
     table, low = state.planned, state.lower
     name = low.upper() if low == "nf4" else low
-    titles = {"alpha_hill": short_label("alpha_hill")}
+    titles = {"alpha_hill": figures.short_label("alpha_hill"), "alpha_pl": "α (Clauset)"}
     titles |= {f"{kind}_{low}": f"{kind} KL in {name}" for kind in ("predicted", "measured")}
-    top, few = payload_bytes(table, "16bit"), payload_bytes(table, low, state.options["double_quant"])
-    tips: list[dict[str, str]] = []
-    for _, row in table.iterrows():
-        told = {title: f"{row[column]:.3g}" for column, title in titles.items() if _known(row, column)}
-        fit = [f"{row['alpha_pl']:.3g}"] if _known(row, "alpha_pl") else []
-        fit += [FITS[row["status"]]] if row["status"] in FITS else []
-        told |= {"α (Clauset)": ", ".join(fit)} if fit else {}
-        whole, small = (three_digits(size[len(tips)] / 1e6) for size in (top, few))
-        tips.append(told | {"size": f"{whole} MB, in {name} {small} MB"})
+    double = bool(state.options.get("double_quant"))
+    full, few = (plan.payload_bytes(table, fmt, double) for fmt in ("16bit", low))
+    tips = []
+    for (_, row), whole, small in zip(table.iterrows(), full, few, strict=True):
+        told = {title: f"{row[column]:.3g}" for column, title in titles.items() if pd.notna(row.get(column))}
+        told |= {"Clauset's fit": row["status"].replace("_", " ")}
+        tips.append(told | {"size": f"{gigabytes(whole)}, in {name} {gigabytes(small)}"})
     return tips
 
 
-def _known(row: pd.Series, *columns: str) -> bool:
-    return all(np.isfinite(row.get(column, np.nan)) for column in columns)
-
-
-def _spectrum(row: pd.Series, singular_values: NDArray[np.float64] | None) -> dict[str, Any] | None:
+def _spectrum(state: ExplorerState, row: pd.Series) -> dict[str, Any] | None:
     """One layer's density, fit and title; None where there is no spectrum to draw."""
-    eigenvalues = eigenvalues_of(np.empty(0) if singular_values is None else singular_values)
-    if len(eigenvalues) < 2 or np.ptp(eigenvalues) == 0:
+    found = figures.density_of(row, state.spectra.get(row["name"], np.empty(0)))
+    if "density" not in found:
         return None
-    edges, density = density_of(eigenvalues)
-    floor = density[density > 0].min() / 3
-    told, fit = "no fit", []
-    columns = ("alpha_pl", "alpha_pl_xmin", "alpha_pl_ks", "alpha_pl_tail")
-    if _known(row, *columns):
-        alpha, xmin, distance, tail = row[list(columns)]
-        told = f"Clauset's α {alpha:.2f} (xmin {xmin:.4g}, KS distance {distance:.3f}, tail of {tail:.0f})"
-        share = tail / len(eigenvalues) * (alpha - 1) / xmin
-        ends = {x: max(floor, share * (x / xmin) ** -alpha) for x in (xmin, edges[-1])}
-        fit = [{"x": _short(x), "density": _short(y)} for x, y in ends.items()]
-    if _known(row, "alpha_hill"):
-        told += f", Hill's α {row['alpha_hill']:.3g}"
+    floor = found["density"][found["density"] > 0].min() / 3
+    fit = zip(*found["fit"], strict=True) if found["fit"] else ()
     return {
-        "title": f"Spectrum of {row['name']}: {told}",
-        "edges": [_short(edge) for edge in edges],
-        "density": [_short(value) for value in density],
+        "title": f"Spectrum of {row['name']}: {', '.join(found['words'])}",
+        "edges": [_short(edge) for edge in found["edges"]],
+        "density": [_short(value) for value in found["density"]],
         "floor": _short(floor),
-        "fit": fit,
+        "fit": [{"x": _short(x), "density": _short(max(floor, y))} for x, y in fit],
     }
 
 

@@ -1,44 +1,38 @@
-"""Figures of the layers, their spectra and a plan: functions from data to a matplotlib `Figure`.
+"""Every figure of the project: functions from data to a matplotlib `Figure`.
 
-First how the project's figures look and become files, which every module that draws uses; then one function
-a figure; last `draw_all` and `show`, which notebook 02 calls. No pyplot, no global state, no model: the same
-data give the same bytes. Titles state what the data show, computed from them. Colours are Okabe and Ito's
-(2008), told apart by the colour-blind; layer types also differ by marker.
+First how figures look, are worded and become files, which every module that draws uses; then layers, spectra,
+a plan and what a gigabyte buys (notebook 02: `draw_all`); last an evaluation (notebook 04: report.py). No
+pyplot, no global state, no model: the same data give the same bytes. Titles state what the data show and are
+computed from it. Colours are Okabe and Ito's (2008), told apart by the colour-blind; markers differ as well.
 """
 
 from __future__ import annotations
 
-import functools
+import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import linregress
 
-from spi_utils import runs
+from spi_utils import runs, stats
+from spi_utils.claims import SURVIVAL, Evaluation, is_random
 from spi_utils.curves import frontier
-from spi_utils.errors import AnalysisError, RunError
+from spi_utils.errors import RunError
 from spi_utils.formats import FORMATS, gigabytes
-from spi_utils.plan import ProtectionPlan, nominal_bits, price, score_row, score_values
-from spi_utils.runs import Run
+from spi_utils.plan import Floats, ProtectionPlan, nominal_bits, predicted_kl, price, score_row, score_values
 
-if TYPE_CHECKING:
-    from pathlib import Path
+Spectra = Mapping[str, Floats]  # name -> singular values, descending
 
-    from IPython.display import Image
-    from matplotlib.axes import Axes
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Spectra = Mapping[str, Floats]  # name -> singular values, descending
-
-# --- how figures look, and how they become files ---------------------------------------------------------
+# --- how figures look, are worded, and become files ------------------------------------------------------
 
 # Okabe-Ito without its yellow, which is too pale for points on white.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -46,42 +40,20 @@ PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 MARKERS = "os^DvPX*"
 # What a layer is stored as: 16-bit stands out, NF4 recedes; int8 and int4 look so in every figure.
-FORMAT_COLOURS = {"16bit": VERMILLION, "int8": ORANGE, "nf4": "#CFE0EC"}
-FORMAT_COLOURS |= {name: SKY for name in FORMATS if name.startswith("int4")}
+INT4 = [name for name in FORMATS if name.startswith("int4")]
+FORMAT_COLOURS = {"16bit": VERMILLION, "int8": ORANGE, "nf4": "#CFE0EC"} | dict.fromkeys(INT4, SKY)
 FORMAT_LABELS = {"16bit": "16-bit", "int8": "8-bit (int8)", "nf4": "4-bit (NF4)"}
-FORMAT_LABELS |= {name: f"4-bit ({name})" for name in FORMATS if name.startswith("int4")}
+FORMAT_LABELS |= {name: f"4-bit ({name})" for name in INT4}
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "spi-utils",
-}
+STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "svg.hashsalt": "spi-utils"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8}
+STYLE |= {"legend.frameon": False, "legend.fontsize": 9}
+STYLE |= {"figure.facecolor": "white", "savefig.facecolor": "white"}
 DPI = 120
+NEGATIVE = re.compile(r"(?<![\w.\-])-(?=\d)")  # in a date, a range or a name a hyphen stands after something
 
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-
-def styled(draw: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Run a drawing function under the project's style, and leave matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def inner(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return inner
+styled = mpl.rc_context(STYLE)  # decorates what draws: the project's style inside, the user's settings after
 
 
 def new_figure(width: float = 9.0, height: float = 4.6) -> Figure:
@@ -91,24 +63,41 @@ def new_figure(width: float = 9.0, height: float = 4.6) -> Figure:
 
 def headline(figure: Figure, finding: str, detail: str = "") -> None:
     """Title a figure with what it shows, and one smaller line on how to read it."""
-    columns = int(figure.get_figwidth() * 10.2)
     # A Greek letter stays as it is; an ordinary sentence begins with a capital.
     sentence = finding if finding.startswith("α") else finding[:1].upper() + finding[1:]
-    title = {"ha": "left", "fontsize": 12, "fontweight": "bold", "linespacing": 1.3}
-    figure.suptitle(balanced(sentence, columns), x=0.01, **title)
+    look: dict[str, Any] = {"x": 0.01, "ha": "left", "linespacing": 1.35}
+    columns = figure.get_figwidth() * 10.2
+    figure.suptitle(_even(sentence, columns), fontsize=12, fontweight="bold", **look)
     if detail:
-        text = balanced(detail, int(columns * 1.5))
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color=GREY, linespacing=1.35)
+        figure.supxlabel(_even(detail, 1.5 * columns), fontsize=9, color=GREY, **look)
 
 
-def balanced(text: str, columns: int) -> str:
-    """`text` in as few lines of at most `columns` characters as it needs, of nearly equal length."""
-    lines = len(textwrap.wrap(text, columns))
-    narrowest = next(width for width in range(1, columns + 1) if len(textwrap.wrap(text, width)) <= lines)
-    return textwrap.fill(text, narrowest)
+def _even(text: str, columns: float) -> str:
+    """Text in as few lines of at most `columns` characters as it needs, of nearly equal length."""
+    lines = -(-len(text) // int(columns))
+    return textwrap.fill(with_minus(text), int(min(columns, len(text) / lines + 8)))
 
 
-def save_figure(figure: Figure, run: Run, name: str) -> Path:
+def with_minus(text: str) -> str:
+    """Text in which negative numbers have a true minus, as the axes write it: "−0.17"."""
+    return NEGATIVE.sub("−", text)
+
+
+def finished(axes: Any, finding: str, detail: str = "", **look: Any) -> Figure:
+    """Complete the figure of `axes`: a legend beside its panels with each label once, and the `headline`."""
+    figure = axes.figure
+    labelled: dict[str, Any] = {}
+    for panel in figure.axes:
+        handles, labels = panel.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    if labelled:
+        look = {"loc": "outside right center", "ncols": -(-len(labelled) // 20)} | look
+        figure.legend(list(labelled.values()), list(labelled), **look)
+    headline(figure, finding, detail)
+    return figure
+
+
+def save_figure(figure: Figure, run: runs.Run, name: str) -> Path:
     """Write `name`.png and .svg into the run's figures, atomically; the same figure gives the same bytes.
 
     Returns:
@@ -123,38 +112,28 @@ def save_figure(figure: Figure, run: Run, name: str) -> Path:
     return run.figures / f"{name}.png"
 
 
-# --- how things are called -------------------------------------------------------------------------------
-
-# Axis labels where a score's menu title is too long or lacks the unit.
-AXIS_LABELS = {
-    "alpha_hill": "α (Hill, top tenth of the eigenvalues)",
-    "alpha_pl": "α (Clauset's power-law fit)",
-    "alpha_decay": "rank-decay exponent a",
-    "alpha_farms": "α (FARMS, 128×128 blocks)",
-    "nf4_error": "relative NF4 error ‖Q(W)−W‖/‖W‖",
-    "fisher": "predicted KL avoided (nats a token per GB)",
-    "refined": "refined KL avoided (nats a token per GB)",
-    "measured": "measured KL avoided (nats a token per GB)",
+# A score's name in a legend, and on an axis where its menu title is too long or lacks the unit.
+LABELS = {
+    "alpha_hill": ("α Hill", "α (Hill, top tenth of the eigenvalues)"),
+    "alpha_pl": ("α Clauset", "α (Clauset's power-law fit)"),
+    "alpha_farms": ("α FARMS", "α (FARMS, 128×128 blocks)"),
+    "alpha_excess": ("α over noise", ""),
+    "alpha_decay": ("rank decay a", "rank-decay exponent a"),
+    "nf4_error": ("NF4 error", "relative NF4 error ‖Q(W)−W‖/‖W‖"),
+    "fisher": ("Fisher", "predicted KL avoided (nats a token per GB)"),
 }
-SHORT_LABELS = {
-    "alpha_hill": "α Hill",
-    "alpha_pl": "α Clauset",
-    "alpha_farms": "α FARMS",
-    "alpha_excess": "α over noise",
-    "alpha_decay": "rank decay a",
-    "nf4_error": "NF4 error",
-    "fisher": "Fisher",
-}
-
-
-def score_label(score: str) -> str:
-    """How a score is written on an axis, with its unit where it has one."""
-    return AXIS_LABELS.get(score) or score_row(score).title
 
 
 def short_label(score: str) -> str:
     """A score's name for a legend."""
-    return SHORT_LABELS.get(score, score.replace("_", " "))
+    return LABELS.get(score, (score.replace("_", " "),))[0]
+
+
+def score_label(score: str) -> str:
+    """How a score is written on an axis, with its unit where it has one."""
+    row = score_row(score)
+    generic = f"{score} KL avoided (nats a token per GB)" if row.additive else row.title
+    return LABELS.get(score, ("", ""))[1] or generic
 
 
 def score_symbol(score: str) -> str:
@@ -164,15 +143,8 @@ def score_symbol(score: str) -> str:
 
 def shorten(name: str, limit: int = 40) -> str:
     """A long name with its middle left out: both ends of a module path tell more than its middle."""
-    if len(name) <= limit:
-        return name
     head = (limit - 1) // 2
-    return f"{name[:head]}…{name[-(limit - 1 - head) :]}"
-
-
-def signed(value: float) -> str:
-    """Two decimals with a true minus sign, as the axes write it: "−0.17"."""
-    return f"{value:.2f}".replace("-", "−")
+    return name if len(name) <= limit else f"{name[:head]}…{name[-(limit - 1 - head) :]}"
 
 
 def size_unit(count: float) -> tuple[float, str]:
@@ -182,140 +154,85 @@ def size_unit(count: float) -> tuple[float, str]:
 
 # --- layers, their types and their scores ----------------------------------------------------------------
 
-LINES_UP_TO = 150  # blocks; above, lines between points only hide each other
 
-
-class TypeStyle(NamedTuple):
-    """Colour, marker and legend label of a layer type."""
-
-    colour: str
-    marker: str
-    label: str
-
-
-def planned_layers(layers: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a layer table that a plan decides on.
-
-    Raises:
-        AnalysisError: there is none.
-    """
-    planned = layers[layers["quantizable"]].reset_index(drop=True)
-    if planned.empty:
-        raise AnalysisError(
-            f"the layer table has {len(layers)} rows and none that can be quantized: nothing to draw. "
-            "Run notebook 01_analyze on a model with linear layers."
-        )
-    return planned
-
-
-def planned_values(layers: pd.DataFrame, score: str) -> Floats:
-    """A score's values for the rows of `planned_layers`, float64 (L,).
+def scored(layers: pd.DataFrame, score: str) -> tuple[pd.DataFrame, Floats]:
+    """The rows of a layer table that a plan decides on, and a score's values for them, (L,).
 
     Raises:
         PlanError: unknown score, or the table lacks its column.
     """
-    return score_values(layers, score)[layers["quantizable"].to_numpy(bool)]
+    planned = layers["quantizable"].to_numpy(bool)
+    return layers[planned].reset_index(drop=True), score_values(layers, score)[planned]
 
 
-def is_wide(values: Floats) -> bool:
-    """Whether values (L,) want a logarithmic axis: all positive, most of them in the lowest thirtieth."""
+def scale_of(values: Floats) -> str:
+    """The axis that values (L,) want: "log" if all are positive and most lie in the lowest thirtieth."""
     finite = values[np.isfinite(values)]
-    return bool(len(finite) and finite.min() > 0 and finite.max() > 30 * np.quantile(finite, 0.05))
+    wide = len(finite) and finite.min() > 0 and finite.max() > 30 * np.quantile(finite, 0.05)
+    return "log" if wide else "linear"
 
 
 def between_share(values: Floats, groups: pd.Series) -> float:
     """Share of the variance of values (L,) that lies between groups (L,), η²; NaN where all are equal."""
-    finite = np.isfinite(values)
-    values, groups = values[finite], groups[finite]
-    total = ((values - values.mean()) ** 2).sum() if len(values) else 0.0
-    if total <= 1e-12 * max(1.0, float((values**2).sum())):
-        return float("nan")
-    means = pd.Series(values).groupby(groups.to_numpy()).transform("mean").to_numpy()
-    return float(((means - values.mean()) ** 2).sum() / total)
+    held = pd.Series(values)[np.isfinite(values)]
+    spread, means = held.var(ddof=0), held.groupby(groups).transform("mean")
+    return float(means.var(ddof=0) / spread) if spread > 1e-12 * max(1, (held**2).mean()) else np.nan
 
 
-def rank_correlation(x: Floats, y: Floats) -> float:
+def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's ρ of the pairs in x (L,) and y (L,) that are finite; NaN below three or without spread."""
-    both = np.isfinite(x) & np.isfinite(y)
-    if both.sum() < 3 or np.ptp(x[both]) == 0 or np.ptp(y[both]) == 0:
-        return float("nan")
-    return float(pd.Series(x[both]).rank().corr(pd.Series(y[both]).rank()))
+    pairs = pd.DataFrame({"x": x, "y": y}).replace([np.inf, -np.inf], np.nan)
+    return float(pairs.corr("spearman", min_periods=3).to_numpy()[0, 1])
 
 
-def type_styles(types: pd.Series, limit: int = 14) -> dict[str, TypeStyle]:
-    """A style for each layer type by order of appearance; rare ones beyond `limit` share a grey one."""
-    names = list(dict.fromkeys(types))
-    common = set(types.value_counts().index[:limit])
-    named = [name for name in names if len(names) <= limit or name in common]
-    styles = dict.fromkeys(names, TypeStyle("#AAAAAA", ".", f"{len(names) - len(named)} rarer types"))
-    for i, name in enumerate(named):
-        styles[name] = TypeStyle(CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], shorten(name, 24))
+def histogram_edges(values: Floats, bins: int = 40) -> Floats:
+    """Bin edges (bins+1,) over the finite values (L,); a narrow range around a single value."""
+    finite = values[np.isfinite(values)]
+    if scale_of(values) == "log":
+        return np.geomspace(finite.min(), finite.max(), bins + 1)
+    return np.histogram_bin_edges(finite, bins)
+
+
+def type_styles(types: pd.Series) -> dict[str, dict[str, Any]]:
+    """Colour, marker and legend label of each layer type, by order of appearance."""
+    styles = {}
+    for i, name in enumerate(dict.fromkeys(types)):
+        look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+        styles[name] = look | {"label": shorten(name, 24)}
     return styles
 
 
-def draw_types(
-    axes: Axes, types: pd.Series, x: Floats, y: Floats, *, size: float, joined: bool = False, **look: Any
-) -> None:
-    """A point for each layer (L,) that has both values, in its type's style, labelled once for the legend.
+def draw_types(axes: Axes, types: pd.Series, x: Floats, y: Floats, joined: bool = False, **look: Any) -> None:
+    """A point for each layer (L,) that has both values, in its type's style.
 
     Args:
-        size: marker size in points.
-        joined: draw lines through a type that has one layer a block.
+        joined: draw lines through a type that has one layer a block; not above 150, where they hide all.
     """
-    said: set[str] = set()
+    look = {"ms": float(np.clip(1000 / len(types), 1.5, 5)), "rasterized": len(types) > 2000} | look
     for name, style in type_styles(types).items():
         here = (types == name).to_numpy() & np.isfinite(x) & np.isfinite(y)
-        line = "-" if joined and len(set(x[here])) == here.sum() <= LINES_UP_TO else ""
-        (drawn,) = axes.plot(
-            x[here], y[here], style.marker, color=style.colour, ls=line, lw=0.8, ms=size, **look
-        )
-        drawn.set_rasterized(len(types) > 2000)
-        if style.label not in said:
-            drawn.set_label(style.label)
-        said.add(style.label)
-
-
-def failed_note(values: Floats) -> str:
-    """How many of values (L,) are missing or infinite, as a sentence; empty if none is."""
-    count = int((~np.isfinite(values)).sum())
-    if not count:
-        return ""
-    return f"Hollow: {count} layer{'s' if count > 1 else ''} without a finite value, set on the bottom edge."
-
-
-# --- a score by depth, its histogram, and against what quantizing costs ----------------------------------
+        line = "-" if joined and len(set(x[here])) == here.sum() <= 150 else ""
+        axes.plot(x[here], y[here], ls=line, lw=0.8, **style | look)
 
 
 @styled
 def score_by_depth(layers: pd.DataFrame, score: str = "alpha_hill") -> Figure:
     """A score against depth, a colour and marker for each layer type; failed layers hollow at the bottom."""
-    planned, values = planned_layers(layers), planned_values(layers, score)
-    depth, finite = planned["depth"].to_numpy(float), np.isfinite(values)
-    figure = new_figure()
-    axes = figure.add_subplot()
-    size = float(np.clip(900 / len(planned), 1.5, 5))
-    draw_types(axes, planned["type"], depth, values, size=size, joined=True)
-    if not finite.all():
-        look: dict[str, Any] = {"mfc": "white", "mec": BLACK, "ms": 6, "clip_on": False, "zorder": 5}
-        bottom = np.full(int((~finite).sum()), 0.015)
-        axes.plot(depth[~finite], bottom, "o", transform=axes.get_xaxis_transform(), gid="failed", **look)
-    axes.set(xlabel="depth (block)", ylabel=score_label(score), yscale="log" if is_wide(values) else "linear")
+    planned, values = scored(layers, score)
+    depth, name, lost = planned["depth"].to_numpy(float), score_symbol(score), ~np.isfinite(values)
+    axes = new_figure().subplots()
+    draw_types(axes, planned["type"], depth, values, joined=True)
+    look: dict[str, Any] = {"mfc": "white", "mec": BLACK, "clip_on": False, "gid": "failed"}
+    bottom = np.full(lost.sum(), 0.015)
+    axes.plot(depth[lost], bottom, "o", transform=axes.get_xaxis_transform(), **look)
+    axes.set(xlabel="depth (block)", ylabel=score_label(score), yscale=scale_of(values))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.legend(loc="outside right center")
-    share, name = between_share(values, planned["type"]), score_symbol(score)
-    if np.isfinite(share):
-        finding = f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
-    elif finite.any():
-        count = int(finite.sum())
-        who = f"All {count} layers have" if count > 1 else "The only layer has"
-        finding = f"{who} {name} = {values[finite][0]:.4g}"
-    else:
-        finding = f"No layer has a finite {name}"
-    headline(figure, finding, failed_note(values))
-    return figure
-
-
-SHAPES_SHOWN = 10
+    share = between_share(values, planned["type"])
+    finding = f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
+    if np.isnan(share):
+        finding = f"{name} has no spread over its {(~lost).sum()} layers"
+    note = f"Hollow, on the bottom edge: {lost.sum()} without a finite value." if lost.any() else ""
+    return finished(axes, finding, note)
 
 
 @styled
@@ -327,89 +244,53 @@ def score_histogram(
     Args:
         threshold: score units; layers at it or beyond, in `direction`, are protected.
     """
-    planned, values = planned_layers(layers), planned_values(layers, score)
-    null = _gaussian_null(planned) if score == "alpha_hill" else None
-    high, name, detail, parts = direction == "high", score_symbol(score), failed_note(values), []
-    figure = new_figure(height=4.0 if null is None else 6.2)
-    ratios = [1.0] if null is None else [1.25, 1.0]
-    panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
-    groups: dict[tuple[str, str], list[Floats]] = {}
-    for kind, style in type_styles(planned["type"]).items():
-        of_type = values[(planned["type"] == kind).to_numpy() & np.isfinite(values)]
-        groups.setdefault((style.colour, style.label), []).append(of_type)
-    panels[0].hist(
-        [np.concatenate(of_types) for of_types in groups.values()],
-        bins=list(histogram_edges(values)),
-        stacked=True,
-        color=[colour for colour, _ in groups],
-        label=[label for _, label in groups],
-        edgecolor="white",
-        linewidth=0.4,
-    )
-    figure.legend(loc="outside right center")
+    planned, values = scored(layers, score)
+    types, name, high, parts = planned["type"], score_symbol(score), direction == "high", []
+    noise = score == "alpha_hill" and "alpha_excess" in planned and planned["alpha_excess"].notna().any()
+    panels = new_figure(height=6.2 if noise else 4.0).subplots(
+        2 if noise else 1, 1, sharex=True, squeeze=False
+    )[:, 0]
+    styles = type_styles(types)
+    bars = [values[(types == kind).to_numpy() & np.isfinite(values)] for kind in styles]
+    look = {key: [style[key] for style in styles.values()] for key in ("color", "label")}
+    panels[0].hist(bars, bins=histogram_edges(values), stacked=True, edgecolor="white", lw=0.4, **look)
     panels[0].set_ylabel("layers")
-    panels[-1].set(xlabel=score_label(score), xscale="log" if is_wide(values) else "linear")
+    panels[-1].set(xlabel=score_label(score), xscale=scale_of(values))
     if threshold is not None:
-        for panel in panels:
-            panel.axvline(threshold, color=VERMILLION, lw=1.8, zorder=4)
-        words, side = ("kept in 16-bit →", "left") if high else ("← kept in 16-bit", "right")
-        look: dict[str, Any] = {"color": VERMILLION, "fontsize": 9, "fontweight": "bold", "va": "bottom"}
-        above = panels[0].get_xaxis_transform()  # written above the axes, where no bar is
-        panels[0].text(threshold, 1.01, words, transform=above, ha=side, **look)
-        kept = int((values >= threshold if high else values <= threshold).sum())
         sign = "≥" if high else "≤"
+        for panel in panels:
+            panel.axvline(threshold, color=VERMILLION, lw=1.8, zorder=4, label=f"{sign} kept in 16-bit")
+        kept = (values >= threshold if high else values <= threshold).sum()
         parts.append(f"{name} {sign} {threshold:.4g} keeps {kept} of {len(values)} layers in 16-bit")
-    if null is not None:
-        _shapes_against_null(panels[1], planned["type"], values, null)
-        detail = f"Diamonds: mean of Gaussian matrices of that shape, bar ±2 sd. {detail}".strip()
-        rho = rank_correlation(values, null["mean"].to_numpy(float))
-        if np.isfinite(rho):
-            parts.append(f"its rank correlation with Gaussian noise of the same shapes is ρ = {signed(rho)}")
-        else:
-            parts.append("all layers have one shape, so shape explains nothing here")
-    finite = values[np.isfinite(values)]
-    ends = (finite.min(), finite.max()) if len(finite) else (np.nan, np.nan)
-    headline(figure, "; ".join(parts) or f"{name} runs from {ends[0]:.3g} to {ends[1]:.3g}", detail)
-    return figure
+    if noise:
+        rho = _draw_noise(panels[1], planned, values)
+        told = f"its rank correlation with Gaussian noise of the same shapes is ρ = {rho:.2f}"
+        parts.append("all layers have one shape, so shape explains nothing here" if np.isnan(rho) else told)
+    detail = "Diamonds: mean of Gaussian matrices of that shape, bar ±2 sd." if noise else ""
+    return finished(panels[0], "; ".join(parts) or f"{name} of {len(values)} layers", detail)
 
 
-def histogram_edges(values: Floats, bins: int = 40) -> Floats:
-    """Bin edges (bins+1,) over the finite values (L,); a narrow range around a single value."""
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        pad = max(abs(low) * 0.05, 1e-12)
-        low, high = low - pad, high + pad
-    return (np.geomspace if is_wide(values) else np.linspace)(low, high, bins + 1)
+def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
+    """A row for each of the ten commonest shapes: its layers' α, a diamond where noise of that shape lies.
 
-
-def _gaussian_null(planned: pd.DataFrame) -> pd.DataFrame | None:
-    """Mean and standard deviation of Hill's α on Gaussian matrices of each layer's shape, from the table."""
-    if not {"alpha_excess", "alpha_excess_z"} <= set(planned) or planned["alpha_excess"].isna().all():
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sd = planned["alpha_excess"] / planned["alpha_excess_z"]
+    Returns:
+        Spearman's ρ of the layers' α and that of Gaussian matrices of their shapes.
+    """
     shape = planned["rows"].astype(str) + "×" + planned["cols"].astype(str)
     mean = planned["alpha_hill"] - planned["alpha_excess"]
-    return pd.DataFrame({"shape": shape, "mean": mean, "sd": sd.where(np.isfinite(sd))})
-
-
-def _shapes_against_null(axes: Axes, types: pd.Series, values: Floats, null: pd.DataFrame) -> None:
-    """A row for each of the commonest shapes: its layers' α, and a diamond where noise of that shape lies."""
-    counts = null["shape"].value_counts()
-    means = null.groupby("shape")["mean"].median().loc[counts.index[:SHAPES_SHOWN]].sort_values()
-    rows = pd.Series(range(len(means)), means.index)
+    reach = 2 * (planned["alpha_excess"] / planned["alpha_excess_z"]).abs().replace(np.inf, np.nan)
+    counts = shape.value_counts().head(10)
+    noise = pd.DataFrame({"mean": mean, "reach": reach}).groupby(shape).median().loc[counts.index]
+    noise = noise.sort_values("mean").fillna({"reach": 0.0})
     # A fixed sawtooth keeps equal values apart without randomness.
-    jitter = 0.28 * ((null.groupby("shape").cumcount() * 0.618) % 1 - 0.5)
-    height = np.asarray(null["shape"].map(rows) + jitter, np.float64)
-    draw_types(axes, types, values, height, size=3.5, alpha=0.8, zorder=6)
-    spread = 2 * null["sd"].abs().groupby(null["shape"]).median().reindex(means.index).fillna(0.0)
-    for colour, width, cap in (("white", 5.0, 0.0), (BLACK, 1.6, 3.0)):
-        look: dict[str, Any] = {"color": colour, "elinewidth": width, "capsize": cap, "ms": 6, "mfc": "white"}
-        for row, (mean, reach) in enumerate(zip(means, spread, strict=True)):
-            axes.errorbar(mean, row, xerr=reach, fmt="D", zorder=5, **look)
-    axes.set_yticks(rows, [f"{shape}  ({counts[shape]})" for shape in rows.index])
+    jitter = 0.28 * (shape.groupby(shape).cumcount() * 0.618 % 1 - 0.5)
+    rows = {name: row for row, name in enumerate(noise.index)}
+    draw_types(axes, planned["type"], values, (shape.map(rows) + jitter).to_numpy(float), ms=3.5, zorder=6)
+    look: dict[str, Any] = {"color": BLACK, "mfc": "white", "elinewidth": 1.6, "capsize": 3, "ms": 6}
+    axes.errorbar(noise["mean"], range(len(rows)), xerr=noise["reach"], fmt="D", zorder=7, **look)
+    axes.set_yticks(range(len(rows)), [f"{name}  ({counts[name]})" for name in rows])
     axes.set(ylabel="shape (layers)", ylim=(-0.6, len(rows) - 0.4))
+    return rank_correlation(values, mean)
 
 
 # Sensitivity columns, the best first, as an axis names them.
@@ -418,486 +299,284 @@ COST_NAMES = {"measured_nf4": "measured", "refined_nf4": "refined", "fisher_nf4"
 
 def sensitivity_column(layers: pd.DataFrame) -> str | None:
     """The best sensitivity that the table holds: measured before refined before Fisher; None without any."""
-    planned = layers[layers["quantizable"]]
-    held = (name for name in COST_NAMES if name in layers and np.isfinite(planned[name]).any())
-    return next(held, None)
+    return next((name for name in COST_NAMES if name in layers and layers[name].notna().any()), None)
 
 
 @styled
-def score_against_sensitivity(
-    layers: pd.DataFrame, score: str = "alpha_hill", column: str | None = None
-) -> Figure:
+def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> Figure:
     """A score against each layer's cost in NF4, and Spearman's ρ over all layers and within each type.
 
     Args:
-        column: the sensitivity column (nats a token); the best that the table holds by default.
-
-    Raises:
-        AnalysisError: the table holds no sensitivity.
+        column: the sensitivity column (nats a token), one of `COST_NAMES`.
     """
-    planned = planned_layers(layers)
-    column = column or sensitivity_column(layers)
-    if column not in COST_NAMES or column not in planned:
-        raise AnalysisError(
-            f"the layer table has no sensitivity column ({column or 'fisher_nf4, measured_nf4'}). "
-            "Run notebook 01_analyze with sensitivity='self'."
-        )
-    types, values, cost = planned["type"], planned_values(layers, score), planned[column].to_numpy(float)
-    cost = np.where(cost > 0, cost, np.nan)  # the axis is logarithmic
-    both = np.isfinite(values) & np.isfinite(cost)
-    figure = new_figure(height=4.8)
-    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
-    draw_types(left, types, values, cost, size=float(np.clip(1200 / len(planned), 1.5, 5)), alpha=0.85)
-    left.set(xlabel=score_label(score), ylabel=f"{COST_NAMES[column]} cost in NF4 (nats a token)")
-    left.set_yscale("log" if both.any() else "linear")
-
-    styles, counts, overall = type_styles(types), types.value_counts(), rank_correlation(values, cost)
-    within = {name: rank_correlation(values[types == name], cost[types == name]) for name in styles}
-    shown = [name for name in within if styles[name].marker != "."][::-1]
-    for height, name in enumerate(shown):
-        right.plot([0, within[name]], [height, height], color=styles[name].colour, lw=2)
-        right.plot(within[name], height, styles[name].marker, color=styles[name].colour, ms=7)
-    # Hollow and grey: no type looks so, though black is down_proj's.
-    right.plot([0, overall], [len(shown)] * 2, color=GREY, lw=4, alpha=0.5)
-    right.plot(overall, len(shown), "o", color=GREY, mfc="white", mew=2, ms=9)
-    labels = [f"{shorten(name, 22)} ({counts[name]})" for name in shown]
-    right.set_yticks(range(len(shown) + 1), [*labels, f"all layers ({len(planned)})"])
+    planned, values = scored(layers, score)
+    types, name, styles = planned["type"], score_symbol(score), type_styles(planned["type"])
+    cost = planned[column].where(planned[column] > 0).to_numpy(float)  # the axis is logarithmic
+    lost = (~np.isfinite(values) | ~np.isfinite(cost)).sum()
+    left, right = new_figure(height=max(4.8, 1.5 + 0.18 * len(styles))).subplots(1, 2, width_ratios=[1.7, 1])
+    draw_types(left, types, values, cost, alpha=0.85, label="_")  # the bars' names are the legend
+    cost_label = f"{COST_NAMES[column]} cost in NF4 (nats a token)"
+    left.set(xlabel=score_label(score), ylabel=cost_label, yscale="log")
+    overall = rank_correlation(values, cost)
+    within = {kind: rank_correlation(values[types == kind], cost[types == kind]) for kind in styles}
+    labels = [f"{style['label']} ({(types == kind).sum()})" for kind, style in styles.items()]
+    colours = [GREY, *(style["color"] for style in styles.values())]
+    right.barh([f"all layers ({len(planned)})", *labels], [overall, *within.values()], color=colours)
     right.axvline(0, color=GREY, lw=1)
     right.set(xlim=(-1.05, 1.05), xlabel="Spearman's ρ")
+    right.invert_yaxis()
     right.grid(axis="y", visible=False)
-
-    inside, name = [rho for rho in within.values() if np.isfinite(rho)], score_symbol(score)
-    if not np.isfinite(overall):
+    inside = [rho for rho in within.values() if np.isfinite(rho)] or [overall]
+    middle = np.median(inside)
+    end = ": it mostly tells types apart" if abs(middle) < abs(overall) / 2 else ""
+    finding = f"{name} ranks the layers' cost with ρ = {overall:.2f} overall, but {min(inside):.2f} to "
+    finding += f"{max(inside):.2f} within a type (median {middle:.2f}){end}"
+    if np.isnan(overall):
         finding = f"Too few layers, or no spread: no rank correlation between {name} and cost"
-    elif not inside:
-        finding = f"{name} ranks the layers' cost with ρ = {signed(overall)}"
-    else:
-        middle = float(np.median(inside))
-        end = ": it mostly tells types apart" if abs(middle) < abs(overall) / 2 else ""
-        finding = (
-            f"{name} ranks the layers' cost with ρ = {signed(overall)} overall, but {signed(min(inside))} to "
-            f"{signed(max(inside))} within a type (median {signed(middle)}){end}"
-        )
-    lost = f"{(~both).sum()} layers without both values are left out. " if not both.all() else ""
-    headline(figure, finding, f"{lost}ρ is Spearman's; colours are those of the right panel.")
-    return figure
+    note = f"{lost} layers without both values are left out. " if lost else ""
+    return finished(left, finding, f"{note}ρ is Spearman's; colours are those of the right panel.")
 
 
 # --- single layers' spectra ------------------------------------------------------------------------------
 
-LINES = ("-", "--", "-.", (0, (1, 1)))
+FIT = ["alpha_pl", "alpha_pl_xmin", "alpha_pl_tail", "alpha_pl_ks", "alpha_pl_sigma"]
 # What the fit drops (WeightWatcher's cut), so that the drawn density is the fitted one.
 SMALLEST_EIGENVALUE = 1e-5
 
 
-def pick_layers(layers: pd.DataFrame, score: str = "alpha_hill", count: int = 3) -> list[str]:
-    """Names of `count` layers spread evenly over a score's ranks, the lowest and the highest among them."""
-    planned, values = planned_layers(layers), planned_values(layers, score)
-    order = np.argsort(values, kind="stable")[: int(np.isfinite(values).sum())]
-    places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int)) if len(order) else order
-    return [str(planned["name"].iloc[order[place]]) for place in places]
+def pick_layers(layers: pd.DataFrame, score: str, count: int) -> pd.DataFrame:
+    """Rows of `count` layers spread evenly over a score's ranks, the lowest and the highest among them."""
+    planned, values = scored(layers, score)
+    ranked = planned.iloc[np.argsort(values, kind="stable")[: np.isfinite(values).sum()]]
+    return ranked.iloc[np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)]
 
 
-def layer_title(row: pd.Series, limit: int = 30) -> str:
+def layer_title(row: Any) -> str:
     """A layer by type and block: "down_proj, block 3"."""
-    place = f", block {row['depth']}" if row["depth"] >= 0 else ""
-    return f"{shorten(str(row['type']), limit)}{place}"
+    return shorten(str(row["type"]), 30) + (f", block {row['depth']}" if row["depth"] >= 0 else "")
 
 
-def _rows(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str]) -> list[pd.Series]:
-    known = layers.set_index("name", drop=False)
-    if not names:
-        raise AnalysisError("no layer has a finite score, so there is no spectrum to choose.")
-    if missing := [name for name in names if name not in known.index or name not in spectra]:
-        raise AnalysisError(
-            f"no spectrum of layer {missing[0]!r} in this run: choose names from layers.csv whose status is "
-            "not 'failed' or 'listed'."
-        )
-    return [row for _, row in known.loc[list(names)].iterrows()]
+def density_of(row: pd.Series, singular_values: Floats) -> dict[str, Any]:
+    """A layer's eigenvalue density (ESD) and the tail that Clauset's fit put there.
+
+    Args:
+        row: of the layer table, whose `alpha_pl` columns hold the fit.
+
+    Returns:
+        `edges` (36,) evenly spaced in the logarithm, `density` (35,), `fit` the line's ends (λ, density),
+        each (2,), or None; none of them where the eigenvalues have no spread. `words` on the fit, always.
+    """
+    eigenvalues = np.square(np.asarray(singular_values, dtype=np.float64))
+    eigenvalues = eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > SMALLEST_EIGENVALUE)]
+    if len(eigenvalues) < 2 or np.ptp(eigenvalues) == 0:
+        return {"words": ["no spread of eigenvalues"]}
+    edges = np.geomspace(eigenvalues.min(), eigenvalues.max() * (1 + 1e-9), 36)
+    found = {"edges": edges, "density": np.histogram(eigenvalues, edges, density=True)[0]}
+    alpha, xmin, tail, distance, sigma = row[FIT].to_numpy(float)
+    if not (np.isfinite([alpha, xmin, tail]).all() and xmin > 0):
+        return found | {"fit": None, "words": ["no fit"]}
+    ends = np.array([xmin, edges[-1]])
+    # A power law from xmin on, scaled to the tail's share of all eigenvalues.
+    law = tail / len(eigenvalues) * (alpha - 1) / xmin * (ends / xmin) ** -alpha
+    told = f"Clauset's α {alpha:.2f} ± {sigma:.2f}, Hill's {row.get('alpha_hill', np.nan):.2f}"
+    short = " (short)" if tail < 50 else ""
+    fit = f"KS {distance:.3f}, xmin {xmin:.3g}, tail {tail:.0f} of {len(eigenvalues)}{short}"
+    return found | {"fit": (ends, law), "words": [told, fit]}
 
 
 @styled
-def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | None = None) -> Figure:
+def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] = ()) -> Figure:
     """The eigenvalue density (ESD) of layers on log-log axes, with the fitted tail, xmin and KS distance.
 
     Args:
-        spectra: name -> singular values, descending.
+        spectra: name -> singular values, descending; a layer that it lacks is shown without any.
         names: layers to draw; by default the most compact, a middling and the flattest with a sound fit.
-
-    Raises:
-        AnalysisError: a name has no spectrum.
     """
-    detail = "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data."
-    if names is None:
-        sound = layers[layers["status"] == "ok"]  # a tail of nine values has no α
-        names = pick_layers(sound if sound["quantizable"].sum() >= 3 else layers, "alpha_pl")
-        detail = f"Of the layers whose fit is sound. {detail} Other figures show Hill's α, of the top tenth."
-    rows = _rows(layers, spectra, names)
-    columns = min(len(rows), 3)
-    lines = -(-len(rows) // columns)
-    figure = new_figure(height=1.0 + 3.5 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for axes, row in zip(panels.flat, rows, strict=False):
-        draw_density(axes, spectra[row["name"]], row, layer_title(row))
-    for axes in panels.flat[len(rows) :]:
-        axes.set_visible(False)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("density of eigenvalues")
-    fitted = [row for row in rows if np.isfinite(row["alpha_pl"])]
-    sound_rows = [row for row in fitted if row["status"] == "ok"]
-    ranked = sorted(sound_rows if len(sound_rows) > 1 else fitted, key=lambda row: row["alpha_pl"])
-    finding = f"The spectrum of {layer_title(rows[0])}"
-    if len(ranked) > 1:
-        low, high = (f"{row['alpha_pl']:.2f} in {layer_title(row)}" for row in (ranked[0], ranked[-1]))
-        finding = f"From compact to flat: Clauset's α is {low} and {high}"
-    headline(figure, finding, detail)
-    return figure
-
-
-def draw_density(axes: Axes, singular_values: Floats, row: pd.Series, title: str = "") -> None:
-    """Draw one layer's ESD and its fit, taken from the layer table's `alpha_pl` columns, on `axes`.
-
-    Args:
-        title: stands above the fit's numbers, which stand above the axes: they must not cover the density.
-    """
-    eigenvalues = eigenvalues_of(singular_values)
-    axes.set(xlabel="eigenvalue λ = σ²")
-    said = [title] if title else []
-    alpha, xmin, tail = (float(row[f"alpha_pl{part}"]) for part in ("", "_xmin", "_tail"))
-    if len(eigenvalues) < 2 or np.ptp(eigenvalues) == 0:
-        axes.text(0.5, 0.5, "no spread of eigenvalues", transform=axes.transAxes, ha="center", color=GREY)
-    else:
-        edges, density = density_of(eigenvalues)
-        filled = density[density > 0]
-        axes.set(xscale="log", yscale="log", ylim=(filled.min() / 4, filled.max() * 4))
-        axes.stairs(density, edges, fill=True, color=SKY, alpha=0.45)
-        axes.stairs(density, edges, color=BLUE, lw=1)
-        if np.isfinite([alpha, xmin, tail]).all() and xmin > 0:
-            x = np.geomspace(xmin, eigenvalues.max(), 50)
-            # A power law from xmin on, scaled to the tail's share of all eigenvalues.
-            y = tail / len(eigenvalues) * (alpha - 1) / xmin * (x / xmin) ** -alpha
-            axes.plot(x, y, color=VERMILLION, lw=2)
-            axes.axvline(xmin, color=VERMILLION, lw=1, ls="--")
-            sigma, hill = (row.get(name, np.nan) for name in ("alpha_pl_sigma", "alpha_hill"))
-            error = f" ± {sigma:.2f}" if np.isfinite(sigma) else ""
-            also = f", Hill {hill:.2f}" if np.isfinite(hill) else ""
-            short = " (short)" if tail < 50 else ""
-            said.append(f"α Clauset {alpha:.2f}{error}{also}")
-            fit = f"KS {row['alpha_pl_ks']:.3f}, xmin {xmin:.3g}"
-            said.append(f"{fit}, tail {int(tail)} of {len(eigenvalues)}{short}")
-        else:
-            said.append("no fit")
-    axes.set_title("\n".join(said), fontsize=9, loc="left", linespacing=1.35)
-
-
-def eigenvalues_of(singular_values: Floats) -> Floats:
-    """The eigenvalues that a fit sees: squares of the singular values, finite and not vanishing."""
-    eigenvalues = np.square(np.asarray(singular_values, dtype=np.float64))
-    return eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > SMALLEST_EIGENVALUE)]
-
-
-def density_of(eigenvalues: Floats, bins: int = 35) -> tuple[Floats, Floats]:
-    """Edges (bins+1,), evenly spaced in the logarithm, and the density in each bin (bins,)."""
-    edges = np.geomspace(eigenvalues.min(), eigenvalues.max() * (1 + 1e-9), bins + 1)
-    counts, _ = np.histogram(eigenvalues, edges)
-    return edges, counts / (len(eigenvalues) * np.diff(edges))
+    sound = layers[layers["status"] == "ok"]  # a tail of nine values has no α
+    chosen = layers[layers["name"].isin(names)]
+    if not names:
+        chosen = pick_layers(sound if sound["quantizable"].sum() >= 3 else layers, "alpha_pl", 3)
+    rows = [row for _, row in chosen.iterrows()]
+    panels = new_figure(height=4.6 if len(rows) > 1 else 3.4).subplots(1, len(rows), squeeze=False)[0]
+    for axes, row in zip(panels, rows, strict=True):
+        found = density_of(row, spectra.get(row["name"], np.empty(0)))
+        axes.set(xlabel="eigenvalue λ = σ²", ylabel="density of eigenvalues" if row is rows[0] else "")
+        # Title and numbers stand above the axes, where they cover nothing.
+        words = "\n".join([layer_title(row), *found["words"]])
+        axes.set_title(words, fontsize=9, loc="left", linespacing=1.35)
+        if "density" in found:
+            filled = found["density"][found["density"] > 0]
+            axes.set(xscale="log", yscale="log", ylim=(filled.min() / 4, filled.max() * 4))
+            axes.stairs(found["density"], found["edges"], fill=True, color=SKY, ec=BLUE, alpha=0.6)
+        if found.get("fit"):
+            axes.plot(*found["fit"], color=VERMILLION, lw=2)
+            axes.axvline(found["fit"][0][0], color=VERMILLION, lw=1, ls="--")
+    first, last = (f"{row['alpha_pl']:.2f} in {layer_title(row)}" for row in (rows[0], rows[-1]))
+    finding = f"From compact to flat: Clauset's α is {first} and {last}"
+    if len(rows) == 1:
+        finding = "Layer {name}  ({rows} × {cols}, {status})".format_map(rows[0])
+    note = "" if names else "Of the layers whose fit is sound. "
+    reading = "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data."
+    return finished(panels[0], finding, f"{note}{reading} Other figures show Hill's α, of the top tenth.")
 
 
 @styled
-def rank_decay(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] | None = None) -> Figure:
+def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
     """Singular values against their rank on log-log axes, each with its power law and how well that fits.
 
+    Drawn are five layers, spread over the decay exponents.
+
     Args:
         spectra: name -> singular values, descending.
-        names: layers to draw; by default five spread over the decay exponents.
-
-    Raises:
-        AnalysisError: a name has no spectrum.
     """
-    rows = _rows(layers, spectra, pick_layers(layers, "alpha_decay", 5) if names is None else names)
-    styles, found = type_styles(planned_layers(layers)["type"]), {}
-    figure = new_figure()
-    axes = figure.add_subplot()
-    for place, row in enumerate(rows):
-        name, colour = layer_title(row), styles[row["type"]].colour
-        # Two layers of one type share its colour, as in every figure, and differ by their line.
-        line = LINES[[other["type"] for other in rows[:place]].count(row["type"]) % len(LINES)]
-        exponent, fit = draw_decay(axes, spectra[row["name"]], colour, colour, line=line, relative=True)
-        axes.lines[-1].set_label(f"{name}: a = {exponent:.2f}, R² {fit:.2f}")
-        if np.isfinite(exponent):
-            found[name] = (exponent, fit)
-    axes.set_ylabel("singular value σₖ / σ₁")
-    figure.legend(loc="outside right center")
-    finding = f"Rank decay of {', '.join(map(layer_title, rows))}"
-    if len(found) > 1:
-        fast, *_, slow = sorted(found, key=lambda name: -found[name][0])
-        worst, best = min(fit for _, fit in found.values()), max(fit for _, fit in found.values())
-        finding = (
-            f"Singular values fall with exponent {found[fast][0]:.2f} in {fast} and {found[slow][0]:.2f} in "
-            f"{slow}, the flatter one; a power law explains {worst:.0%} to {best:.0%} of the fall"
-        )
-    detail = "Dotted: slope −a, least squares over k = 2 … M/2. R²: of log σ there, 1 is a power law."
-    headline(figure, finding, f"{detail} Large a: compact.")
-    return figure
-
-
-def draw_decay(
-    axes: Axes, sigma: Floats, colour: str, fit_colour: str, *, line: Any = "-", relative: bool = False
-) -> tuple[float, float]:
-    """Draw singular values by rank over their least-squares power law σ ~ k^-a, fitted for k = 2 … M/2.
-
-    Args:
-        relative: divide by the largest.
-
-    Returns:
-        a, and the R² of log σ over those ranks; NaN below four values. The curve is the last of the lines.
-    """
-    sigma = np.asarray(sigma, dtype=np.float64)
-    sigma = sigma[np.isfinite(sigma) & (sigma > 0)]
-    sigma = sigma / sigma[0] if relative and len(sigma) else sigma
-    ranks = np.arange(1, len(sigma) + 1, dtype=np.float64)
-    exponent = fit = float("nan")
-    k, y = ranks[1 : len(sigma) // 2], np.log(sigma[1 : len(sigma) // 2])
-    if len(k) > 1:
-        slope, level = np.polyfit(np.log(k), y, 1)
-        law, spread = level + slope * np.log(k), float(y.var())
-        exponent, fit = -float(slope), 1 - float(np.mean((y - law) ** 2)) / spread if spread else 1.0
-        axes.plot(k, np.exp(law), color=fit_colour, lw=1.2, ls=":")
-    axes.plot(ranks, sigma, color=colour, lw=1.8, ls=line)
-    axes.set(xscale="log", yscale="log", xlabel="rank k")
-    return exponent, fit
-
-
-@styled
-def single_spectrum(layers: pd.DataFrame, spectra: Spectra, name: str) -> Figure:
-    """One layer's eigenvalue density with its fit, and its rank decay; says so where the analysis failed."""
-    figure = new_figure(10.0, 3.4)
-    row = layers[layers["name"] == name].iloc[0]
-    left, right = figure.subplots(1, 2)
-    if name in spectra:
-        draw_density(left, spectra[name], row)
-        left.set_ylabel("density of eigenvalues")
-        exponent, fit = draw_decay(right, spectra[name], BLUE, VERMILLION)
-        right.set_ylabel("singular value σₖ")
-        said = f"slope −a with a = {exponent:.2f}, R² {fit:.2f}" if np.isfinite(fit) else "too few for a fit"
-        right.set_title(said, fontsize=9, loc="left")
-    else:
-        said = f"no spectrum: the analysis of this layer is marked {row['status']!r}"
-        left.text(0.0, 0.5, said, color=GREY)
-        left.set_axis_off()
-        right.set_axis_off()
-    headline(figure, f"Layer {shorten(name, 64)}  ({row['rows']} × {row['cols']}, {row['status']})")
-    return figure
+    rows, styles = pick_layers(layers, "alpha_decay", 5), type_styles(layers["type"][layers["quantizable"]])
+    # Two layers of one type share its colour, as in every figure, and differ by their line.
+    lines: Any = rows.groupby("type").cumcount()
+    axes, found = new_figure().subplots(), []
+    for place, row in rows.iterrows():
+        sigma = spectra[row["name"]]
+        sigma = sigma[sigma > 0] / sigma[0]
+        k, fitted = np.arange(1.0, len(sigma) + 1), slice(1, len(sigma) // 2)
+        law = linregress(np.log(k[fitted]), np.log(sigma[fitted]))
+        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[lines[place] % 4]}
+        label = f"{layer_title(row)}: a = {-law.slope:.2f}, R² {law.rvalue**2:.2f}"
+        axes.plot(k, sigma, lw=1.8, label=label, **look)
+        axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, **look | {"ls": ":"})
+        found.append((f"{-law.slope:.2f} in {layer_title(row)}", law.rvalue**2))
+    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
+    shares = [share for _, share in found]
+    finding = f"Singular values fall with exponent {found[-1][0]} and {found[0][0]}, the flatter one; "
+    finding += f"a power law explains {min(shares):.0%} to {max(shares):.0%} of the fall"
+    reading = "Dotted: slope −a, least squares over k = 2 … M/2. R²: of log σ there, 1 is a power law."
+    return finished(axes, finding, f"{reading} Large a: compact.")
 
 
 # --- a plan as a map -------------------------------------------------------------------------------------
 
-MOST_COLUMNS = 400
-MOST_LABELS = 40
 NEARLY_ALL = 0.9  # of a type's layers
 
 
 class LayerGrid:
     """The depth × type grid of a layer table: where each planned layer lies, types in order of appearance.
 
-    Several layers in one cell (experts listed one by one) share it by their number of weights. `shape` is
-    (types, depths), `hollow` marks cells with a layer whose analysis failed.
+    Several layers in one cell (experts listed one by one) share it by their number of weights. `hollow` are
+    the cells (row, column) with a layer whose analysis failed.
     """
 
     def __init__(self, layers: pd.DataFrame) -> None:
-        planned = planned_layers(layers)
+        planned = layers[layers["quantizable"]]
         self.types = list(dict.fromkeys(planned["type"]))
-        depths = np.unique(planned["depth"].to_numpy())
-        # A very deep model shares columns between neighbouring blocks.
-        self.step = -(-int(depths.max() - depths.min() + 1) // MOST_COLUMNS)
-        self.depths = np.arange(depths.min(), depths.max() + 1, self.step)
-        self.rows = planned["type"].map({name: row for row, name in enumerate(self.types)}).to_numpy()
-        self.columns = (planned["depth"].to_numpy() - self.depths[0]) // self.step
-        self.shape = (len(self.types), len(self.depths))
-        self._cell = self.rows * self.shape[1] + self.columns
-        self._weights = planned["numel"].to_numpy(float)
-        self._total = np.bincount(self._cell, self._weights, minlength=self.shape[0] * self.shape[1])
-        self._empty = (self._total == 0).reshape(self.shape)
-        self.hollow = self.share((planned["status"] == "failed").to_numpy()) > 0
+        self.depths = np.arange(planned["depth"].min(), planned["depth"].max() + 1)
+        rows = planned["type"].map({name: row for row, name in enumerate(self.types)})
+        self.cell = (rows * len(self.depths) + planned["depth"] - self.depths[0]).to_numpy()
+        self.weights = planned["numel"].to_numpy(float)
+        failed = np.unique(self.cell[planned["status"] == "failed"])
+        self.hollow = [divmod(int(cell), len(self.depths)) for cell in failed]
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom, top of the map in blocks and rows of types, as `imshow` wants them."""
-        return self.depths[0] - 0.5, self.depths[-1] + self.step - 0.5, self.shape[0] - 0.5, -0.5
+    def colours(self, rgb: Floats) -> Any:
+        """Cells in the colours, 0 to 1, of their layers (L, 3), mixed: (types, depths, 3), 8-bit."""
+        shape = (len(self.types), len(self.depths), 1)
+        channels = [np.bincount(self.cell, self.weights * part, np.prod(shape)) for part in (1, *rgb.T)]
+        held, *sums = (channel.reshape(shape) for channel in channels)
+        image = np.where(held > 0, np.concatenate(sums, axis=2) / np.maximum(held, 1), 1.0)
+        return (255 * image + 0.5).astype(np.uint8)
 
-    def share(self, chosen: NDArray[np.bool_]) -> Floats:
-        """Share of each cell's weights in `chosen` layers (L,). Shape (types, depths), NaN if empty."""
-        held = np.bincount(self._cell, self._weights * chosen, minlength=len(self._total))
-        with np.errstate(invalid="ignore"):
-            return (held / self._total).reshape(self.shape)
-
-    def colours(self, formats: Mapping[str, NDArray[np.bool_]]) -> NDArray[np.uint8]:
-        """Cells coloured by the formats of their layers, mixed where they differ. (types, depths, 3)."""
-        image = np.zeros((*self.shape, 3), np.float32)
-        for name, chosen in formats.items():
-            share = np.nan_to_num(self.share(chosen)).astype(np.float32)
-            image += share[..., None] * np.array(to_rgb(FORMAT_COLOURS.get(name, GREY)), np.float32)
-        image[self._empty] = 1.0
-        return (255 * image.clip(0, 1) + 0.5).astype(np.uint8)
-
-    def counts(self, chosen: NDArray[np.bool_]) -> list[str]:
-        """ "12/30" for each type: chosen layers (L,) of all."""
-        kept = np.bincount(self.rows, chosen, minlength=len(self.types)).astype(int)
-        return [f"{k}/{n}" for k, n in zip(kept, np.bincount(self.rows), strict=True)]
-
-
-def draw_grid(axes: Axes, grid: LayerGrid, most_labels: int = MOST_LABELS) -> None:
-    """Set up the axes of a depth × type map: ticks, labels and thin white lines between cells.
-
-    Args:
-        most_labels: how many types can be named without overlap; of more, every second, third, … is.
-    """
-    left, right, bottom, top = grid.extent
-    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="depth (block)")
-    named = range(0, grid.shape[0], -(-grid.shape[0] // most_labels))
-    axes.set_yticks(named, [shorten(grid.types[row], 24) for row in named])
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if grid.shape[1] <= 130:
-        axes.vlines(np.arange(left, right + 1), top, bottom, color="white", lw=0.8, zorder=3)
-    axes.hlines(np.arange(-0.5, grid.shape[0]), left, right, color="white", lw=1.5, zorder=3)
+    def draw(self, axes: Axes, rgb: Floats) -> list[Any]:
+        """Draw the map on `axes` and return its cells, and the insides of hollow ones."""
+        axes.set_yticks(range(len(self.types)), [shorten(name, 24) for name in self.types])
+        axes.set_xlabel("depth (block)")
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        x, y = np.append(self.depths, self.depths[-1] + 1) - 0.5, np.arange(len(self.types) + 1) - 0.5
+        width = 0.6 if len(self.depths) <= 130 else 0.0  # of the white lines between cells
+        cells = axes.pcolormesh(x, y, self.colours(rgb), edgecolors="white", lw=width)
+        axes.invert_yaxis()
+        rows, columns = zip(*self.hollow, strict=True) if self.hollow else ((), ())
+        return [cells, *axes.plot(self.depths[list(columns)], rows, "s", color="white", ms=7)]
 
 
 @styled
 def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     """The plan as a depth × type map, a cell a layer, coloured by the format that holds it."""
-    grid, planned = LayerGrid(layers), planned_layers(layers)
-    held = np.array([plan.formats.get(name, "16bit") for name in planned["name"]])
+    grid, planned = LayerGrid(layers), layers[layers["quantizable"]]
+    held = planned["name"].map(plan.formats)
     tiers = sorted(set(held), key=nominal_bits)
     above = held != tiers[0] if len(tiers) > 1 else held == "16bit"
-    figure = new_figure(height=1.7 + 0.32 * min(len(grid.types), MOST_LABELS))
-    axes = figure.add_subplot()
-    draw_grid(axes, grid)
-    image = grid.colours({name: held == name for name in tiers})
-    axes.imshow(image, aspect="auto", extent=grid.extent, interpolation="nearest")
-    for row, column in np.argwhere(grid.hollow):  # only a frame is left of a cell whose analysis failed
-        left = grid.depths[column] - 0.5 + 0.16 * grid.step
-        box = Rectangle((left, row - 0.34), 0.68 * grid.step, 0.68, color="white", zorder=2, gid="failed")
-        axes.add_patch(box)
-    for height, count in enumerate(grid.counts(above)):
-        where: Any = ("axes fraction", "data")
-        axes.annotate(count, (1.01, height), xycoords=where, va="center", fontsize=9, color=GREY)
+    axes = new_figure(height=1.7 + 0.32 * len(grid.types)).subplots()
+    grid.draw(axes, np.array([to_rgb(FORMAT_COLOURS[name]) for name in held]))
+    by_type = above.groupby(planned["type"], sort=False).agg(["sum", "size", "mean"])
+    beside: Any = ("axes fraction", "data")
+    for row, (kept, count) in enumerate(zip(by_type["sum"], by_type["size"], strict=True)):
+        axes.annotate(f"{kept}/{count}", (1.01, row), xycoords=beside, va="center", fontsize=9, color=GREY)
     for name in reversed(tiers):
-        colour, label = FORMAT_COLOURS.get(name, GREY), FORMAT_LABELS.get(name, name)
-        axes.plot([], [], "s", ms=9, color=colour, label=label)
-    if grid.hollow.any():
-        label = f"analysis failed ({int((planned['status'] == 'failed').sum())})"
+        axes.plot([], [], "s", ms=9, color=FORMAT_COLOURS[name], label=FORMAT_LABELS[name])
+    if grid.hollow:
+        label = f"analysis failed ({(planned['status'] == 'failed').sum()})"
         axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
-    figure.legend(loc="outside lower center", ncols=4)
-
-    share = np.bincount(grid.rows, above, minlength=len(grid.types)) / np.bincount(grid.rows)
-    place = "are above the smallest format" if len(set(held) - {"16bit"}) > 1 else "stay in 16-bit"
-    whole = [name for name, part in zip(grid.types, share, strict=True) if part >= NEARLY_ALL]
-    never = [name for name, part in zip(grid.types, share, strict=True) if part == 0]
-    parts = [
-        f"{words} {_listed(names)}"
-        for words, names in (("nearly all of", whole), ("none of", never))
-        if 0 < len(names) < len(grid.types)
-    ]
-    kept = ": ".join(filter(None, (f"{int(above.sum())} of {len(above)} layers {place}", ", ".join(parts))))
-    headline(figure, f"{kept} ({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)")
-    return figure
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    """Names in a sentence; of many the first ones and how many more."""
-    if len(names) > most:
-        return f"{', '.join(shorten(name, 20) for name in names[:most])} and {len(names) - most} more types"
-    return " and ".join(shorten(name, 20) for name in names)
+    share, parts = by_type["mean"], []
+    for words, types in (("nearly all of", share[share >= NEARLY_ALL]), ("none of", share[share == 0])):
+        few = " and ".join(shorten(str(name), 20) for name in types.index[:3])
+        more = f" and {len(types) - 3} more types" if len(types) > 3 else ""
+        parts += [f"{words} {few}{more}"] if 0 < len(types) < len(share) else []
+    place = "are above the smallest format" if len({*held} - {"16bit"}) > 1 else "stay in 16-bit"
+    finding = f"{above.sum()} of {len(above)} layers {place}{': ' if parts else ''}{', '.join(parts)}"
+    size = f"({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"
+    return finished(axes, f"{finding} {size}", loc="outside lower center", ncols=4)
 
 
 # --- what a gigabyte buys --------------------------------------------------------------------------------
 
 # The curves that are named; every other score is a thin grey line, there to be compared with.
-NAMED = {
-    ("alpha_hill", "high"): (BLUE, "-"),
-    ("alpha_hill", "low"): (BLUE, "--"),
-    ("fisher", "high"): (GREEN, "-"),
-    ("measured", "high"): (PURPLE, "-"),
-}
-EVERYWHERE = {"nf4": ("s", BLACK), "int8": ("D", ORANGE)}  # marker and colour, as in the evaluation's figures
+NAMED = {("alpha_hill", "high"): (BLUE, "-"), ("alpha_hill", "low"): (BLUE, "--")}
+NAMED |= {("fisher", "high"): (GREEN, "-"), ("measured", "high"): (PURPLE, "-")}
 
 
 @styled
 def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataFrame) -> Figure:
     """Predicted KL against size for every score, with random's band, the optimum, and the plan.
 
-    NF4 and int8 everywhere are marked too, where the layer table predicts their cost.
+    int8 everywhere is marked too, where the layer table predicts its cost; NF4 everywhere begins each curve.
 
     Args:
-        curves: what `curves.frontier` returns.
-
-    Raises:
-        AnalysisError: the curves hold no predicted KL.
+        plan: one with a predicted KL.
+        curves: what `curves.frontier` returns, with predicted KL.
     """
-    if curves["predicted_kl"].notna().sum() == 0:
-        raise AnalysisError(
-            "these curves hold no predicted KL. Run notebook 01_analyze with sensitivity='self' first."
-        )
     unit, unit_name = size_unit(curves["bytes"].max())
-    figure = new_figure(height=5.0)
-    axes = figure.add_subplot()
-
-    def line(rows: pd.DataFrame, **look: Any) -> None:
-        axes.plot(rows["bytes"] / unit, rows["predicted_kl"], **look)
-
-    def point(size: float, kl: float, marker: str, **look: Any) -> None:
-        axes.plot(size / unit, kl, marker, mec="white", **look)
-
-    styles = {(plan.score, plan.direction): (VERMILLION, "-")} | NAMED
-    scores = dict(list(curves[curves["kind"] == "score"].groupby(["score", "direction"], sort=False)))
-    for key, curve in scores.items():
-        if key not in styles:
-            line(curve, color="#DADADA", lw=0.7)
-    for (score, direction), (colour, dashes) in styles.items():
-        if (score, direction) in scores:
-            label = f"{short_label(score)}, {direction}"
-            line(scores[score, direction], color=colour, lw=2, ls=dashes, label=label)
-    bands = curves[curves["kind"] == "random"].pivot_table("predicted_kl", "bytes", "quantile")
-    if len(bands):
-        low, high = float(bands.columns.min()), float(bands.columns.max())
-        look: dict[str, Any] = {"color": "#A6A6A6", "alpha": 0.55, "lw": 0}
-        look["label"] = f"random, {100 * (high - low):.0f} %"
-        axes.fill_between(bands.index / unit, bands[low], bands[high], **look)
-    optimum = curves[curves["kind"] == "optimum"]
-    line(optimum, color=BLACK, lw=1.8, ls="--", label="least predicted KL")
-    planned = planned_layers(layers)
-    for fmt, (marker, colour) in EVERYWHERE.items():
-        cost = planned.get(f"predicted_{fmt}")
-        if cost is not None and np.isfinite(cost).all():
-            size = price(layers, dict.fromkeys(planned["name"], fmt), plan.double_quant)["total"]
-            label = f"NF4 everywhere, {plan.rounding}" if fmt == "nf4" else f"{fmt} everywhere"
-            point(size, cost.sum(), marker, color=colour, ms=8, mew=0.8, zorder=5, label=label)
-    finding = "Predicted KL by size"
-    if plan.predicted_kl is not None:
-        size = plan.bytes["total"]
-        point(size, plan.predicted_kl, "o", color=VERMILLION, ms=10, mew=1.5, zorder=6, label="the plan")
-        at = {}
-        for kind in ("random", "optimum"):
-            rows = curves[(curves["kind"] == kind) & curves["predicted_kl"].notna()]
-            middle = rows.groupby("bytes")["predicted_kl"].median()
-            at[kind] = float(np.interp(size, middle.index, middle.to_numpy()))
-        finding = (
-            f"At {gigabytes(size)} the plan's predicted KL is {plan.predicted_kl:.3g} nats a token; a random "
-            f"choice's is predicted at {at['random']:.3g}, the least with its formats at {at['optimum']:.3g}"
-        )
+    kinds: Any = dict(list(curves.assign(size=curves["bytes"] / unit).groupby("kind")))
+    axes = new_figure(height=5.0).subplots()
+    looks = {(plan.score, plan.direction): (VERMILLION, "-")} | NAMED
+    for key, curve in kinds["score"].groupby(["score", "direction"]):
+        colour, line = looks.get(key, ("#DADADA", "-"))
+        look = {"lw": 2, "label": f"{short_label(key[0])}, {key[1]}"} if key in looks else {"lw": 0.7}
+        axes.plot(curve["size"], curve["predicted_kl"], color=colour, ls=line, **look)
+    bands = kinds["random"].pivot_table("predicted_kl", "size", "quantile")
+    low, high = min(bands), max(bands)
+    label = f"random, {100 * (high - low):.0f} %"
+    axes.fill_between(bands.index, bands[low], bands[high], color="#A6A6A6", alpha=0.55, lw=0, label=label)
+    optimum = kinds["optimum"].groupby("size")["predicted_kl"].median()
+    axes.plot(optimum, color=BLACK, lw=1.8, ls="--", label="least predicted KL")
+    points: list[Any] = [(plan.bytes["total"], plan.predicted_kl, "o", VERMILLION, "the plan")]
+    int8 = dict.fromkeys(layers["name"][layers["quantizable"]], "int8")
+    if (cost := predicted_kl(layers, int8)) is not None:
+        points.append((price(layers, int8)["total"], cost, "D", ORANGE, "int8 everywhere"))
+    for size, kl, marker, colour, label in points:
+        axes.plot(size / unit, kl, marker, color=colour, ms=9, mec="white", zorder=5, label=label)
+    size = plan.bytes["total"]
+    random, least = (np.interp(size / unit, at.index, at) for at in (bands.median(axis=1), optimum.dropna()))
+    finding = (
+        f"At {gigabytes(size)} the plan's predicted KL is {plan.predicted_kl:.3g} nats a token; a random "
+        f"choice's is predicted at {random:.3g}, the least with its formats at {least:.3g}"
+    )
     axes.set(xlabel=f"model size ({unit_name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
-    figure.legend(loc="outside right center")
-    note = "All KL here are predictions, sums over layers; notebook 04 measures the plan's."
-    headline(figure, finding, f"{note} Thin lines: other scores, in both directions.")
-    return figure
+    reading = "All KL here are predictions, sums over layers; notebook 04 measures the plan's."
+    return finished(axes, finding, f"{reading} Thin lines: other scores, in both directions.")
 
 
 # --- a run's figures -------------------------------------------------------------------------------------
 
 
-def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
+def draw_all(run: runs.Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
     """Draw and save every figure that the run's data allow (`all_figures`).
 
     Args:
@@ -915,30 +594,25 @@ def draw_all(run: Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
     inputs = {"layers": runs.layers_fingerprint(run), "plan": plan.fingerprint}
     outputs: list[str] = []
     with runs.stage(run, "visualize", inputs, outputs, force=True):
-        saved = {
-            name: save_figure(figure, run, name)
-            for name, figure in all_figures(layers, spectra, plan).items()
-        }
+        drawn = all_figures(layers, spectra, plan)
+        saved = {name: save_figure(figure, run, name) for name, figure in drawn.items()}
         outputs += [f"figures/{name}{suffix}" for name in saved for suffix in (".png", ".svg")]
     return saved
 
 
 def all_figures(layers: pd.DataFrame, spectra: Spectra, plan: ProtectionPlan) -> dict[str, Figure]:
-    """Every figure by name; `sensitivity` and `frontier` only if the layer table holds a sensitivity."""
-    figures = {
-        "score_by_depth": score_by_depth(layers, plan.score),
-        "spectra": spectra_figure(layers, spectra),
-        "rank_decay": rank_decay(layers, spectra),
-        "histogram": score_histogram(layers, plan.score, cut_of(layers, plan), plan.direction),
-        "plan_map": plan_map(layers, plan),
-    }
-    if sensitivity_column(layers) is not None:
-        figures["sensitivity"] = score_against_sensitivity(layers, plan.score)
+    """Every figure by name; those on spectra and sensitivity only if the layer table holds them."""
+    figures = {"score_by_depth": score_by_depth(layers, plan.score)}
+    if np.isfinite(layers[["alpha_pl", "alpha_decay"]]).any().all():
+        figures["spectra"] = spectra_figure(layers, spectra)
+        figures["rank_decay"] = rank_decay(layers, spectra)
+    figures["histogram"] = score_histogram(layers, plan.score, cut_of(layers, plan), plan.direction)
+    figures["plan_map"] = plan_map(layers, plan)
+    if column := sensitivity_column(layers):
+        figures["sensitivity"] = score_against_sensitivity(layers, plan.score, column)
+        wishes: Any = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
         used = {*plan.formats.values(), "16bit"}
-        formats = tuple(used if len(used) > 1 else {"nf4", "16bit"})
-        wishes: dict[str, Any] = {
-            name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")
-        }
+        formats = tuple(used) if len(used) > 1 else ("nf4", "16bit")
         curves = frontier(layers, formats=formats, double_quant=plan.double_quant, **wishes)
         if curves["predicted_kl"].notna().any():
             figures["frontier"] = frontier_figure(layers, plan, curves)
@@ -947,18 +621,15 @@ def all_figures(layers: pd.DataFrame, spectra: Spectra, plan: ProtectionPlan) ->
 
 def cut_of(layers: pd.DataFrame, plan: ProtectionPlan) -> float | None:
     """The score where a plan's protected layers begin; None if no threshold separates them from the rest."""
-    values = planned_values(layers, plan.score)
-    scored = np.isfinite(values)
-    kept = planned_layers(layers)["name"].isin(plan.protected).to_numpy()[scored]
-    values = values[scored]
-    if not kept.any():
+    planned, values = scored(layers, plan.score)
+    kept, sign = planned["name"].isin(plan.protected).to_numpy(), 1 if plan.direction == "high" else -1
+    kept_values, rest = (sign * values[here & np.isfinite(values)] for here in (kept, ~kept))
+    if not len(kept_values) or (rest >= kept_values.min()).any():
         return None
-    cut = float(values[kept].min() if plan.direction == "high" else values[kept].max())
-    beyond = values >= cut if plan.direction == "high" else values <= cut
-    return cut if (beyond == kept).all() else None
+    return float(sign * kept_values.min())
 
 
-def show(figures: Mapping[str, Path], name: str) -> Image:
+def show(figures: Mapping[str, Path], name: str) -> Any:
     """A saved figure, to be the last line of a notebook cell.
 
     Raises:
@@ -967,8 +638,176 @@ def show(figures: Mapping[str, Path], name: str) -> Image:
     from IPython.display import Image
 
     if name not in figures:
-        raise RunError(
-            f"there is no figure {name!r} in this run; it has {', '.join(figures)}. `sensitivity` and "
-            "`frontier` need notebook 01_analyze with sensitivity='self'."
-        )
+        raise RunError(f"this run has no figure {name!r}: run notebook 01_analyze with sensitivity='self'.")
     return Image(filename=str(figures[name]))
+
+
+# --- an evaluation ---------------------------------------------------------------------------------------
+
+WHOSE = "float32, from the file's tensors"  # what every KL of an evaluation's variants is
+WINE = "#882255"  # Tol's muted palette: told apart from the others by the colour-blind too
+
+
+def _look(
+    colour: str, marker: str, size: float = 7.0, line: str = "-", hollow: bool = False
+) -> dict[str, Any]:
+    """Matplotlib's words for a variant's point and curve; large markers lie below small ones."""
+    fill, rim, width = ("none", colour, 1.6) if hollow else (colour, "white", 0.6)
+    edge = {"mfc": fill, "mec": rim, "mew": width}
+    return {"color": colour, "marker": marker, "ms": size, "ls": line, "zorder": 4 - size / 20, **edge}
+
+
+LOOKS = {
+    "reference": _look(BLACK, "*", 11, ":"),
+    "nf4": _look(BLACK, "s"),
+    "nf4_nearest": _look(BLACK, "s", line="--", hollow=True),
+    "int8": _look(ORANGE, "D"),
+    "plan": _look(VERMILLION, "o", 10),
+    "plan_nearest": _look(VERMILLION, "o", 10, "--", hollow=True),
+    "other_direction": _look(PURPLE, "v", 11, "--", hollow=True),
+    "fisher": _look(GREEN, "^", 9),
+    "fisher_int8": _look(GREEN, "P", 7, "--"),
+    # A wide rim: at low budgets int4 gets few layers, and the point lies on that of fisher_int8.
+    "fisher_int4": _look(BLUE, "s", 11, hollow=True),
+    "int4": _look(SKY, "d", 9),
+    "noise": _look(GREY, "X", line="--"),
+    "first_last": _look(BLUE, "<", line="--"),
+    "smallest_first": _look(BLUE, ">", line=":"),
+    "type_prior": _look(BLUE, "h", line="-."),
+}
+RANDOM = _look(GREY, "o", 4, hollow=True) | {"mew": 0.9, "zorder": 2, "label": "random, equal bytes"}
+RIVAL = _look(WINE, "p", 9)
+WINDOWED = ("nf4", "plan", "plan_nearest", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
+JITTER = 0.013  # of the range of sizes, about a millimetre: the most that a random draw is moved sideways
+FLOOR = 1e-6  # nats a token: the smallest KL that is drawn
+
+
+def drawn_as(key: str, one: Mapping[str, Any]) -> dict[str, Any]:
+    """How a variant is drawn, and its name in a legend: all random controls alike, all rivals alike."""
+    return RANDOM if is_random(key) else LOOKS.get(key, RIVAL) | {"label": one["label"]}
+
+
+def _windows(evaluation: Evaluation) -> str:
+    return "{windows} windows of {window_length} tokens of {name}.".format_map(evaluation.text)
+
+
+@styled
+def quality_by_bytes(evaluation: Evaluation) -> Figure:
+    """Perplexity and KL against the size of the weights, every variant with its 95 % interval."""
+    variants, draws = evaluation.variants, [key for key in evaluation.variants if is_random(key)]
+    base = variants["reference"]["perplexity"]
+    unit, unit_name = size_unit(variants["reference"]["bytes"])
+    reach = JITTER * np.ptp([one["bytes"] / unit for one in variants.values()])
+    # Only random draws, which would hide each other, are moved.
+    places = np.linspace(-reach, reach, len(draws)) if len(draws) > 1 else [0.0]
+    beside = dict(zip(draws, places, strict=False))
+    left, right = new_figure(10.0, 5.2).subplots(1, 2, sharex=True)
+    # The legend's order is that of the KL.
+    for key, one in sorted(variants.items(), key=lambda item: -item[1]["kl_mean"]):
+        panels = {left: [base * ratio for ratio in one.get("perplexity_ratio", [1.0, 1.0, 1.0])]}
+        if "kl" in one:
+            ends = stats.Estimate.from_dict(one["kl"])
+            panels[right] = [max(x, FLOOR) for x in (ends.mean, ends.low, ends.high)]
+        bars = {"elinewidth": 0.8, "capsize": 0} if is_random(key) else {"elinewidth": 1.2, "capsize": 2}
+        look = drawn_as(key, one) | bars | {"ls": "none"}
+        for axes, (value, low, high) in panels.items():
+            error = [[max(value - low, 0)], [max(high - value, 0)]]
+            axes.errorbar(one["bytes"] / unit + beside.get(key, 0), value, yerr=error, **look)
+    left.axhline(base, color=BLACK, lw=0.8, ls=":")
+    left.locator_params(axis="x", nbins=5)
+    size = f"weights on disk ({unit_name})"
+    left.set(xlabel=size, ylabel=f"perplexity on {evaluation.text['name']}")
+    right.set(xlabel=size, ylabel="mean KL(16-bit ‖ variant), nats a token", yscale="log")
+    reading = (
+        "Bars: 95 % intervals over windows (perplexity: of the paired ratio to 16-bit). Random draws stand "
+        f"about 1 mm beside their size at most, in order of their seeds. {_windows(evaluation)}"
+    )
+    return finished(left, quality_finding(evaluation), reading)
+
+
+BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher than random layers'"}
+
+
+def quality_finding(evaluation: Evaluation) -> str:
+    """One sentence: is the plan better than random at its bytes, and what would int8 cost?"""
+    words = f"The plan's KL is {evaluation.variants['plan']['kl_mean']:.3g} ({WHOSE})"
+    if beside := evaluation.variants["plan"].get("vs_random"):
+        held = stats.Estimate.from_dict(beside["kl"])
+        verdict = BESIDE_RANDOM.get(stats.verdict(held, "lower"), "not separable from random's")
+        random_kl = np.mean([one["kl_mean"] for key, one in evaluation.variants.items() if is_random(key)])
+        words += f", {verdict} ({random_kl:.3g}) at equal bytes"
+    if "int8" in evaluation.variants:
+        words += f"; int8 everywhere: {evaluation.variants['int8']['kl_mean']:.2g}"
+    return words
+
+
+@styled
+def window_differences(evaluation: Evaluation) -> Figure:
+    """Loss minus the 16-bit reference's for every window, sorted within each variant."""
+    variants, windows = evaluation.variants, evaluation.text["windows"]
+    reference = np.array(variants["reference"]["window_nll"])
+    losses = {key: np.array(variants[key]["window_nll"]) for key in WINDOWED if key in variants}
+    axes = new_figure(10.0, 4.8).subplots()
+    for key, loss in losses.items():
+        look = drawn_as(key, variants[key]) | {"ms": 5.0, "lw": 1.2}
+        look["label"] += with_minus(f": {variants[key]['delta']['mean']:+.4f}")
+        axes.plot(range(1, len(loss) + 1), np.sort(loss - reference), **look)
+    axes.axhline(0, color=BLACK, lw=1)
+    axes.set(xlabel="windows, sorted for each variant", ylabel="loss − 16-bit loss, nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    effect, reading = variants["plan"]["effect"], "Below the line: better than in 16-bit."
+    finding = (
+        f"Under the plan {round(effect['share_improved'] * windows)} of {windows} windows have a lower loss "
+        f"than in 16-bit; {len(effect['carriers'])} windows carry half of the mean difference"
+    )
+    if (flip := effect["flip_after"]) < windows:
+        reading += f" Without its {flip} strongest windows the plan's mean would change its sign."
+    return finished(axes, finding, f"{reading} {_windows(evaluation)}", title="mean difference")
+
+
+@styled
+def kl_survival(evaluation: Evaluation) -> Figure:
+    """Share of tokens whose KL reaches a value, for the ends, the plan and its main controls."""
+    axes, variants = new_figure(10.0, 4.8).subplots(), evaluation.variants
+    for key, one in variants.items():
+        if key != "reference":
+            # The share 1 stands at the least KL of all tokens, decades below the next: no curve, an outlier.
+            curve = np.maximum(one["kl_survival"][1:], FLOOR)
+            look = drawn_as(key, one) | {"marker": "", "lw": 0.8 if is_random(key) else 1.8}
+            axes.plot(curve, SURVIVAL[1 : len(curve) + 1], **look)
+    axes.set(xscale="log", xlabel="KL(16-bit ‖ variant) of one token, nats")
+    axes.set(yscale="log", ylabel="share of tokens with at least this KL")
+    plan, nf4 = variants["plan"]["kl_p999"], variants["nf4"]["kl_p999"]
+    finding = f"The worst token in a thousand moves by {plan:.2g} nats under the plan, by {nf4:.2g} in NF4"
+    reading = "A mean hides rare, large changes; this curve doesn't. Further left is better."
+    return finished(axes, f"{finding} ({WHOSE})", f"{reading} {_windows(evaluation)}")
+
+
+@styled
+def predicted_and_real(evaluation: Evaluation) -> Figure | None:
+    """Predicted against real KL; None where no sensitivity was computed."""
+    variants = evaluation.variants
+    pairs = {key: (one["predicted_kl"] or 0, one["kl_mean"]) for key, one in variants.items()}
+    pairs = {key: pair for key, pair in pairs.items() if min(pair) > 0}
+    if not pairs:
+        return None
+    axes = new_figure(10.0, 4.8).subplots()
+    for key, pair in pairs.items():
+        axes.plot(*pair, **drawn_as(key, variants[key]) | {"ls": "none"})
+    ends = [0.7 * min(map(min, pairs.values())), 1.4 * max(map(max, pairs.values()))]
+    axes.plot(ends, ends, color=GREY, lw=1, ls=":", label="predicted = real", zorder=1)
+    axes.set(xscale="log", xlim=ends, xlabel="predicted KL, nats a token")
+    axes.set(yscale="log", ylim=ends, ylabel="real KL, nats a token")
+    reading = "The prediction is a sum over layers, scaled once a format by all layers in that format."
+    return finished(axes, prediction_finding(pairs), f"{reading} {_windows(evaluation)}")
+
+
+def prediction_finding(pairs: Mapping[str, Sequence[float]]) -> str:
+    """One sentence: how far off predictions are, the plan's own among them; pairs = (predicted, real) KL."""
+    off = {key: predicted / real - 1 for key, (predicted, real) in pairs.items()}
+    median = np.median(np.abs(list(off.values())))
+    words = f"Predicted KL is off by {median:.0%} (median of {len(off)} variants)"
+    if "plan" in pairs:
+        words += f"; the plan's is {abs(off['plan']):.0%} {'too high' if off['plan'] > 0 else 'too low'}: "
+        words += "{:.3g} predicted, {:.3g} real".format(*pairs["plan"]) + f" ({WHOSE})"
+    return words

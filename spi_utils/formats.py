@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zero points
 
+NF4_DQ = "nf4_dq"  # nf4 with double quantization: a plan says nf4 and `double_quant`
 SIZE_TOLERANCE = 0.005  # share of the predicted size of a checkpoint
 SIZE_FLOOR = 64_000  # bytes; headers of tiny models are not predicted better than this
 
@@ -74,7 +75,7 @@ class Packed:
     """
 
     fmt: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     codes: torch.Tensor
     scales: torch.Tensor | None = None
@@ -83,11 +84,10 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same with every tensor on a device."""
-        scales = None if self.scales is None else self.scales.to(device)
-        zeros = None if self.zeros is None else self.zeros.to(device)
+        move = {name: getattr(self, name) for name in ("codes", "scales", "zeros")}
+        moved = {name: None if value is None else value.to(device) for name, value in move.items()}
         nested = None if self.nested is None else tuple(part.to(device) for part in self.nested)
-        moved = replace(self, codes=self.codes.to(device), scales=scales, zeros=zeros)
-        return replace(moved, nested=nested)  # type: ignore[arg-type]
+        return replace(self, **moved, nested=nested)  # type: ignore[arg-type]
 
 
 # --- the public functions -------------------------------------------------------------------------------
@@ -108,6 +108,11 @@ def layer_bytes(fmt: str, rows: int, cols: int, *, double_quant: bool = False, d
     """
     row = format_row(fmt)
     return row.size(row, rows, cols, double_quant, dtype)
+
+
+def stored_as(fmt: str, double_quant: bool) -> str:
+    """A format as the table's columns and a file's tensors know it: NF4's second quantization is a kind."""
+    return NF4_DQ if fmt == "nf4" and double_quant else fmt
 
 
 def gigabytes(count: float) -> str:
@@ -141,8 +146,8 @@ def quantize(weight: torch.Tensor, fmt: str, *, double_quant: bool = False) -> P
             f"{fmt} shares scales among {row.group} weights of a row; {row.group} doesn't divide the "
             f"{weight.shape[1]} columns of this {tuple(weight.shape)} matrix. Use a smaller group or int8."
         )
-    packed = row.pack(row, weight)
-    return double_quantized(packed) if double_quant and fmt == "nf4" else packed
+    row = format_row(stored_as(fmt, double_quant))
+    return row.pack(row, weight)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -172,18 +177,18 @@ def in_dtype(packed: Packed, dtype: torch.dtype) -> Packed:
     """The same codes for a checkpoint in another 16-bit dtype; integer formats' scales are rounded to it."""
     if packed.dtype == dtype:
         return packed
-    scales = packed.scales if packed.fmt == "nf4" or packed.scales is None else packed.scales.to(dtype)
+    scales = packed.scales
+    if scales is not None and packed.fmt not in ("nf4", NF4_DQ):
+        scales = scales.to(dtype)
     return replace(packed, dtype=dtype, scales=scales)
 
 
 def _check_weight(weight: torch.Tensor) -> None:
-    import torch
-
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise AnalysisError(f"Only a non-empty 2-D weight can be quantized; got shape {tuple(weight.shape)}.")
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    kind = str(weight.dtype).removeprefix("torch.")
+    if weight.dim() != 2 or weight.numel() == 0 or kind not in ("float16", "bfloat16", "float32"):
         raise AnalysisError(
-            f"Only float16, bfloat16 and float32 weights can be quantized; got {weight.dtype}."
+            "Only a non-empty 2-D weight in float16, bfloat16 or float32 can be quantized; got shape "
+            f"{tuple(weight.shape)}, {kind}."
         )
 
 
@@ -194,10 +199,6 @@ def check_finite(absmax: torch.Tensor) -> None:
             "The weight holds NaN or infinity, so it can't be quantized. "
             "Check the checkpoint, or the cast that made it 16-bit."
         )
-
-
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
 
 
 # --- threads ---------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def _size_16bit(row: Format, rows: int, cols: int, double_quant: bool, dtype: st
 
 
 def _pack_16bit(row: Format, weight: torch.Tensor) -> Packed:
-    return Packed("16bit", _shape(weight), weight.dtype, weight)
+    return Packed("16bit", tuple(weight.shape), weight.dtype, weight)
 
 
 def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -263,7 +264,6 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-ZERO_INDEX = NF4_LEVELS.index(0.0)  # the code of the zero that pads an odd number of weights
 
 
 def nf4_levels(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -275,14 +275,9 @@ def nf4_levels(device: torch.device | str = "cpu") -> torch.Tensor:
 
 def _size_nf4(row: Format, rows: int, cols: int, double_quant: bool, dtype: str) -> int:
     blocks = math.ceil(rows * cols / BLOCK)
-    state: dict[str, object] = {
-        "quant_type": "nf4",
-        "blocksize": BLOCK,
-        "dtype": dtype,
-        "shape": [rows, cols],
-    }
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": [rows, cols]}
     size = math.ceil(rows * cols / 2) + 4 * len(NF4_LEVELS)
-    if double_quant:
+    if double_quant or row.name == NF4_DQ:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
         size += blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256
         size += len("0.04123456789012345") - len("0.0")  # a float32's digits, as json writes them
@@ -299,12 +294,11 @@ def _pack_nf4(row: Format, weight: torch.Tensor) -> Packed:
     if weight.device.type != "cpu":
         codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
         check_finite(state.absmax)
-        return Packed("nf4", _shape(weight), weight.dtype, codes, state.absmax)
+        return Packed("nf4", tuple(weight.shape), weight.dtype, codes, state.absmax)
     flat = weight.reshape(-1)
-    numel = flat.numel()
-    whole = numel - numel % BLOCK
-    codes = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8)
-    absmax = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
+    whole = flat.numel() - flat.numel() % BLOCK
+    codes = torch.empty(((flat.numel() + 1) // 2, 1), dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
 
     def fill(start: int) -> None:
         stop = min(start + CHUNK, whole)
@@ -312,22 +306,15 @@ def _pack_nf4(row: Format, weight: torch.Tensor) -> Packed:
         peak = absmax[start // BLOCK : stop // BLOCK] = x.abs().amax(dim=1)
         check_finite(peak)
         x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1)
-        codes[start // 2 : stop // 2, 0] = _pairs(_nearest_level(x.view(-1)))
+        index = _nearest_level(x.view(-1))
+        codes[start // 2 : stop // 2, 0] = (index[::2] << 4) | index[1::2]
 
     map_parts(fill, range(0, whole, CHUNK))
-    if whole < numel:
-        # In the last, partial block bitsandbytes divides instead of multiplying, and keeps TINY.
-        x = flat[whole:].float()
-        peak = absmax[-1] = x.abs().amax().clamp(min=TINY)
-        check_finite(peak)
-        index = _nearest_level((x / peak).clamp_(-1, 1))
-        codes[whole // 2 :, 0] = _pairs(torch.nn.functional.pad(index, (0, numel % 2), value=ZERO_INDEX))
-    return Packed("nf4", _shape(weight), weight.dtype, codes, absmax)
-
-
-def _pairs(index: torch.Tensor) -> torch.Tensor:
-    # (n,) indices below 16 -> (n/2,) bytes
-    return (index[::2] << 4) | index[1::2]
+    if whole < flat.numel():  # the last, partial block has rules of its own
+        check_finite(flat[whole:])
+        last, state = functional.quantize_4bit(flat[whole:].contiguous(), blocksize=BLOCK, quant_type="nf4")
+        codes[whole // 2 :], absmax[-1] = last, state.absmax[0]
+    return Packed("nf4", tuple(weight.shape), weight.dtype, codes, absmax)
 
 
 def _nearest_level(x: torch.Tensor) -> torch.Tensor:
@@ -352,14 +339,14 @@ def _cell_tables() -> tuple[torch.Tensor, torch.Tensor]:
 
     levels = nf4_levels()
     midpoints = (levels[:-1] + levels[1:]) / 2  # in float32, as bitsandbytes computes them
-    cells = midpoints.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int32)
-    size = int(2 * CELLS_PER_UNIT) + 1
-    first = torch.zeros(size, dtype=torch.uint8)
-    inside = torch.full((size,), math.inf)
-    for midpoint, cell in zip(midpoints, cells.tolist(), strict=True):
-        first[cell + 1 :] += 1
-        inside[cell] = midpoint
-    return first, inside
+    cells = midpoints.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int64)
+    every = torch.arange(int(2 * CELLS_PER_UNIT) + 1)
+    inside = torch.full(every.shape, math.inf).scatter_(0, cells, midpoints)
+    return (cells < every[:, None]).sum(dim=1, dtype=torch.uint8), inside
+
+
+def _pack_nf4_dq(row: Format, weight: torch.Tensor) -> Packed:
+    return double_quantized(_pack_nf4(row, weight))
 
 
 def double_quantized(packed: Packed) -> Packed:
@@ -370,7 +357,7 @@ def double_quantized(packed: Packed) -> Packed:
     with one_thread():  # the mean's last bit would depend on the number of threads
         offset = packed.scales.mean()
     scales, second = functional.quantize_blockwise(packed.scales - offset, blocksize=NESTED_BLOCK)
-    return replace(packed, scales=scales, nested=(second.absmax, second.code, offset))
+    return replace(packed, fmt=NF4_DQ, scales=scales, nested=(second.absmax, second.code, offset))
 
 
 def bitsandbytes_state(packed: Packed) -> Any:
@@ -382,16 +369,8 @@ def bitsandbytes_state(packed: Packed) -> Any:
     if packed.nested is not None:
         absmax2, levels, offset = packed.nested
         second = QuantState(absmax=absmax2, code=levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
-    return QuantState(
-        absmax=packed.scales,
-        shape=torch.Size(packed.shape),
-        code=nf4_levels(packed.codes.device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=packed.dtype,
-        offset=offset,
-        state2=second,
-    )
+    code, shape = nf4_levels(packed.codes.device), torch.Size(packed.shape)
+    return QuantState(packed.scales, shape, code, BLOCK, "nf4", packed.dtype, offset, second)
 
 
 def _unpack_nf4(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -433,9 +412,9 @@ def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
 
     rows, cols = weight.shape
     group, dtype, device = row.group or cols, weight.dtype, weight.device
-    codes = torch.empty((rows, cols), dtype=torch.int8, device=device)
-    if row.bits == 4:
-        codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
+    per_byte = 2 if row.bits == 4 else 1
+    kind = torch.uint8 if row.bits == 4 else torch.int8
+    codes = torch.empty((rows, cols // per_byte), dtype=kind, device=device)
     scales = torch.empty((rows, cols // group), dtype=dtype, device=device)
     zeros = None if row.symmetric else torch.empty(scales.shape, dtype=torch.int8, device=device)
     # few rows at once on a CPU, for its cache; many on a GPU, to fill it
@@ -450,15 +429,13 @@ def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
         if zeros is not None and zero is not None:
             zeros[here] = zero.to(torch.int8).view(-1, cols // group)
         if row.bits == 4:
-            pairs = (code - LOWEST).to(torch.uint8).view(-1, cols // 2, 2)
-            codes[here] = pairs[..., 0] | (pairs[..., 1] << 4)
-        else:
-            codes[here] = code.to(torch.int8).view(-1, cols)
+            pairs = (code - LOWEST).to(torch.uint8).view(-1, 2)
+            code = pairs[:, 0] | (pairs[:, 1] << 4)
+        codes[here] = code.to(kind).view(-1, cols // per_byte)
 
     map_parts(fill, range(0, rows, step))
-    return Packed(
-        row.name, _shape(weight), dtype, codes, scales if row.group else scales.view(rows), zeros=zeros
-    )
+    scales = scales if row.group else scales.view(rows)
+    return Packed(row.name, tuple(weight.shape), dtype, codes, scales, zeros=zeros)
 
 
 def _rounded(part: torch.Tensor, row: Format, share: float, dtype: torch.dtype) -> Triple:
@@ -491,17 +468,18 @@ def _searched(part: torch.Tensor, row: Format, dtype: torch.dtype) -> Triple:
         shifted = code if zero is None else code - zero[:, None]
         return (shifted * scale.float()[:, None]).sub_(part).square_().sum(dim=1)
 
-    code, scale, zero = _rounded(part, row, GRID[0], dtype)
-    least = squared_error(code, scale, zero)
+    best = _rounded(part, row, GRID[0], dtype)
+    least = squared_error(*best)
     for share in GRID[1:]:
-        other, other_scale, other_zero = _rounded(part, row, share, dtype)
-        error = squared_error(other, other_scale, other_zero)
+        other = _rounded(part, row, share, dtype)
+        error = squared_error(*other)
         better = error < least
         least = torch.where(better, error, least)
-        code = torch.where(better[:, None], other, code)
-        scale = torch.where(better, other_scale, scale)
-        zero = None if zero is None or other_zero is None else torch.where(better, other_zero, zero)
-    return code, scale, zero
+        code = torch.where(better[:, None], other[0], best[0])
+        scale = torch.where(better, other[1], best[1])
+        zero = None if row.symmetric else torch.where(better, other[2], best[2])  # type: ignore[arg-type]
+        best = code, scale, zero
+    return best
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -529,25 +507,19 @@ def _unpack_integers(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
 
 _BNB, _CT = frozenset({"bitsandbytes"}), frozenset({"compressed-tensors"})
 _INTEGERS = (_CT, _size_integers, _pack_integers, _unpack_integers)
-
-FORMATS: dict[str, Format] = {
-    row.name: row
-    for row in (
-        Format("16bit", 16.0, _BNB | _CT, _size_16bit, _pack_16bit, _unpack_16bit),
-        Format("nf4", 4.5, _BNB, _size_nf4, _pack_nf4, _unpack_nf4),
-        Format("int8", 8.0, *_INTEGERS, bits=8),
-        *(
-            Format(
-                f"int4_g{group}{kind}",
-                4 + (20 if kind == "_asym" else 16) / group,
-                *_INTEGERS,
-                bits=4,
-                group=group,
-                symmetric=kind != "_asym",
-                searched=kind != "_absmax",
-            )
-            for kind in ("", "_asym", "_absmax")
-            for group in (128, 64, 32)
-        ),
+_ROWS = [
+    Format("16bit", 16.0, _BNB | _CT, _size_16bit, _pack_16bit, _unpack_16bit),
+    Format("nf4", 4.5, _BNB, _size_nf4, _pack_nf4, _unpack_nf4),
+    Format(NF4_DQ, 4.127, _BNB, _size_nf4, _pack_nf4_dq, _unpack_nf4),
+    Format("int8", 8.0, *_INTEGERS, bits=8),
+]
+_ROWS += [
+    Format(
+        f"int4_g{group}{kind}",
+        4 + (20 if kind == "_asym" else 16) / group,
+        *(*_INTEGERS, 4, group, kind != "_asym", kind != "_absmax"),
     )
-}
+    for kind in ("", "_asym", "_absmax")
+    for group in (128, 64, 32)
+]
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}

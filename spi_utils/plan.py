@@ -14,9 +14,9 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from inspect import signature
 from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -27,23 +27,26 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from spi_utils import runs
 from spi_utils.errors import PlanError, RunError, suggest
-from spi_utils.formats import format_row, layer_bytes
+from spi_utils.formats import FORMATS, NF4_DQ, format_row, layer_bytes, stored_as
 from spi_utils.runs import Run, fingerprint
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Formats = Sequence[str]
 Patterns = str | Sequence[str] | None
+HYBRID = ("nf4", "16bit")  # the claim's
 
 # --- what a choice weighs --------------------------------------------------------------------------------
 # Two bit rates stand on these bytes and are never mixed: `bits_per_weight` counts the whole model
 # (embeddings, norms and all), `matrix_bits` only the planned matrices, those that a quantizer may touch.
 
 # The tensors that a saved file holds for one matrix, as suffixes of its module name: their entries in the
-# safetensors header are a real share of a small layer.
+# safetensors header are a real share of a small layer. Other formats have compressed-tensors' names.
 NF4 = (".weight", ".weight.absmax", ".weight.quant_map", ".weight.quant_state.bitsandbytes__nf4")
-NESTED = (".weight.nested_absmax", ".weight.nested_quant_map")  # double quantization's own
-PACKED = (".weight_packed", ".weight_scale", ".weight_shape")  # compressed-tensors' names
+NESTED = (".weight.nested_absmax", ".weight.nested_quant_map")
+PACKED = (".weight_packed", ".weight_scale", ".weight_shape")
+TENSORS = {"16bit": (".weight",), "nf4": NF4, "nf4_dq": NF4 + NESTED}
 HEADER_ENTRY = 75  # bytes of one header entry beside its name: dtype, shape, offsets, punctuation
 SMALL_TENSORS_PER_BLOCK = 2  # norms: too small to be listed one by one in layers.csv
 WORDS = {"nf4": "NF4", "int4_g64": "int4", "16bit": "16-bit"}  # in prose; others as they are
@@ -56,26 +59,14 @@ def nominal_bits(fmt: str) -> float:
 
 def held_words(formats: Iterable[str]) -> str:
     """Formats as prose names them, fewest bits first: "NF4, int8 and 16-bit"."""
-    words = [WORDS.get(fmt, fmt) for fmt in sorted(set(formats), key=nominal_bits)]
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
-
-
-def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
-    """The formats, fewest bits first, without repeats.
-
-    Raises:
-        PlanError: an unknown name (with the nearest known one), or fewer than two formats.
-    """
-    unique = sorted(set(formats), key=nominal_bits)
-    if len(unique) < 2:
-        raise PlanError(f"a plan chooses between at least two formats; got {', '.join(unique) or 'none'}.")
-    return tuple(unique)
+    words = ", ".join(WORDS.get(fmt, fmt) for fmt in sorted(set(formats), key=nominal_bits))
+    return " and ".join(words.rsplit(", ", 1))
 
 
 def able(layers: pd.DataFrame, fmt: str) -> Mask:
     """Which rows can be held in `fmt`: quantizable, with columns that its groups divide. Shape (rows,)."""
-    planned, group = layers["quantizable"].to_numpy(bool), format_row(fmt).group
-    return planned & (layers["cols"].to_numpy(np.int64) % (group or 1) == 0)
+    whole = layers["cols"].to_numpy(np.int64) % (format_row(fmt).group or 1) == 0
+    return layers["quantizable"].to_numpy(bool) & whole
 
 
 def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) -> Ints:
@@ -84,37 +75,22 @@ def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) ->
     Read from the table's `bytes_<fmt>` column where there is one, else computed from the shape. Rows that
     can't be quantized (embeddings, norms, expert stacks), or not in this format (`able`), hold their 16-bit
     size.
-
-    Raises:
-        PlanError: the table lacks a quantizable row's size in this format.
     """
-    full = 2 * layers["numel"].to_numpy(np.int64)
-    if "bytes_16bit" in layers:
-        full = layers["bytes_16bit"].fillna(2 * layers["numel"]).to_numpy(np.int64)
-    if fmt == "16bit":
-        return full
-    column = f"bytes_{fmt}_dq" if fmt == "nf4" and double_quant else f"bytes_{fmt}"
-    planned = able(layers, fmt)
-    if column in layers:
+    held = fits = able(layers, fmt)
+    plain = 2 * layers["numel"]
+    full = layers.get("bytes_16bit", plain).fillna(plain).to_numpy(np.int64)
+    if (column := f"bytes_{stored_as(fmt, double_quant)}") in layers:
         held = layers[column].to_numpy(float)
-        if np.isnan(held[planned]).any():
-            name = layers["name"][planned & np.isnan(held)].iloc[0]
-            raise PlanError(f"{name}: layers.csv has no {column}. Run notebook 01_analyze again.")
     else:
-        shapes = zip(layers["rows"], layers["cols"], planned, strict=True)
-        held = np.array(
-            [layer_bytes(fmt, int(r), int(c), double_quant=double_quant) if p else 0 for r, c, p in shapes]
-        )
-    return np.where(planned, held, full).astype(np.int64)
+        shapes = zip(layers["rows"].astype(int), layers["cols"].astype(int), fits, strict=True)
+        held = np.array([layer_bytes(fmt, r, c, double_quant=double_quant) if f else 0 for r, c, f in shapes])
+    return np.where(fits, held, full).astype(np.int64)
 
 
 def header_bytes(names: Iterable[str], fmt: str, double_quant: bool = False) -> Ints:
     """Estimated bytes of the safetensors header for each named matrix in `fmt`. Shape (names,)."""
-    suffixes: tuple[str, ...] = (".weight",)
-    if fmt == "nf4":
-        suffixes = NF4 + NESTED if double_quant else NF4
-    elif fmt != "16bit":
-        suffixes = PACKED if format_row(fmt).symmetric else (*PACKED, ".weight_zero_point")
+    suffixes = TENSORS.get(stored_as(fmt, double_quant), PACKED)
+    suffixes += () if format_row(fmt).symmetric else (".weight_zero_point",)
     extra = sum(len(suffix) + HEADER_ENTRY for suffix in suffixes)
     return np.array([len(suffixes) * len(name) + extra for name in names], dtype=np.int64)
 
@@ -140,31 +116,19 @@ def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool =
         One entry a format (its planned matrices), `embeddings` (with an untied head), `rest` (norms, biases,
         matrices that no quantizer replaces), `header` (estimated), `total` (their sum), and `total_16bit`,
         the whole model without quantization.
-
-    Raises:
-        PlanError: a layer's columns don't divide into its format's groups.
     """
-    planned = layers["quantizable"].to_numpy(bool)
-    names = layers["name"].to_numpy(str)
+    planned, names = layers["quantizable"].to_numpy(bool), layers["name"].to_numpy(str)
     held = np.array([formats.get(name, "16bit") for name in names])
-    result = {}
     data, outside = fixed_bytes(layers)
-    header = outside
-    for fmt in sorted({str(fmt) for fmt in held[planned]} | {"16bit"}, key=nominal_bits):
+    result, header = {}, outside
+    for fmt in sorted({*held[planned].tolist(), "16bit"}, key=nominal_bits):
         here = planned & (held == fmt)
-        if (here & ~able(layers, fmt)).any():
-            row = layers[here & ~able(layers, fmt)].iloc[0]
-            raise PlanError(
-                f"{row['name']} can't be {fmt}: groups of {format_row(fmt).group} don't divide its "
-                f"{row['cols']} columns. Give it a format with smaller groups, int8 or 16bit."
-            )
         result[fmt] = int(payload_bytes(layers, fmt, double_quant)[here].sum())
         header += int(header_bytes(names[here], fmt, double_quant).sum())
     full = payload_bytes(layers, "16bit")
     ends = ~planned & layers["role"].isin(("embedding", "head")).to_numpy(bool)
     result["embeddings"] = int(full[ends].sum())
-    result["rest"] = data - result["embeddings"]
-    result["header"] = header
+    result |= {"rest": data - result["embeddings"], "header": header}
     result["total"] = sum(result.values())
     result["total_16bit"] = int(full.sum() + header_bytes(names[planned], "16bit").sum()) + outside
     return result
@@ -173,10 +137,9 @@ def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool =
 def bit_rates(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool) -> tuple[float, float]:
     """`(bits_per_weight, matrix_bits)` of a plan: over all weights, and over the planned matrices."""
     cost = price(layers, formats, double_quant)
-    numel = layers["numel"].to_numpy(np.int64)
-    planned = int(numel[layers["quantizable"].to_numpy(bool)].sum())
-    data = cost["total"] - cost["header"]
-    return 8 * data / int(numel.sum()), 8 * (data - cost["embeddings"] - cost["rest"]) / max(planned, 1)
+    data, planned = cost["total"] - cost["header"], int(layers["numel"][layers["quantizable"]].sum())
+    matrices = data - cost["embeddings"] - cost["rest"]
+    return 8 * data / int(layers["numel"].sum()), 8 * matrices / max(planned, 1)
 
 
 # --- scores ----------------------------------------------------------------------------------------------
@@ -185,7 +148,6 @@ def bit_rates(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bo
 # every score runs in both directions: `high` protects the layers where it is high.
 
 DIRECTIONS = ("high", "low")
-FISHER_HINT = "with sensitivity='self' (or 'random', or a text file) and this format in `cost_formats`"
 # What practice protects first, by a pattern on the module's name (METHOD: what llama.cpp, Unsloth and others
 # keep at more bits). Everything else comes last.
 TYPE_PRIOR = (
@@ -223,14 +185,12 @@ class Score:
     """One way to rank layers.
 
     `title` is for menus. `source` is the column read (additive: the stem of `<source>_<fmt>`), or a function
-    of the table and a seed. `additive`: its columns are nats a token that add up over layers. `hint` ends the
-    error for a missing column.
+    of the table and a seed. `additive`: its columns are nats a token that add up over layers.
     """
 
     title: str
     source: str | Callable[[pd.DataFrame, int], Floats]
     additive: bool = False
-    hint: str = "again: this table was made without it"
 
 
 SCORES: dict[str, Score] = {
@@ -250,46 +210,48 @@ SCORES: dict[str, Score] = {
     "first_last": Score("nearness to the first or last block", _nearness_to_an_end),
     "smallest": Score("smallest layers first (−log10 of the weights)", _smallness),
     "random": Score("a seeded random order (the control)", _random),
-    "fisher": Score("Fisher: predicted KL a byte", "fisher", True, FISHER_HINT),
-    "refined": Score(
-        "Fisher, measured where the cut is near", "refined", True, "with `refine_at`, a list of matrix_bits"
-    ),
-    "measured": Score(
-        "measured KL of each layer alone, a byte (the oracle)",
-        "measured",
-        True,
-        "with sensitivity='measured'",
-    ),
+    "fisher": Score("Fisher: predicted KL a byte", "fisher", True),
+    "refined": Score("Fisher, measured where the cut is near", "refined", True),
+    "measured": Score("measured KL of each layer alone, a byte (the oracle)", "measured", True),
 }
+
+
+def _check(what: str, name: Any, known: Collection[Any]) -> None:
+    if name not in known:
+        near, all_names = suggest(name, map(str, known)), ", ".join(map(str, known))
+        raise PlanError(f"unknown {what} {name!r}.{near} Known: {all_names}.")
 
 
 def score_row(name: str) -> Score:
     """The table's row; PlanError with the nearest name if there is none."""
-    if name not in SCORES:
-        raise PlanError(f"unknown score {name!r}.{suggest(name, SCORES)} Known: {', '.join(SCORES)}.")
+    _check("score", name, SCORES)
     return SCORES[name]
 
 
-def available_scores(layers: pd.DataFrame, formats: Sequence[str] = ("nf4", "16bit")) -> list[str]:
+def _ordered(formats: Iterable[str]) -> tuple[str, ...]:
+    """Formats, fewest bits first, without repeats; PlanError for an unknown name or fewer than two."""
+    unique = sorted(set(formats), key=nominal_bits)
+    if NF4_DQ in unique:
+        raise PlanError(f"{NF4_DQ} is a cost format: plan with nf4 and double_quant=True.")
+    if len(unique) < 2:
+        raise PlanError(f"a plan chooses between at least two formats; got {', '.join(unique) or 'none'}.")
+    return tuple(unique)
+
+
+def available_scores(layers: pd.DataFrame, formats: Formats = HYBRID) -> list[str]:
     """Scores that this layer table can give, in the table's order: the menu of an explorer."""
     held = set(layers.columns[layers[layers["quantizable"]].notna().any()])
-    quantized = [fmt for fmt in check_formats(formats) if fmt != "16bit"]
-
-    def ready(score: Score) -> bool:
-        if callable(score.source):
-            return True
-        return held >= ({f"{score.source}_{fmt}" for fmt in quantized} if score.additive else {score.source})
-
-    return [name for name, score in SCORES.items() if ready(score)]
+    lower = [f"_{fmt}" for fmt in _ordered(formats) if fmt != "16bit"]
+    return [
+        name
+        for name, score in SCORES.items()
+        if callable(score.source)
+        or held >= {score.source + end for end in (lower if score.additive else [""])}
+    ]
 
 
 def score_values(
-    layers: pd.DataFrame,
-    name: str,
-    *,
-    formats: Sequence[str] = ("nf4", "16bit"),
-    double_quant: bool = False,
-    seed: int = 0,
+    layers: pd.DataFrame, name: str, formats: Formats = HYBRID, double_quant: bool = False, seed: int = 0
 ) -> Floats:
     """A score for every row of the layer table. Shape (rows,), float64; NaN where a row is not planned.
 
@@ -303,7 +265,7 @@ def score_values(
     if callable(score.source):
         values = score.source(layers, seed)
     elif score.additive:
-        low, *_, top = check_formats(formats)
+        low, *_, top = _ordered(formats)
         spent = payload_bytes(layers, top) - payload_bytes(layers, low, double_quant)
         saved = additive_cost(layers, name, low) - additive_cost(layers, name, top)
         values = np.divide(saved * 1e9, spent, out=np.full(len(layers), np.nan), where=spent > 0)
@@ -318,28 +280,28 @@ def additive_cost(layers: pd.DataFrame, name: str, fmt: str) -> Floats:
     Where the table also knows what a format costs in all layers together (Σ `predicted_<fmt>`), the score is
     scaled to that sum, so that different formats can be weighed against each other.
     """
-    score = score_row(name)
-    if not score.additive:
-        costs = ", ".join(known for known, row in SCORES.items() if row.additive)
-        raise PlanError(
-            f"the score {name!r} is an order: it has no cost in nats. Scores with costs: {costs}."
-        )
     if fmt == "16bit":
         return np.zeros(len(layers))
-    cost = _column(layers, f"{score.source}_{fmt}", name)
-    predicted = predicted_cost(layers, fmt)
+    cost, predicted = _column(layers, f"{SCORES[name].source}_{fmt}", name), predicted_cost(layers, fmt)
     # Layers that the format can't hold have no cost in it.
     known = layers["quantizable"].to_numpy(bool) & np.isfinite(predicted)
-    total, own = predicted[known].sum(), cost[known].sum()
-    return cost * (total / own) if known.any() and own > 0 else cost
+    own = cost[known].sum()
+    scale: float = predicted[known].sum() / own if known.any() and own > 0 else 1.0
+    return cost * scale
+
+
+def costs_as_stored(layers: pd.DataFrame, double_quant: bool) -> pd.DataFrame:
+    """The layer table with NF4's costs under double quantization, where that is asked for and known."""
+    columns = [name for name in map(str, layers) if name.endswith(f"_{NF4_DQ}")]
+    doubled = {name.removesuffix("_dq"): layers[name] for name in columns}
+    return layers.assign(**doubled) if double_quant else layers
 
 
 def predicted_cost(layers: pd.DataFrame, fmt: str) -> Floats:
     """The table's `predicted_<fmt>`, nats a token; zeros for 16bit, NaN where unknown. Shape (rows,)."""
-    if fmt == "16bit":
-        return np.zeros(len(layers))
-    column = f"predicted_{fmt}"
-    return layers[column].to_numpy(float) if column in layers else np.full(len(layers), np.nan)
+    if fmt != "16bit" and (column := f"predicted_{fmt}") in layers:
+        return layers[column].to_numpy(float)
+    return np.full(len(layers), 0.0 if fmt == "16bit" else np.nan)
 
 
 def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | None:
@@ -354,8 +316,8 @@ def predicted_kl(layers: pd.DataFrame, formats: Mapping[str, str]) -> float | No
 def _column(layers: pd.DataFrame, column: str, score: str) -> Floats:
     if column not in layers or layers.loc[layers["quantizable"], column].isna().all():
         raise PlanError(
-            f"layers.csv holds no {column}, which the score {score!r} reads. "
-            f"Run notebook 01_analyze {SCORES[score].hint}."
+            f"layers.csv holds no {column}, which the score {score!r} reads: run notebook 01_analyze. "
+            "Costs need `sensitivity` and their format in `cost_formats`, `refined` also `refine_at`."
         )
     return layers[column].to_numpy(float)
 
@@ -383,18 +345,19 @@ class Problem:
     cost: (I, F) nats a token where costs add up, so that a budget can be spent exactly and in more than two
         formats: an additive score's in direction high; else None. predicted: (I, F) the table's nats a token.
     payload, header: (I, F) bytes of the tensors, and of their entries in the file's header.
-    fits: (L, F) what shapes allow; allowed: (I, F) what shapes and wishes allow.
+    fits: (L, F) what shapes allow; allowed: (I, F) what shapes and wishes allow. The four tables hold zero
+        where a format is not allowed.
     free: (I,) items that may still move between the two tiers; order: those, the first protected first.
     start: (I,) each item's smallest allowed format: the plan before anything is protected.
     numel, all_numel: planned weights and the model's; fixed_data, fixed_header: bytes that are never planned.
     """
 
-    def __init__(  # noqa: PLR0915 - the steps of one join
+    def __init__(
         self,
         layers: pd.DataFrame,
-        score: str,
-        direction: str,
-        formats: Sequence[str],
+        score: str = "alpha_hill",
+        direction: str = "high",
+        formats: Formats = HYBRID,
         *,
         double_quant: bool = False,
         group: str | None = None,
@@ -408,99 +371,68 @@ class Problem:
             PlanError: unknown names, nothing to plan, a failed layer that no pattern settles, a pattern that
                 matches nothing, or wishes that contradict each other; each says what and where.
         """
-        if direction not in DIRECTIONS:
-            raise PlanError(
-                f"unknown direction {direction!r}.{suggest(direction, DIRECTIONS)} "
-                "`high` protects the layers with the highest scores, `low` those with the lowest."
-            )
-        wanted = check_formats(formats)
-        planned = layers["quantizable"].to_numpy(bool)
+        _check("direction", direction, DIRECTIONS)
+        layers = costs_as_stored(layers, double_quant)
+        wanted, planned = _ordered(formats), layers["quantizable"].to_numpy(bool)
         if not planned.any():
             raise PlanError("this model has no layer that can be quantized, so there is nothing to plan.")
         rows = layers[planned].reset_index(drop=True)
-        for fmt in wanted:  # a format that can hold no layer at all has no costs either
-            if not able(rows, fmt).any():
-                raise PlanError(
-                    f"{fmt} can hold none of the {len(rows)} layers: groups of {format_row(fmt).group} "
-                    "divide none of their columns. Leave it out, or take one with smaller groups, int8 or "
-                    "nf4."
-                )
         values = score_values(layers, score, formats=wanted, double_quant=double_quant, seed=seed)[planned]
         self.score, self.direction, self.names = score, direction, tuple(rows["name"])
+        patterns = {"force_16bit": force_16bit, "forbid_16bit": forbid_16bit}
+        self.double_quant, self.options = double_quant, {"group": group, **patterns, "seed": seed}
 
         # What each layer may become: by the user's formats and patterns, and by its shape.
-        forced = matches(self.names, force_16bit, "force_16bit")
-        forbidden = matches(self.names, forbid_16bit, "forbid_16bit")
-        if (both := np.flatnonzero(forced & forbidden)).size:
-            name = self.names[both[0]]
-            raise PlanError(f"{name} matches force_16bit and forbid_16bit. Change one of the patterns.")
-        self.formats = check_formats((*wanted, "16bit")) if forced.any() else wanted
+        forced, forbidden = (matches(self.names, one, name)[:, None] for name, one in patterns.items())
+        self.formats = _ordered((*wanted, "16bit")) if forced.any() else wanted
         self.tiers = (self.formats.index(wanted[0]), self.formats.index(wanted[-1]))
         self.fits = np.stack([able(rows, fmt) for fmt in self.formats], axis=1)
-        full = np.array([fmt == "16bit" for fmt in self.formats])
-        allowed = np.tile([fmt in wanted for fmt in self.formats], (len(rows), 1))
-        allowed[forced] = full
-        allowed[forbidden] &= ~full
-        allowed &= self.fits
-        stuck = rows[~allowed.any(axis=1)]
-        if len(stuck):
-            raise PlanError(
-                f"{len(stuck)} layers can be held in none of {', '.join(self.formats)}, such as "
-                f"{stuck['name'].iloc[0]}: the groups don't divide its {stuck['cols'].iloc[0]} columns. Add "
-                "a format with smaller groups, int8 or 16bit."
-            )
+        full = np.array(self.formats) == "16bit"
+        allowed = self.fits & np.where(forced, full, np.isin(self.formats, wanted)) & ~(forbidden & full)
         failed = (allowed.sum(axis=1) > 1) & np.isnan(values) & (rows["status"] == "failed").to_numpy()
         if failed.any():
             raise PlanError(
                 f"the analysis failed for {failed.sum()} layer(s), so {score!r} can't rank them: "
-                f"{_listed(list(rows['name'][failed]))}. Look at their weights, run notebook 01_analyze "
-                "again, choose a score that reads no spectrum, or decide them yourself: force_16bit with a "
-                "pattern that matches them keeps them in 16-bit."
+                f"{_listed(rows['name'][failed].tolist())}. Look at their weights, run notebook 01_analyze "
+                "again, choose a score that reads no spectrum, or keep them by a pattern in force_16bit."
             )
 
         # From layers to items.
         self.member = _members(self.names, group)
         self.count = np.bincount(self.member)
 
-        def added(table: NDArray) -> NDArray:
-            """Per layer (L, …) -> per item (I, …): sums over each item's layers."""
-            result = np.zeros((len(self.count), *table.shape[1:]), dtype=table.dtype)
-            np.add.at(result, self.member, table)
-            return result
+        def table(column: Callable[[str], NDArray]) -> NDArray:
+            """(I, F) each format's column, summed over items; what can't be chosen may be unknown."""
+            held = np.where(allowed, np.stack([column(fmt) for fmt in self.formats], axis=1), 0)
+            sums = [np.bincount(self.member, weights=one) for one in held.T]
+            return np.stack(sums, axis=1).astype(held.dtype)
 
-        def tabled(column: Callable[[str], NDArray]) -> NDArray:
-            return np.stack([column(fmt) for fmt in self.formats], axis=1)
-
-        self.allowed = added(allowed.astype(int)) == self.count[:, None]
+        self.allowed = table(lambda fmt: np.ones(len(rows), int)) == self.count[:, None]
         housed = self.allowed.any(axis=1)[self.member]
         if not housed.all():
             raise PlanError(
-                f"{self.names[int(housed.argmin())]}: its group has no format that all of its layers may "
-                "take: patterns force one and keep another from 16-bit, or 16bit is not among the formats. "
-                "Change a pattern, or name them all."
+                f"{self.names[housed.argmin()]} can be held in none of {', '.join(self.formats)}: its shape, "
+                "force_16bit, forbid_16bit and the layers it is grouped with leave no format in common. "
+                "Change a pattern, or add int8 or 16bit to the formats."
             )
         self.cost: Floats | None = None
-        if score_row(score).additive:
-            # What can't be chosen may be unknown.
-            costs = tabled(lambda fmt: additive_cost(layers, score, fmt)[planned])
-            costs = np.where(allowed, costs, 0.0)
-            if not np.isfinite(costs).all():
-                row, place = np.argwhere(~np.isfinite(costs))[0]
+        if SCORES[score].additive:
+            costs = table(lambda fmt: additive_cost(rows, score, fmt))
+            for item, place in np.argwhere(~np.isfinite(costs))[:1]:
                 raise PlanError(
-                    f"{self.names[row]} has no {score} in {self.formats[place]}, so a sum over layers can't "
-                    "be formed. Run notebook 01_analyze again; its sensitivity stage resumes where it "
-                    "stopped."
+                    f"{self.names[(self.member == item).argmax()]} has no {score} in {self.formats[place]}: "
+                    "run notebook 01_analyze again; its sensitivity stage resumes where it stopped."
                 )
-            self.cost = added(costs) if direction == "high" else None
-        self.predicted = added(np.where(allowed, tabled(lambda fmt: predicted_cost(rows, fmt)), 0.0))
-        self.payload: Ints = added(tabled(lambda fmt: payload_bytes(rows, fmt, double_quant)))
-        self.header: Ints = added(tabled(lambda fmt: header_bytes(self.names, fmt, double_quant)))
+            self.cost = costs if direction == "high" else None
+        self.predicted: Floats = table(lambda fmt: predicted_cost(rows, fmt))
+        self.payload: Ints = table(lambda fmt: payload_bytes(rows, fmt, double_quant))
+        self.header: Ints = table(lambda fmt: header_bytes(self.names, fmt, double_quant))
         self.fixed_data, self.fixed_header = fixed_bytes(layers)
         numel = rows["numel"].to_numpy(float)
         self.numel, self.all_numel = int(numel.sum()), int(layers["numel"].sum())
 
         # The order in which items are protected; a group's score is the mean over its weights.
-        self.raw = added(values * numel) / added(numel)
+        self.raw = np.bincount(self.member, values * numel) / np.bincount(self.member, numel)
         self.free = self.allowed[:, list(self.tiers)].all(axis=1)
         self.start = np.where(self.allowed, self.payload, np.iinfo(np.int64).max).argmin(axis=1)
         signed = -self.raw if direction == "high" else self.raw
@@ -514,19 +446,16 @@ class Problem:
         return np.where(taken, self.tiers[1], self.start)
 
 
-def matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
-    """Which names any of the patterns is found in, (L,).
+def _patterns(given: Patterns) -> list[str]:
+    """The patterns asked for; an empty one is no wish: as an expression it would match every name."""
+    return [one for one in ([given] if isinstance(given, str) else given or ()) if one]
 
-    Raises:
-        PlanError: a pattern that is no regular expression, or that matches no name; says in which parameter.
-    """
+
+def matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
+    """Which names any of the patterns is found in, (L,); PlanError for a pattern that matches none."""
     hit = np.zeros(len(names), dtype=bool)
-    given = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    for pattern in filter(None, given):  # an empty pattern is no wish; as an expression it would match all
-        try:
-            found = np.array([re.search(pattern, name) is not None for name in names])
-        except re.error as error:
-            raise PlanError(f"{parameter}: {pattern!r} is no regular expression ({error}).") from error
+    for pattern in _patterns(patterns):
+        found = np.array([re.search(pattern, name) is not None for name in names])
         if not found.any():
             raise PlanError(
                 f"{parameter}: {pattern!r} matches none of the {len(names)} planned layers."
@@ -539,21 +468,15 @@ def matches(names: Sequence[str], patterns: Patterns, parameter: str) -> Mask:
 def fused_groups(names: Sequence[str]) -> list[list[int]]:
     """Positions of layers that serving engines merge, one list a merged module (single layers too)."""
     member = _members(names, "fused")
-    return [list(map(int, np.flatnonzero(member == item))) for item in range(int(member.max()) + 1)]
+    return [np.flatnonzero(member == item).tolist() for item in range(int(member.max()) + 1)]
 
 
 def _members(names: Sequence[str], group: str | None) -> Ints:
     """Each layer's item number; with "fused", matrices that engines merge share one."""
-    if group not in GROUPS:
-        raise PlanError(f"unknown group {group!r}.{suggest(str(group), ['fused'])} Known: None, 'fused'.")
-    place = {leaf: number for number, leaves in enumerate(FUSED) for leaf in leaves}
-    numbers: dict[tuple[str, str | int], int] = {}
-    result = []
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        key = (parent, place.get(leaf, leaf)) if group else (parent, leaf)
-        result.append(numbers.setdefault(key, len(numbers)))
-    return np.array(result, dtype=np.int64)
+    _check("group", group, GROUPS)
+    first = {leaf: leaves[0] for leaves in FUSED for leaf in leaves} if group else {}
+    split = (name.rpartition(".") for name in names)
+    return pd.factorize(np.array([f"{parent}.{first.get(leaf, leaf)}" for parent, _, leaf in split]))[0]
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
@@ -561,33 +484,25 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 # --- rules -----------------------------------------------------------------------------------------------
-# A rule gives each item's format, as indices (I,), and the sentence that says why.
+# A rule gives each item's format, as indices (I,), the sentence that says why, and what a budget adds to the
+# plan's bytes.
 
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
 EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
-Decision = tuple[Ints, str]
+Decision = tuple[Ints, str, dict[str, int]]
 
 
 def _count(p: Problem, rule: str, value: float) -> Decision:
     """The first layers in the score's order; forced ones count, whole groups only."""
     k, planned, low = int(value), len(p.names), p.tiers[0]
-    if k != value or not 0 <= k <= planned:
-        raise PlanError(
-            f"top_k={value:g}: this model has {planned} layers that can be protected (0…{planned})."
-        )
-    _refuse_between(p, rule)
     unfit = np.bincount(p.member, weights=~p.fits[:, low]) > 0  # in 16-bit whatever is asked for: not counted
     forced, free = int(p.count[~p.allowed[:, low] & ~unfit].sum()), int(p.count[p.free].sum())
-    if k > forced + free and unfit.any():
+    if k != value or not forced <= k <= forced + free:
         raise PlanError(
-            f"{k} layers can't be chosen: {int(p.count[unfit].sum())} of {planned} can't be "
-            f"{p.formats[low]} and stay in {p.top} anyway, {forced + free} are left."
-        )
-    if not forced <= k <= forced + free:
-        raise PlanError(
-            f"{k} layers can't be protected: force_16bit and forbid_16bit leave {forced}…{forced + free}."
+            f"{rule}: {value:g} layers can't be protected. This model has {planned} layers that can be "
+            f"quantized; shapes, force_16bit and forbid_16bit leave a choice of {forced}…{forced + free}."
         )
     taken = in_order(p.count, p.order, k - forced)
     protected = forced + int(p.count[taken].sum())
@@ -595,12 +510,11 @@ def _count(p: Problem, rule: str, value: float) -> Decision:
     said = f"The {protected} of {planned} layers with the {p.end} {p.score} stay in {p.top}{torn}."
     if rule == "claim" and planned < CLAIM_OF:
         said += f" (The claim's {CLAIM_LAYERS} of {CLAIM_OF}, scaled: round({CLAIM_SHARE}·{planned}) = {k}.)"
-    return p.lift(taken), said
+    return p.lift(taken), said, {}
 
 
 def _threshold(p: Problem, rule: str, value: float) -> Decision:
     """Layers at the threshold or beyond it; a missing score never is."""
-    _refuse_between(p, rule)
     taken = p.free & (p.raw >= value if p.direction == "high" else p.raw <= value)
     sign = "≥" if p.direction == "high" else "≤"
     layers = int(p.count[taken].sum())
@@ -610,62 +524,61 @@ def _threshold(p: Problem, rule: str, value: float) -> Decision:
         span = f"{p.score} lies between {known.min():.4g} and {known.max():.4g}" if len(known) else ""
         amount = "all of them" if taken.any() else "none"
         said += f" That is {amount}: {span or 'no layer has one'}."
-    return p.lift(taken), said
+    return p.lift(taken), said, {}
 
 
 def _budget(p: Problem, rule: str, value: float) -> Decision:
-    """A byte budget: the least summed cost where costs add up, else the score's order."""
-    size, outside, unit = _measure(p, rule)
+    """A byte budget: the least summed cost where costs add up, else the score's order.
+
+    A file's budget includes its header; bit rates count the tensors, of all weights or the planned ones.
+    """
+    size, outside, unit = {
+        "budget_gb": (p.payload + p.header, p.fixed_data + p.fixed_header, 1e9),
+        "bits_per_weight": (p.payload, p.fixed_data, p.all_numel / 8),
+        "matrix_bits": (p.payload, 0, p.numel / 8),
+    }[rule]
     name = RULES[rule].unit
     largest = p.lift(p.free) if p.cost is None else np.where(p.allowed, size, -1).argmax(axis=1)
-    floor, ceiling = _total(size, p.start), _total(size, largest)
-    low, high = ((side + outside) / unit for side in (floor, ceiling))
+    floor = _total(size, p.start)
+    low, high = ((planned + outside) / unit for planned in (floor, _total(size, largest)))
     if not low * (1 - TOLERANCE) <= value <= high * (1 + TOLERANCE):
-        apart = "" if p.free.all() else ", as far as patterns and groups allow"
         raise PlanError(
-            f"{rule}={value:g} can't be had: this model takes {low:.4f} {name} with every layer in "
-            f"{p.formats[p.tiers[0]]} and {high:.4f} {name} with every layer in {p.top}{apart}. "
-            "Choose a value between."
+            f"{rule}={value:g} can't be had: as far as shapes, patterns and groups allow, this model takes "
+            f"{low:.4f} {name} with every layer in {p.formats[p.tiers[0]]} and {high:.4f} {name} with every "
+            f"layer in {p.top}. Choose a value between."
         )
-    limit = floor if value < low else max(_goal(value, unit) - outside, floor)
-    said = f"Within {value:.6g} {name}: "
+    budget = int(np.floor(value * unit + 0.5))
+    limit = floor if value < low else max(budget - outside, floor)
     if p.cost is not None:
         choice, gap = least_cost(p.cost, size.astype(float), float(limit), p.allowed)
-        return choice, f"{said}the least summed {p.score}, {_proof(gap)}."
-    _refuse_between(p, rule)
-    taken = in_order(size[:, p.tiers[1]] - size[:, p.tiers[0]], p.order, limit - floor)
-    said += f"layers with the {p.end} {p.score} first, in {p.top}, skipping those that don't fit."
-    return p.lift(taken), said
+        how = f"the least summed {p.score}, {_proof(gap)}"
+    else:
+        taken = in_order(size[:, p.tiers[1]] - size[:, p.tiers[0]], p.order, limit - floor)
+        choice = p.lift(taken)
+        how = f"layers with the {p.end} {p.score} first, in {p.top}, skipping those that don't fit"
+    miss = budget - _total(size, choice) - outside
+    return choice, f"Within {value:.6g} {name}: {how}.", {"budget": budget, "miss": miss}
 
 
 def _max_kl(p: Problem, rule: str, value: float) -> Decision:
     """The smallest plan whose predicted KL is at most the value."""
-    if not np.isfinite(p.predicted).all():
+    saved = p.predicted[p.order, p.tiers[0]] - p.predicted[p.order, p.tiers[1]]
+    left = _total(p.predicted, p.start) - np.cumsum(np.append(0.0, saved))  # with the first k items lifted
+    if p.cost is not None:
+        left = np.where(p.allowed, p.predicted, np.inf).min(axis=1).sum(keepdims=True)
+    if not value >= left.min():
         raise PlanError(
-            "rule='max_kl' needs predicted KL for every layer and format, which layers.csv lacks. "
-            "Run notebook 01_analyze with a sensitivity, and with these formats."
+            f"max_kl={value:g} can't be had: the best plan of these formats is predicted at {left.min():.4g} "
+            "nats a token. Allow more, add a format with more bits, or, where that is nan, run notebook "
+            "01_analyze with a sensitivity and with these formats."
         )
-    least = float(np.where(p.allowed, p.predicted, np.inf).min(axis=1).sum())
-    if value < least:
-        raise PlanError(
-            f"max_kl={value:g} can't be had: the best plan of these formats is predicted at {least:.4g} "
-            "nats a token. Allow a higher KL, or add a format with more bits."
-        )
-    said = f"The smallest plan with a predicted KL of at most {value:g} nats a token"
     if p.cost is not None:  # the limit is on what is predicted, whichever additive score was named
         choice, gap = least_cost(p.payload.astype(float), p.predicted, value, p.allowed)
-        return choice, f"{said}, {_proof(gap)}."
-    _refuse_between(p, rule)
-    saved = p.predicted[p.order, p.tiers[0]] - p.predicted[p.order, p.tiers[1]]
-    left = float(_total(p.predicted, p.start)) - np.concatenate([[0.0], np.cumsum(saved)])
-    reached = np.flatnonzero(left <= value)
-    if not len(reached):
-        raise PlanError(
-            f"max_kl={value:g} can't be had: with every allowed layer protected it is {left[-1]:.4g}."
-        )
-    taken = np.zeros(len(p.raw), dtype=bool)
-    taken[p.order[: reached[0]]] = True
-    return p.lift(taken), f"{said}, by {p.score}: the {p.end} first."
+        how = _proof(gap)
+    else:
+        choice = p.lift(np.isin(np.arange(len(p.raw)), p.order[: (left <= value).argmax()]))
+        how = f"by {p.score}: the {p.end} first"
+    return choice, f"The smallest plan with a predicted KL of at most {value:g} nats a token, {how}.", {}
 
 
 @dataclass(frozen=True)
@@ -694,45 +607,21 @@ def check_value(rule: str, value: float | None) -> float:
     Raises:
         PlanError: unknown rule (with the nearest), a missing value, or one that is no finite number.
     """
-    if rule not in RULES:
-        raise PlanError(f"unknown rule {rule!r}.{suggest(rule, RULES)} Known: {', '.join(RULES)}.")
+    _check("rule", rule, RULES)
     if rule == "claim":
         if value is not None:
             raise PlanError(f"rule='claim' fixes the number of layers itself; use rule='top_k' for {value}.")
         return 0.0
-    wanted = RULES[rule].unit or RULES[rule].title
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise PlanError(f"rule={rule!r} needs a value ({wanted}); got {value!r}.")
-    if not math.isfinite(value):
-        raise PlanError(f"rule={rule!r}: the value must be a finite number ({wanted}); got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        wanted = RULES[rule].unit or RULES[rule].title
+        raise PlanError(f"rule={rule!r} needs a value, a finite number ({wanted}); got {value!r}.")
     return float(value)
 
 
-def _refuse_between(p: Problem, rule: str) -> None:
-    """An order tells which layers, not which of several formats."""
-    low, top = p.tiers
-    if top - low > 1:
-        raise PlanError(
-            f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
-            f"not {', '.join(p.formats[low : top + 1])}. Name two, or use score='fisher', direction='high' "
-            "and a budget."
-        )
-
-
-def _measure(p: Problem, rule: str) -> tuple[Ints, int, float]:
-    """How a budget counts: bytes (I, F) of each choice, bytes that are not planned, bytes in its unit.
-
-    A file's budget includes its header; bit rates count the tensors, of all weights or the planned ones.
-    """
-    if rule == "budget_gb":
-        return p.payload + p.header, p.fixed_data + p.fixed_header, 1e9
-    if rule == "matrix_bits":
-        return p.payload, 0, p.numel / 8
-    return p.payload, p.fixed_data, p.all_numel / 8
-
-
-def _goal(value: float, unit: float) -> int:
-    return int(np.floor(value * unit + 0.5))
+def _spends(rule: str, score: str, direction: str) -> bool:
+    """Whether a rule spends a budget on costs that add up: on as many formats as there are."""
+    budget = rule == "max_kl" or bool(RULES[rule].unit)
+    return budget and score_row(score).additive and direction == "high"
 
 
 def in_order(extra: Ints, order: Ints, budget: int) -> Mask:
@@ -767,7 +656,7 @@ NODES = 20  # of HiGHS' search: a limit that, unlike a time, gives the same plan
 EXCHANGES, MOST_MOVES = 100, 600  # rounds of pairwise improvement, and the most moves to pair
 
 
-def least_cost(  # noqa: PLR0912, PLR0915 - the steps of one search
+def least_cost(  # noqa: PLR0915 - the steps of one search
     cost: Floats, size: Floats, limit: float, allowed: Mask
 ) -> tuple[Ints, float]:
     """One format an item: minimise Σ cost under Σ size ≤ limit.
@@ -788,49 +677,45 @@ def least_cost(  # noqa: PLR0912, PLR0915 - the steps of one search
     Raises:
         PlanError: no choice meets the limit, or the solver gave up.
     """
-    cost, size = np.where(allowed, cost, np.inf), np.where(allowed, size, np.inf)
-    rows = np.arange(len(cost))
-    least = size.min(axis=1, keepdims=True)
+    cost, rows = np.where(allowed, cost, np.inf), np.arange(len(cost))  # no search takes an infinite cost
+    least = np.where(allowed, size, np.inf).min(axis=1, keepdims=True)
     if least.sum() > limit * (1 + 1e-12):
         raise PlanError(f"the smallest possible choice takes {least.sum():g}, the limit is {limit:g}.")
     limit = max(limit, float(least.sum()))
     smallest = np.where(size == least, cost, np.inf).argmin(axis=1)
-    extra = size - least
-    if not (np.isfinite(extra) & (extra > 0) & (extra <= limit - least.sum())).any():
+    if not (allowed & (size > least) & (size - least <= limit - least.sum())).any():
         return smallest, 0.0  # no single upgrade fits, or there are no items
 
-    def priced(price: float) -> Floats:
-        return np.where(allowed, cost + price * np.where(allowed, size, 0.0), np.inf)
-
-    def pick(price: float) -> Ints:
+    def pick(price: float) -> tuple[Ints, Floats]:
         # Among equal prices the smaller size: the choice then meets the limit whenever some choice does.
-        held = priced(price)
-        return np.where(held <= held.min(axis=1, keepdims=True), size, np.inf).argmin(axis=1)
+        priced = cost + price * size
+        return np.where(priced <= priced.min(axis=1, keepdims=True), size, np.inf).argmin(axis=1), priced
+
+    def spent(choice: Ints) -> float:
+        return _total(size, choice)
 
     low, high = 0.0, 1.0
-    choice = pick(low)
-    if _total(size, choice) <= limit:
+    choice, _ = pick(low)
+    if spent(choice) <= limit:
         return choice, 0.0
-    for _ in range(200):
-        if _total(size, pick(high)) <= limit:
-            break
+    while spent(pick(high)[0]) > limit and high < 1e200:
         high *= 4.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if _total(size, pick(middle)) <= limit else (middle, high)
-    choice, table = pick(high), priced(high)
-    reduced = table - table.min(axis=1, keepdims=True)
-    bound = float(table.min(axis=1).sum() - high * limit)
+        low, high = (low, middle) if spent(pick(middle)[0]) <= limit else (middle, high)
+    choice, priced = pick(high)
+    reduced = priced - priced.min(axis=1, keepdims=True)
+    bound = float(priced.min(axis=1).sum() - high * limit)
 
     # Spend what is left: the single upgrade that saves most, again and again, while one fits.
-    left = limit - size[rows, choice].sum()
-    for _ in range(len(choice)):
-        saved = cost[rows, choice][:, None] - cost
-        saved[(size - size[rows, choice][:, None] > left) | ~allowed] = 0.0
+    left = limit - spent(choice)
+    for _ in rows:
+        saved, more = cost[rows, choice][:, None] - cost, size - size[rows, choice][:, None]
+        saved[more > left] = 0.0
         item, fmt = np.unravel_index(saved.argmax(), saved.shape)
         if saved[item, fmt] <= 0:
             break
-        left -= size[item, fmt] - size[item, choice[item]]
+        left -= more[item, fmt]
         choice[item] = fmt
 
     def contenders() -> Mask:
@@ -848,20 +733,20 @@ def least_cost(  # noqa: PLR0912, PLR0915 - the steps of one search
             break
         gain = cost[items, choice[items]] - cost[items, fmts]
         more = size[items, fmts] - size[items, choice[items]]
-        left = limit - size[rows, choice].sum()
-        both = np.where(more[:, None] + more <= left, gain[:, None] + gain, 0.0)
+        both = np.where(more[:, None] + more <= limit - spent(choice), gain[:, None] + gain, 0.0)
         both[items[:, None] == items] = 0.0
         pair = np.unravel_index(both.argmax(), both.shape)
         if both[pair] <= 1e-15 * abs(_total(cost, choice)):
             break
         choice[items[[*pair]]] = fmts[[*pair]]
 
-    if _total(cost, choice) - bound > GAP * (_total(cost, smallest) - _total(cost, choice)):
+    worst = _total(cost, smallest)
+    if _total(cost, choice) - bound > GAP * (worst - _total(cost, choice)):
         found, proven = _highs(cost, size, limit, contenders())
         bound = max(bound, proven)
-        if _total(size, found) <= limit * (1 + 1e-12) and _total(cost, found) <= _total(cost, choice):
+        if spent(found) <= limit * (1 + 1e-12) and _total(cost, found) <= _total(cost, choice):
             choice = found
-    benefit = _total(cost, smallest) - _total(cost, choice)
+    benefit = worst - _total(cost, choice)
     return choice, max(_total(cost, choice) - bound, 0.0) / benefit if benefit > 0 else 0.0
 
 
@@ -873,21 +758,19 @@ def _highs(cost: Floats, size: Floats, limit: float, contending: Mask) -> tuple[
     upgrades = contending.copy()
     upgrades[rows, choice] = False
     item, fmt = np.nonzero(upgrades)
-    extra = size[item, fmt] - size[item, choice[item]]
-    gain = cost[item, choice[item]] - cost[item, fmt]
-    left = limit - size[rows, choice].sum()
-    shape = (len(cost), len(item))
-    member = sparse.csr_array((np.ones(len(item)), (item, np.arange(len(item)))), shape=shape)
+    extra, gain = size[item, fmt] - size[item, choice[item]], cost[item, choice[item]] - cost[item, fmt]
+    member = sparse.csr_array((np.ones(len(item)), (item, np.arange(len(item)))), (len(cost), len(item)))
+    rivals = member[np.bincount(item, minlength=len(cost)) > 1]
     # HiGHS has absolute tolerances: bring gains to the order of one and bytes to that of thousands.
     unit, step = float(np.abs(gain).max()), float(max(extra.max(), 1e-300)) / 1e3
-    rivals = member[np.bincount(item, minlength=len(cost)) > 1]
+    left = (limit - _total(size, choice)) / step
     result = milp(
         -gain / unit,
         integrality=np.ones(len(item)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(rivals, -np.inf, 1),
-            LinearConstraint(extra[None, :] / step, -np.inf, left / step),
+            LinearConstraint(extra[None] / step, -np.inf, left),
         ],
         options={"mip_rel_gap": FINE, "node_limit": NODES},
     )
@@ -907,81 +790,72 @@ STOCK = "bitsandbytes"  # the checkpoint writer of the claim and of the defaults
 def make_plan(
     layers: pd.DataFrame,
     *,
-    score: str = "alpha_hill",
-    direction: str = "high",
     rule: str = "claim",
     value: float | None = None,
-    formats: Sequence[str] = ("nf4", "16bit"),
-    double_quant: bool = False,
-    group: str | None = None,
-    force_16bit: Patterns = None,
-    forbid_16bit: Patterns = None,
-    seed: int = 0,
     model: Mapping[str, Any] | None = None,
     layers_fingerprint: str = "",
     origin: str = "parameters",
     writer: str = STOCK,
+    **wishes: Any,
 ) -> ProtectionPlan:
     """Decide every layer's format.
 
     Args:
         layers: the layer table (`runs.read_layers`), all rows.
-        score: a row of `SCORES`. direction: "high" or "low", the end of the score that is protected.
         rule: a key of `RULES`. value: the rule's number (layers, score, GB of 10⁹ bytes, bits, or nats a
             token); None for `claim`.
+        model, layers_fingerprint, origin: recorded in the plan.
+        writer: the checkpoint writer that is meant; the plan's reason says what it can't hold.
+        wishes: what `Problem` takes, with its defaults:
+        score: a row of `SCORES`. direction: "high" or "low", the end of the score that is protected.
         formats: what to choose from; more than two need an additive score, `high`, and a budget.
         double_quant: NF4 with double quantization.
         group: "fused" keeps q,k,v of one attention, gate,up of one MLP and Qwen3.5's in_proj pairs together.
         force_16bit, forbid_16bit: patterns (`re.search` in module names) for layers to keep in, or out of,
             16-bit whatever the score says.
         seed: for the score `random`.
-        model, layers_fingerprint, origin: recorded in the plan.
-        writer: the checkpoint writer that is meant; the plan's reason says what it can't hold.
 
     Raises:
         PlanError: unknown names (with the nearest match), a value out of range (with the possible range),
             failed layers, or a score that the table doesn't hold.
     """
     number = check_value(rule, value)
-    wishes: dict[str, Any] = {"force_16bit": force_16bit, "forbid_16bit": forbid_16bit, "seed": seed}
-    posed = (layers, score, direction, formats)
-    p = Problem(*posed, double_quant=double_quant, group=group, **wishes)
     if rule == "claim":
-        planned = len(p.names)
+        planned = int(layers["quantizable"].sum())
         number = float(CLAIM_LAYERS if planned >= CLAIM_OF else round(CLAIM_SHARE * planned))
 
-    def decided(problem: Problem) -> tuple[Ints, str, dict[str, str]]:
-        choice, sentence = RULES[rule].choose(problem, rule, number)
-        held = (problem.formats[place] for place in choice[problem.member])
-        return choice, sentence, dict(zip(problem.names, held, strict=True))
+    def decided(p: Problem) -> tuple[dict[str, str], Decision]:
+        if p.tiers[1] - p.tiers[0] > 1 and not _spends(rule, p.score, p.direction):
+            raise PlanError(  # an order tells which layers, not which of several formats
+                f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
+                f"not {', '.join(p.formats)}. Name two, or use score='fisher', direction='high' and a budget."
+            )
+        decision = RULES[rule].choose(p, rule, number)
+        held = np.array(p.formats)[decision[0][p.member]].tolist()
+        return dict(zip(p.names, held, strict=True)), decision
 
-    choice, sentence, assigned = decided(p)
-    weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant)
-    if RULES[rule].unit:
-        size, outside, unit = _measure(p, rule)
-        goal = _goal(number, unit)
-        weight |= {"budget": goal, "miss": goal - _total(size, choice) - outside}
+    p = Problem(layers, **wishes)
+    layers = costs_as_stored(layers, p.double_quant)
+    (assigned, (choice, sentence, more)), double_quant = decided(p), p.double_quant
+    weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant) | more
     bits_per_weight, matrix_bits = bit_rates(layers, assigned, double_quant)
     kl = predicted_kl(layers, assigned)
     said = [sentence, *_remarks(p, choice, weight, writer)]
-    if group and kl is not None:
-        alone = decided(Problem(*posed, double_quant=double_quant, **wishes))[2]
+    if p.options["group"] and kl is not None:
+        alone, _ = decided(Problem(layers, **wishes | {"group": None}))
         bits, cost = bit_rates(layers, alone, double_quant)[1], predicted_kl(layers, alone)
         said.append(
             f"Layers that engines merge share a format: predicted KL {kl:.4g} at {matrix_bits:.3f} matrix "
             f"bits, layer by layer {'unknown' if cost is None else f'{cost:.4g}'} at {bits:.3f}."
         )
-    for name in ("force_16bit", "forbid_16bit"):
-        if wishes[name] is not None and not isinstance(wishes[name], str):
-            wishes[name] = list(wishes[name])
     return ProtectionPlan(
         model=dict(model or {}),
-        score=score,
-        direction=direction,
+        score=p.score,
+        direction=p.direction,
         rule=rule,
         value=number,
         formats=assigned,
-        protected=tuple(name for name, fmt in assigned.items() if fmt == "16bit"),
+        protected=_kept(assigned),
         double_quant=double_quant,
         bytes=weight,
         bits_per_weight=bits_per_weight,
@@ -990,7 +864,7 @@ def make_plan(
         layers_fingerprint=layers_fingerprint,
         origin=origin,
         reason=" ".join(said),
-        options={"group": group, **wishes},
+        options=p.options,
     )
 
 
@@ -1004,11 +878,12 @@ def _remarks(p: Problem, choice: Ints, weight: Mapping[str, int], writer: str) -
         said.append(f"{decided} layers are decided by force_16bit or forbid_16bit.")
     for fmt, unfit in zip(p.formats, (~p.fits).sum(axis=0), strict=True):
         if unfit:
-            group = format_row(fmt).group
-            said.append(f"{unfit} layers can't be {fmt}: {group} doesn't divide their columns.")
+            said.append(
+                f"{unfit} layers can't be {fmt}: {format_row(fmt).group} doesn't divide their columns."
+            )
     used = [p.formats[place] for place in np.unique(choice)]
     if foreign := [fmt for fmt in used if writer not in format_row(fmt).writers]:
-        others = sorted(frozenset.intersection(*(format_row(fmt).writers for fmt in used)))
+        others = sorted(writers_of(used))
         hint = f"; backend={others[0]!r} can" if others else ", and no writer holds all of these formats"
         said.append(f"A stock {writer} checkpoint can't hold {', '.join(foreign)}{hint}.")
     miss = weight.get("miss", 0)
@@ -1032,7 +907,6 @@ def equal_bytes_plan(
 # --- the plan and its file -------------------------------------------------------------------------------
 
 SCHEMA = 1
-AGAIN = "Run notebook 02_visualize again with force=True."
 
 
 @dataclass(frozen=True)
@@ -1073,8 +947,7 @@ class ProtectionPlan:
     @property
     def writers(self) -> frozenset[str]:
         """Checkpoint writers that hold every format of this plan; may be empty."""
-        used = set(self.formats.values()) | {"16bit"}
-        return frozenset.intersection(*(format_row(fmt).writers for fmt in used))
+        return writers_of([*self.formats.values(), "16bit"])
 
     def count(self, fmt: str) -> int:
         """How many layers have this format."""
@@ -1107,91 +980,60 @@ class ProtectionPlan:
             held = runs.read_json(path, schema=SCHEMA, what="plan", stage="02_visualize")
         except RunError as error:
             raise PlanError(str(error)) from error
-        missing = [name for name in ENTRIES if name not in held and name not in OPTIONAL]
-        if missing:
-            raise PlanError(f"{path}: this plan has no {', '.join(missing)}. {AGAIN}")
+
+        def refuse(why: str) -> None:
+            raise PlanError(f"{path}: {why} Run notebook 02_visualize again with force=True.")
+
+        if missing := [name for name in ENTRIES if name not in held and name not in OPTIONAL]:
+            refuse(f"this plan has no {', '.join(missing)}.")
         for name, value in held.items():
             if name not in ENTRIES:
-                raise PlanError(f"{path}: a plan has no entry {name!r}.{suggest(name, ENTRIES)} {AGAIN}")
-            right, expected = ENTRIES[name]
-            if not right(value):
-                shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
-                raise PlanError(f"{path}: `{name}` of a plan is {expected}; found {shown}. {AGAIN}")
-        plan = cls(**held | {"protected": tuple(held["protected"])})
-        for name, fmt in plan.formats.items():
-            try:
-                format_row(fmt)
-            except PlanError as error:
-                raise PlanError(f"{path}: {name}: {error} {AGAIN}") from error
-        kept = tuple(name for name, fmt in plan.formats.items() if fmt == "16bit")
-        if kept != plan.protected:
-            raise PlanError(
-                f"{path}: `protected` lists {len(plan.protected)} layers, `formats` keeps {len(kept)} in "
-                f"16-bit; they must be the same, in the same order. {AGAIN}"
-            )
+                refuse(f"a plan has no entry {name!r}.{suggest(name, ENTRIES)}")
+            if not ENTRIES[name](value):
+                refuse(f"`{name}` of a plan can't be {value!r:.60}.")
+        for name, fmt in held["formats"].items():
+            if fmt not in tuple(FORMATS):
+                refuse(f"`formats` gives {name} the unknown format {fmt!r}.{suggest(fmt, FORMATS)}")
+        plan = cls(**held | {"protected": _kept(held["formats"])})
+        if list(plan.protected) != held["protected"]:
+            refuse("`protected` and the layers that `formats` keeps in 16-bit must be the same, in order.")
         if model is not None and plan.model.get("sha256") != model.get("sha256"):
-            theirs, ours = (
-                f"{one.get('id')} (weights {str(one.get('sha256'))[:12]})" for one in (plan.model, model)
-            )
-            raise PlanError(f"{path}: this plan is for {theirs}, not for {ours}. {AGAIN}")
-        if layers_fingerprint is not None and plan.layers_fingerprint != layers_fingerprint:
-            raise PlanError(f"{path}: this plan was made from another layers.csv than the run holds. {AGAIN}")
+            both = (f"{one.get('id')} (weights {str(one.get('sha256'))[:12]})" for one in (plan.model, model))
+            refuse(f"this plan is for {', not for '.join(both)}.")
+        if layers_fingerprint not in (None, plan.layers_fingerprint):
+            refuse("this plan was made from another layers.csv than the run holds.")
         return plan
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds and not (type(value) is float and math.isnan(value))
 
 
-def _texts(values: Any) -> bool:
-    return isinstance(values, list) and all(map(_text, values))
+TEXT, OBJECT, NUMBER, MAYBE = _is(str), _is(dict), _is(int, float), _is(int, float, NoneType)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _optional_number(value: Any) -> bool:
-    return value is None or _number(value)
-
-
-def _options(value: Any) -> bool:
-    """group, patterns and seed; an entry that is missing was not asked for."""
-    if not isinstance(value, dict):
-        return False
-    patterns = (value.get(name) for name in ("force_16bit", "forbid_16bit"))
-    right = all(one is None or _text(one) or _texts(one) for one in patterns)
-    return right and value.get("group") in GROUPS and type(value.get("seed", 0)) is int
-
-
-# What each entry of plan.json must be, and in words.
-ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, dict), "an object"),
-    "score": (_text, "a text"),
-    "direction": (lambda value: value in DIRECTIONS, "'high' or 'low'"),
-    "rule": (_text, "a text"),
-    "value": (_optional_number, "a number or null"),
-    "formats": (
-        lambda value: isinstance(value, dict) and all(map(_text, value.values())),
-        "an object {module: format}",
-    ),
-    "protected": (_texts, "a list of module names"),
-    "double_quant": (lambda value: isinstance(value, bool), "true or false"),
-    "bytes": (
-        lambda value: isinstance(value, dict) and "total" in value and all(map(_number, value.values())),
-        "an object of numbers, `total` among them",
-    ),
-    "bits_per_weight": (_number, "a number"),
-    "matrix_bits": (_number, "a number"),
-    "predicted_kl": (_optional_number, "a number or null"),
-    "layers_fingerprint": (_text, "a text"),
-    "schema": (lambda value: value == SCHEMA, str(SCHEMA)),
-    "origin": (_text, "a text"),
-    "reason": (_text, "a text"),
-    "rounding": (lambda value: value in ("guided", "nearest"), "'guided' or 'nearest'"),
-    "options": (_options, "an object of group, force_16bit, forbid_16bit and seed"),
+# What each entry of plan.json must be.
+ENTRIES: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("score", "rule", "layers_fingerprint", "origin", "reason"), TEXT),
+    **dict.fromkeys(("model", "formats", "options"), OBJECT),
+    **dict.fromkeys(("bits_per_weight", "matrix_bits"), NUMBER),
+    **dict.fromkeys(("value", "predicted_kl"), MAYBE),
+    **dict.fromkeys(("schema", "protected"), lambda value: True),  # checked against SCHEMA and `formats`
+    "direction": DIRECTIONS.__contains__,
+    "rounding": ("guided", "nearest").__contains__,
+    "double_quant": _is(bool),
+    "bytes": lambda value: OBJECT(value) and "total" in value and all(map(NUMBER, value.values())),
 }
 OPTIONAL = ("origin", "reason", "options", "rounding")  # an older version's plans lack them
+
+
+def _kept(formats: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(name for name, fmt in formats.items() if fmt == "16bit")
+
+
+def writers_of(formats: Iterable[str]) -> frozenset[str]:
+    """Checkpoint writers ("bitsandbytes", "compressed-tensors") that hold all of these formats."""
+    return frozenset.intersection(*(format_row(fmt).writers for fmt in formats))
 
 
 def check_plan(plan: ProtectionPlan, module_names: Collection[str]) -> None:
@@ -1201,8 +1043,7 @@ def check_plan(plan: ProtectionPlan, module_names: Collection[str]) -> None:
         PlanError: how many, the first few, and the nearest existing name.
     """
     known = set(module_names)
-    unknown = [name for name in plan.formats if name not in known]
-    if unknown:
+    if unknown := [name for name in plan.formats if name not in known]:
         raise PlanError(
             f"{len(unknown)} of the plan's {len(plan.formats)} modules are not in this model: "
             f"{_listed(unknown)}.{suggest(unknown[0], known)} Plan from this model's own layer table."
@@ -1215,17 +1056,13 @@ def check_writer(plan: ProtectionPlan, writer: str) -> None:
     Raises:
         PlanError: which layers, in which format, and which writer could.
     """
-    for fmt in sorted(set(plan.formats.values()), key=nominal_bits):
-        writers = sorted(format_row(fmt).writers)
-        if writer in writers:
-            continue
-        layers = [name for name, held in plan.formats.items() if held == fmt]
-        hint = f"{', '.join(writers)} can hold that format, but no writer holds all of this plan's formats."
-        if plan.writers:
-            hint = f"Write it with backend={sorted(plan.writers)[0]!r}."
+    foreign = [name for name, fmt in plan.formats.items() if writer not in format_row(fmt).writers]
+    if foreign:
+        what, others = sorted({plan.formats[name] for name in foreign}), sorted(plan.writers)
+        hint = f"Write it with backend={others[0]!r}." if others else "No writer holds all of its formats."
         raise PlanError(
-            f"a {writer} checkpoint can't hold {fmt}, which the plan gives to {len(layers)} layers: "
-            f"{_listed(layers)}. {hint}"
+            f"a {writer} checkpoint can't hold {', '.join(what)}, which the plan gives to {len(foreign)} "
+            f"layers: {_listed(foreign)}. {hint}"
         )
 
 
@@ -1237,8 +1074,9 @@ TIERS = {
     "compressed-tensors": (("int4_g64", "16bit"), ("int4_g64", "int8", "16bit")),
 }
 AUTO_GROUP = {"bitsandbytes": None, "compressed-tensors": "fused"}
-CHOICES = ("score", "direction", "rule", "value", "double_quant", "force_16bit", "forbid_16bit")
-DEFAULTS = {name: signature(make_plan).parameters[name].default for name in CHOICES}
+# What `make_plan` does unless asked otherwise; a choice that equals it was not asked for.
+DEFAULTS = {"score": "alpha_hill", "direction": "high", "rule": "claim", "value": None, "double_quant": False}
+DEFAULTS |= {"force_16bit": None, "forbid_16bit": None}
 
 
 def decide(
@@ -1272,48 +1110,37 @@ def decide(
         RunError: no layer table.
     """
     mark, model = runs.layers_fingerprint(run), runs.run_info(run)["model"]
-    if backend not in TIERS:
-        raise PlanError(f"unknown backend {backend!r}.{suggest(backend, TIERS)} Known: {', '.join(TIERS)}.")
+    _check("backend", backend, TIERS)
+    asked = DEFAULTS | choices
     if run.plan_json.exists() and not force:
         kept = ProtectionPlan.read(run.plan_json, model=model)
         if kept.origin == "slider" and kept.layers_fingerprint == mark:
             check_writer(kept, backend)
-            _refuse_other_choices(kept, choices)
+            # A plan saved by hand must not answer for a score, rule or wish that it wasn't made by.
+            held = {**vars(kept), **kept.options}
+            others = [n for n, default in DEFAULTS.items() if asked[n] not in (default, held.get(n))]
+            # An explorer adds patterns for failed layers.
+            others = [
+                n for n in others if "16bit" not in n or {*_patterns(asked[n])} - {*_patterns(held.get(n))}
+            ]
+            if others:
+                given = ", ".join(
+                    f"{n}={asked[n]!r}" for n, default in DEFAULTS.items() if asked[n] != default
+                )
+                raise PlanError(
+                    f"this run holds a plan saved from the explorer, and {given} asks for another. Run "
+                    "notebook 02_visualize with force=True to replace it, or leave these at their defaults."
+                )
             count = len(kept.protected)
             print(f"Kept the plan saved from the explorer ({count} layers); force=True replaces it.")
             return kept
-    if not formats:
-        asked = DEFAULTS | choices
-        spends = asked["rule"] == "max_kl" or (asked["rule"] in RULES and RULES[asked["rule"]].unit)
-        adds_up = score_row(asked["score"]).additive and asked["direction"] == "high"
-        formats = TIERS[backend][1 if adds_up and spends else 0]
-    choices["formats"] = tuple(formats)
-    choices["group"] = AUTO_GROUP[backend] if group == "auto" else group
+    _check("rule", asked["rule"], RULES)
+    menu = TIERS[backend][_spends(asked["rule"], asked["score"], asked["direction"])]
+    choices |= {"formats": tuple(formats) or menu, "group": AUTO_GROUP[backend] if group == "auto" else group}
     plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
     plan = replace(plan, rounding=runs.run_rounding(run))
     plan.write(run.plan_json)
     return plan
-
-
-def _refuse_other_choices(kept: ProtectionPlan, choices: Mapping[str, Any]) -> None:
-    """A plan saved by hand must not answer for a score, rule or wish that it wasn't made by."""
-    held = {**vars(kept), **kept.options}
-    others = []
-    for name, default in DEFAULTS.items():
-        asked, own = choices.get(name, default), held.get(name)
-        agrees = asked in (default, own)
-        if name in ("force_16bit", "forbid_16bit"):  # an explorer adds patterns for failed layers
-            wanted, has = ({one} if isinstance(one, str) else {*(one or ())} for one in (asked, own))
-            agrees = wanted - {""} <= has
-        if not agrees:
-            others.append(f"{name}={asked!r}")
-    if others:
-        raise PlanError(
-            f"this run holds a plan saved from the explorer (score={kept.score!r}, direction="
-            f"{kept.direction!r}, rule={kept.rule!r}, value={kept.value!r}), and {', '.join(others)} asks "
-            "for another. Run notebook 02_visualize with force=True to replace the saved plan, or leave "
-            "these parameters at their defaults to keep it."
-        )
 
 
 def read_plan(run: Run) -> ProtectionPlan:

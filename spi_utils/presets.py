@@ -54,8 +54,12 @@ def told(preset: str, given: Mapping[str, Any]) -> str:
     return f"preset {preset!r}: {', '.join(parts)}"
 
 
-def with_own_windows(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All stages' parameters; the profile "full" brings its windows of own text unless some are given."""
-    if given.get("profile") != "full" or given.get("sensitivity_windows"):
-        return dict(given)
-    return {**given, "sensitivity_windows": OWN_WINDOWS["full"]}
+def for_all_stages(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All stages' parameters: the profile "full" brings its windows of own text unless some are given, and
+    double quantization its own costs and codes of NF4."""
+    whole = dict(given)
+    if whole.get("profile") == "full" and not whole.get("sensitivity_windows"):
+        whole["sensitivity_windows"] = OWN_WINDOWS["full"]
+    if whole.get("double_quant") and "nf4" in whole.get("cost_formats", ()):
+        whole["cost_formats"] = [fmt for fmt in whole["cost_formats"] if fmt != "nf4_dq"] + ["nf4_dq"]
+    return whole

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -107,8 +107,16 @@ def spread(
 
     if backend not in BACKENDS:
         raise AnalysisError(f"backend={backend!r}; expected one of {', '.join(map(repr, BACKENDS))}.")
+    cluster: Any = nullcontext()
+    if backend == "dask":
+        try:
+            from distributed import Client
+        except ImportError as error:
+            said = "backend='dask' needs the package distributed: pip install 'dask[distributed]'."
+            raise AnalysisError(said) from error
+        own = {"n_workers": workers or cores(), "threads_per_worker": 1, "dashboard_address": None}
+        cluster = Client(scheduler) if scheduler is not None else Client(**own)
     count = workers or (-1 if backend == "dask" else cores())
-    cluster = _client(scheduler, workers or cores()) if backend == "dask" else nullcontext()
     work = function if backend == "threading" else partial(_alone, function)
     tasks = (joblib.delayed(work)(*job) for job in jobs)
     how: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
@@ -120,15 +128,3 @@ def _alone(function: Callable[..., Any], *job: Any) -> Any:
     """One job in a process of its own, which has its own thread settings."""
     with one_thread():
         return function(*job)
-
-
-def _client(scheduler: str | None, workers: int) -> AbstractContextManager[Any]:
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise AnalysisError(
-            "backend='dask' needs the package distributed: pip install 'dask[distributed]'."
-        ) from error
-    if scheduler is not None:
-        return Client(scheduler)
-    return Client(n_workers=workers, threads_per_worker=1, dashboard_address=None)

@@ -8,16 +8,20 @@ list of what would be sent, and sends nothing.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
 
 from spi_utils import runs
@@ -26,21 +30,18 @@ from spi_utils.claims import Evaluation
 from spi_utils.errors import PublishError, RunError
 from spi_utils.formats import size_tolerance
 from spi_utils.models import is_transport_error, server_delay
-from spi_utils.notebook import LONGEST_NAME, repository_problem
+from spi_utils.notebook import repository_problem
 from spi_utils.plan import ProtectionPlan, nominal_bits
 from spi_utils.progress import interactive, progress
 from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
 from spi_utils.tokens import Token, hub_token, redacted
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi, ModelCard
-
 OWNER = "your-name"  # stands for the token's owner while there is no token
 SCHEMA = 1
 CARD = "README.md"
 RECORD = "environment.json"  # the file by which a repository is known as one of ours
-MANIFEST = "manifest.json"
-UNFINISHED = {".tmp", ".temp", ".part", ".partial", ".incomplete", ".lock", ".swp", ".bak"}
+# Hidden and temporary files, such as a killed process or an editor leaves.
+UNFINISHED = re.compile(r"(^|/)\.|(\.(tmp|temp|part|partial|incomplete|lock|swp|bak)|~)$")
 # Files of the checkpoint's folder that the card or the run's own copies take the place of.
 OURS = {CARD, "plan.json", RECORD}
 
@@ -63,10 +64,11 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What would be published: the card, the files, and the gates passed or not.
+class Publication:
+    """What would be, or was, published: the card, the files, and the gates passed or not.
 
-    `files` maps each path in the repository to the local file; `total_bytes` is their sum.
+    `files` maps each path in the repository to the local file; `total_bytes` is their sum. Where something
+    was sent, `url` and `commit` say where.
     """
 
     repo_id: str
@@ -77,6 +79,8 @@ class Rehearsal:
     licence: Licence
     total_bytes: int
     note: str = "Rehearsal: nothing was sent."
+    url: str = ""
+    commit: str = ""
 
     @property
     def ready(self) -> bool:
@@ -90,28 +94,13 @@ class Rehearsal:
 
     def preview(self) -> str:
         """The card's Markdown without its YAML and with its pictures inside: what a notebook can show."""
-        text = self.card.read_text(encoding="utf-8").split("---", 2)[2]
 
         def inside(link: re.Match[str]) -> str:
             data = base64.b64encode(self.files[link[1]].read_bytes()).decode("ascii")
             return f"](data:image/png;base64,{data})"
 
+        text = self.card.read_text(encoding="utf-8").split("---", 2)[2]
         return re.sub(r"\]\((figures/[^)]+\.png)\)", inside, text)
-
-    @classmethod
-    def read(cls, run: Run) -> Rehearsal:
-        """The rehearsal that `publish/` holds."""
-        held = runs.read_json(run.publish / MANIFEST, SCHEMA, "manifest", NOTEBOOKS["publish"])
-        own = {name: run.publish / name for name in (CARD, RECORD)}
-        return cls(
-            held["repo_id"],
-            held["private"],
-            run.publish,
-            dict(sorted({**collect_files(run), **own}.items())),
-            tuple(Gate(**gate) for gate in held["gates"]),
-            Licence(**held["licence"]),
-            held["total_bytes"],
-        )
 
     def __str__(self) -> str:
         gates = "\n".join(f"  {gate}" for gate in self.gates)
@@ -123,16 +112,6 @@ class Rehearsal:
         )
 
 
-@dataclass(frozen=True)
-class Published(Rehearsal):
-    """What was published: where, as which commit, and which paths the call sent or removed."""
-
-    url: str = ""
-    commit: str = ""
-    uploaded: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-
-
 def publish(
     run: Run | str | Path,
     *,
@@ -142,7 +121,7 @@ def publish(
     allow_license: str | None = None,
     overwrite: bool = False,
     force: bool = False,
-) -> Rehearsal | Published:
+) -> Publication:
     """Write a run's model card and, unless `dry_run`, publish the run on the Hub.
 
     The token is looked for (environment, Kaggle, Colab, login), never taken as a parameter, printed or
@@ -157,10 +136,7 @@ def publish(
         allow_license: licence id of the base as you know it, where it was not found or forbids passing on the
             weights; the card records that you stated it.
         overwrite: replace the content of a repository that holds something else.
-        force: rehearse again even if nothing changed since the last time.
-
-    Returns:
-        A Published, or a Rehearsal where nothing was sent.
+        force: as in every notebook; the card and the list are always made anew.
 
     Raises:
         PublishError: no repository can have that name, a gate is closed (never in a dry run), or the Hub
@@ -168,36 +144,46 @@ def publish(
         PlatformError: what was found as a token can be none.
         RunError, PlanError: the run lacks a file, or one is damaged; says which notebook makes it.
     """
-    if repo_id is not None:
-        check_name(repo_id)
+    if repo_id is not None and (problem := repository_problem(repo_id)):
+        raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`; {problem}.")
     run = run if isinstance(run, Run) else runs.existing_run(run)
-    info = run_info(run)
-    licence, languages = read_base(
-        info["model"], run.model_dir, allow_license, location=info.get("location"), ask=not dry_run
-    )
-    inputs = {
-        **{"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": asdict(licence)},
-        **{"languages": languages, "card": sha256_file(Path(__file__).with_name("card.md.jinja"))},
-        "stages": {
-            name: runs.fingerprint(entry) for name, entry in info["stages"].items() if name != "publish"
-        },
-        # By hash: a damaged disk changes neither a file's size nor its time.
-        "files": {name: sha256_file(path) for name, path in collect_files(run).items() if path.exists()},
-    }
-    with runs.stage(run, "publish", inputs, ["publish"], force=force or not dry_run) as current:
-        if current.finished:
-            return Rehearsal.read(run)
-        token = None if dry_run else hub_token()
-        plan = ProtectionPlan.read(run.plan_json)
-        name = repo_id or default_name(plan, info["model"])
+    info, token = run_info(run), None if dry_run else hub_token()
+    base = info["model"]
+    licence, languages = read_base(base, info.get("location"), allow_license, ask=not dry_run)
+    inputs = {"repo_id": repo_id, "dry_run": dry_run, "private": private, "licence": asdict(licence)}
+    with runs.stage(run, "publish", inputs, ["publish"], force=True) as current:
+        plan, evaluation = ProtectionPlan.read(run.plan_json), Evaluation.read(run.evaluation_json)
+        name = repo_id or default_name(plan, base["id"])
         if "/" not in name:
             name = f"{OWNER if token is None else owner_of(token, name, run.path)}/{name}"
-        rehearsal, card = rehearse(run, name, plan, licence, languages, private)
-        current.record(repo_id=name, ready=rehearsal.ready, total_bytes=rehearsal.total_bytes)
+        files = collect_files(run)
+        card = make_card(name, run, plan, evaluation, licence, languages, list(files))
+        record = {
+            "schema": SCHEMA,
+            "base_model": base_of(base)[1],
+            "base_revision": base.get("revision"),
+            "base_weights_sha256": base["sha256"],
+            "storage_dtype": base["storage_dtype"],
+            "checkpoint_sha256": runs.checkpoint_hash(weight_files(run)),
+            "licence": {**asdict(licence), "condition": licence.condition},
+            "stages": {key: held["environment"] for key, held in info["stages"].items() if key != "publish"},
+            "files": {k: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for k, p in files.items()},
+        }
+        runs.write_text(run.publish / CARD, str(card))
+        runs.write_json(run.publish / RECORD, record)
+        files = dict(sorted({**files, CARD: run.publish / CARD, RECORD: run.publish / RECORD}.items()))
+        gates = check_gates(run, plan, evaluation, files, licence)
+        sizes = {key: path.stat().st_size for key, path in files.items()}
+        done = Publication(name, private, run.publish, files, gates, licence, sum(sizes.values()))
+        noted = {"repo_id": name, "ready": done.ready, "total_bytes": done.total_bytes}
+        listed = {"licence": asdict(licence), "gates": [asdict(gate) for gate in gates], "files": sizes}
+        manifest = {"schema": SCHEMA, "private": private, **noted, **listed}
+        runs.write_json(run.publish / "manifest.json", manifest)
+        current.record(**noted)
         if dry_run:
-            return rehearsal
-        if not rehearsal.ready:
-            closed = "\n".join(f"  {gate}" for gate in rehearsal.gates if not gate.passed)
+            return done
+        if not done.ready:
+            closed = "\n".join(f"  {gate}" for gate in gates if not gate.passed)
             raise PublishError(f"{run.path} may not be published yet:\n{closed}\nNothing was sent.")
         if token is None:
             flags = "" if private else " --public"
@@ -207,127 +193,38 @@ def publish(
                 "login` (or set HF_TOKEN, or attach the secret HF_TOKEN) and then\n  python -m "
                 f'spi_utils publish "{run.path}" --repo-id {name.removeprefix(f"{OWNER}/")}{flags}'
             )
-            return replace(rehearsal, note=later)
-        url, commit, uploaded, removed = send(
-            card, rehearsal.files, name, token, private=private, overwrite=overwrite, local=run.path
-        )
-        current.record(url=url, commit=commit)
-        note = f"Published at {url}" if uploaded or removed else f"Nothing new to send: {url}"
-        return Published(
-            **{**vars(rehearsal), "note": note}, url=url, commit=commit, uploaded=uploaded, removed=removed
-        )
+            return replace(done, note=later)
+        done = send(str(card), done, token, overwrite=overwrite, local=run.path)
+        current.record(url=done.url, commit=done.commit)
+        return done
 
 
-# --- the name --------------------------------------------------------------------------------------------
-
-
-def check_name(repo_id: str) -> None:
-    """Refuse a repository's name that the Hub can't have; PublishError says what it may hold."""
-    if isinstance(repo_id, str) and not repository_problem(repo_id):
-        return
-    parts = repo_id.split("/") if isinstance(repo_id, str) else []
-    advised = "/".join(filter(None, map(_as_name, parts[-2:])))[:LONGEST_NAME].rstrip("-./") or "me/my-model"
-    raise PublishError(
-        f"repo_id={repo_id!r}: expected `name` or `owner/name` of letters without accents, digits, '-', '_' "
-        f"and '.', at most {LONGEST_NAME} characters; no '--' or '..', no '-' or '.' at an end, and no "
-        f"'.git' or '.ipynb' as the last part's end, e.g. {advised!r}."
-    )
-
-
-def _as_name(text: str) -> str:
-    """A text as a part of a repository's name: what it can't hold becomes a hyphen."""
-    name = re.sub(r"[^A-Za-z0-9_.]+|\.\.+", "-", text)
-    name = re.sub(r"--+", "-", name).strip("-.")
-    return name.removesuffix(".git").removesuffix(".ipynb").strip("-.")
-
-
-def default_name(plan: ProtectionPlan, identity: Mapping[str, Any]) -> str:
+def default_name(plan: ProtectionPlan, model_id: str) -> str:
     """A repository name that says what the file is, e.g. `Qwen3.5-4B-SPI-nf4-16bit-12.2bpw`."""
+    model = re.sub(r"[^A-Za-z0-9_.]+|\.\.+", "-", model_id.rstrip("/").split("/")[-1])
+    model = re.sub(r"--+", "-", model).strip("-.") or "model"
     formats = sorted(set(plan.formats.values()), key=nominal_bits)
-    model = _as_name(identity["id"].rstrip("/").split("/")[-1]) or "model"
     return "-".join([model, "SPI", *formats, f"{plan.bits_per_weight:.1f}bpw"])
 
 
-# --- the rehearsal ---------------------------------------------------------------------------------------
-
-
-def rehearse(
-    run: Run, repo_id: str, plan: ProtectionPlan, licence: Licence, languages: list[str], private: bool
-) -> tuple[Rehearsal, ModelCard]:
-    """Write `publish/`: the card, the environment record and the manifest of what would be sent."""
-    info = run_info(run)
-    evaluation = Evaluation.read(run.evaluation_json)
-    files, weights = collect_files(run), weight_files(run.model_dir)
-    config = run.model_dir / "config.json"
-    card = make_card(
-        repo_id,
-        plan,
-        evaluation,
-        runs.read_layers(run),
-        identity=info["model"],
-        licence=licence,
-        languages=languages,
-        figures=[name for name in files if name.startswith("figures/")],
-        file_bytes=sum(path.stat().st_size for path in weights),
-        remote_code=config.is_file() and "auto_map" in runs.read_json(config),
-    )
-    runs.write_text(run.publish / CARD, str(card))
-    record = {
-        "schema": SCHEMA,
-        "base_model": base_of(info["model"])[1],
-        "base_revision": info["model"].get("revision"),
-        "base_weights_sha256": info["model"]["sha256"],
-        "storage_dtype": info["model"]["storage_dtype"],
-        "checkpoint_sha256": runs.checkpoint_hash(weights),
-        "licence": {**asdict(licence), "condition": licence.condition},
-        "stages": {name: held["environment"] for name, held in info["stages"].items() if name != "publish"},
-        "files": {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()},
-    }
-    runs.write_json(run.publish / RECORD, record)
-    files = dict(sorted({**files, CARD: run.publish / CARD, RECORD: run.publish / RECORD}.items()))
-    gates = check_gates(run, plan, evaluation, files, licence)
-    total = sum(path.stat().st_size for path in files.values())
-    rehearsal = Rehearsal(repo_id, private, run.publish, files, gates, licence, total)
-    manifest = {
-        "schema": SCHEMA,
-        "repo_id": repo_id,
-        "private": private,
-        "ready": rehearsal.ready,
-        "licence": asdict(licence),
-        "gates": [asdict(gate) for gate in gates],
-        "total_bytes": total,
-        "files": {name: path.stat().st_size for name, path in files.items()},
-    }
-    runs.write_json(run.publish / MANIFEST, manifest)
-    return rehearsal, card
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order; hidden ones are unfinished, and nobody's."""
-    return sorted(path for path in model_dir.glob("*.safetensors") if not path.name.startswith("."))
+def weight_files(run: Run) -> list[Path]:
+    """The safetensors files of the checkpoint, in name order; hidden ones are unfinished, and nobody's."""
+    return sorted(run.model_dir.glob("[!.]*.safetensors"))
 
 
 def collect_files(run: Run) -> dict[str, Path]:
-    """Path in the repository -> file of the run, without the card and the record; of the figures the card's.
-
-    Hidden and temporary files, such as a killed process leaves, are never among them.
-    """
-    held = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
-    tables = {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
+    """Path in the repository -> file, without the card and the record; of the figures those of the card."""
     drawn = {f"figures/{name}": path for name, path in _below(run.figures).items()}
-    figures = {name: drawn[name] for name, _ in shown_figures(sorted(drawn))}
-    return dict(sorted({**held, **tables, **figures}.items()))
+    files = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
+    files |= {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
+    files |= {name: drawn[name] for name, _ in shown_figures(sorted(drawn))}
+    return dict(sorted(files.items()))
 
 
 def _below(folder: Path) -> dict[str, Path]:
-    """Path within a folder -> file, hidden and unfinished ones left out."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name.as_posix(): path
-        for name, path in files.items()
-        if not any(part.startswith(".") for part in name.parts)
-        if path.suffix not in UNFINISHED and not path.name.endswith("~")
-    }
+    """Path within a folder -> file, for files that are whole."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in found.items() if not UNFINISHED.search(name)}
 
 
 # --- the gates -------------------------------------------------------------------------------------------
@@ -339,23 +236,12 @@ WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"
 NOT_SCORED = "not scored as loaded: "
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
-# Absolute paths as people's machines and hosted notebooks have them, no part of a web address.
-LOCAL_PATH = re.compile(
-    r"(?<![\w.:/~<-])/(home|Users|root|tmp|var|mnt|media|opt|scratch|srv|workspace|Volumes|content|kaggle)"
-    r"/[^\s\"'<>)]+|(?<![A-Za-z])[A-Za-z]:(\\\\?|/)Users[\\/][^\s\"'<>)]+"
-)
-# What travels along from the base's own folder.
-OF_THE_BASE = re.compile(
-    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|preprocessor|processor|video_|LICEN[CS]E|"
-    r"NOTICE|USE_POLICY|.*\.(tiktoken|model|safetensors)$|(?!generate).*\.py$).*",
-    re.DOTALL,
-)
 # Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
 QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
 QUANTIZE, EVALUATE = (f"run notebook {NOTEBOOKS[name]}" for name in ("quantize", "evaluate"))
 
 
-def check_gates(
+def check_gates(  # noqa: PLR0915 - one gate after the other
     run: Run, plan: ProtectionPlan, evaluation: Evaluation, files: Mapping[str, Path], licence: Licence
 ) -> tuple[Gate, ...]:
     """All gates, in the order in which a person would mend them.
@@ -363,167 +249,107 @@ def check_gates(
     Each reads what is on the disk now, not what a stage once said: a file that was changed, or made from
     another plan, closes it.
     """
-    # what a reader of a damaged file says names the file in full
-    return tuple(
-        Gate(name, wrong is None, (wrong or found).replace(f"{run.path}/", ""), found.startswith(NOT_SCORED))
-        for name, wrong, found in _conditions(run, plan, evaluation, files, licence)
-    )
+    info, weights = run_info(run), weight_files(run)
+    stages, gates = info["stages"], []
 
+    def gate(name: str, passed: bool, found: str, wrong: str) -> None:
+        gates.append(Gate(name, passed, found if passed else wrong, passed and found.startswith(NOT_SCORED)))
 
-def _conditions(
-    run: Run, plan: ProtectionPlan, evaluation: Evaluation, files: Mapping[str, Path], licence: Licence
-) -> Iterator[tuple[str, str | None, str]]:
-    """(gate, what is wrong or None, what is found where nothing is)."""
-    info, weights = run_info(run), weight_files(run.model_dir)
-    yield "stages", _unfinished(run, info), f"{', '.join(BEFORE_PUBLISH)} finished, their files unchanged"
+    odd, recorded = [], set()
+    for name in BEFORE_PUBLISH:
+        outputs = stages.get(name, {}).get("outputs", {})
+        measured = {key: held for key, held in outputs.items() if key.startswith(MEASURED)}
+        recorded |= set(measured)
+        if not measured or not runs.is_intact(run, {"outputs": measured}):
+            odd.append(f"what {name} writes is missing or was changed; run notebook {NOTEBOOKS[name]} again")
+    for key in _below(run.model_dir):  # whatever a loader would take weights from
+        if Path(key).suffix in WEIGHT_TYPES and f"model/{key}" not in recorded:
+            odd.append(f"model/{key} was not written by quantize; remove it, or {QUANTIZE} again")
+    gate("stages", not odd, f"{', '.join(BEFORE_PUBLISH)} finished, their files unchanged", "; ".join(odd))
 
     missing = [name for name in CHECKPOINT_FILES if not (run.model_dir / name).is_file()]
     missing += [] if weights else ["*.safetensors"]
-    wrong = f"model/ lacks {', '.join(missing)}; {QUANTIZE}" if missing else None
-    yield "checkpoint", wrong, f"{len(weights)} weight file(s), tokenizer, generate.py"
+    lacks = f"model/ lacks {', '.join(missing)}; {QUANTIZE}"
+    gate("checkpoint", not missing, f"{len(weights)} weight file(s), tokenizer, generate.py", lacks)
 
-    kept = len(plan.protected)
+    kept, differs = len(plan.protected), unplanned(run, plan)
     found = f"{len(plan.formats) - kept} modules quantized and {kept} kept, as planned"
-    yield "plan", unplanned(run, plan), found
+    gate("plan", differs is None, found, f"{differs}; {QUANTIZE} again")
 
-    own, wrong = runs.checkpoint_hash(weights), None
+    own = runs.checkpoint_hash(weights)
     of = {evaluation.checkpoint_sha256, evaluation.hashes.get("checkpoint", own)} - {own}
-    if of:
-        wrong = f"it is of checkpoint {min(of)[:12]}, model/ holds {own[:12]}; {EVALUATE}"
-    elif evaluation.hashes.get("plan") != sha256_file(run.plan_json):
-        wrong = f"plan.json changed after it; {EVALUATE}"
-    yield "evaluation", wrong, f"of this very checkpoint, {own[:12]}"
+    passed = not of and evaluation.hashes.get("plan") == sha256_file(run.plan_json)
+    other = (
+        f"it is of checkpoint {min(of)[:12]}, model/ holds {own[:12]}" if of else "plan.json changed after it"
+    )
+    gate("evaluation", passed, f"of this very checkpoint, {own[:12]}", f"{other}; {EVALUATE}")
 
     # A fresh process has used the checkpoint as its readers will (notebook 03).
-    proof, wrong = info["stages"].get("quantize", {}).get("proof") or {}, None
-    if not proof.get("finite") or "generation" not in proof:
-        wrong = f"no fresh process has run text through this checkpoint; {QUANTIZE} where it can be loaded"
-    used = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}"
-    yield "proof by use", wrong, f"{used}, and an answer to a prompt"
+    proof = stages.get("quantize", {}).get("proof") or {}
+    passed = bool(proof.get("finite")) and "generation" in proof
+    found = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}, and an answer"
+    unused = f"no fresh process has run text through this checkpoint; {QUANTIZE} where it can be loaded"
+    gate("proof by use", passed, found, unused)
 
     # The model as loaded gave the numbers that its file's tensors gave (notebook 04).
-    stock, wrong = evaluation.stock, None
-    loaded, own_kl, near = (_number(stock.get(key)) for key in ("kl", "kl_file", "tolerance"))
-    found = f"KL {loaded:.4f} as loaded, {own_kl:.4f} in float32 from the file, allowed is ±{near:.4f}"
-    if "agrees" not in stock:
-        wrong = f"the checkpoint was not scored as stock transformers load it; {EVALUATE} again"
-    elif stock["agrees"] is None and stock.get("reason"):
-        found = f"{NOT_SCORED}{stock['reason']}"
-    elif stock["agrees"] is not True or not abs(loaded - own_kl) <= near:  # NaN too
-        wrong = f"{found}; {EVALUATE} again"
-    yield "stock score", wrong, found
+    stock = evaluation.stock
+    numbers = (stock.get(key) for key in ("kl", "kl_file", "tolerance"))
+    loaded, of_file, near = (math.nan if one is None else float(one) for one in numbers)
+    found = f"KL {loaded:.4f} as loaded, {of_file:.4f} in float32 from the file, allowed is ±{near:.4f}"
+    passed = stock.get("agrees") is True and abs(loaded - of_file) <= near  # NaN is not
+    if stock.get("agrees", False) is None and stock.get("reason"):
+        passed, found = True, f"{NOT_SCORED}{stock['reason']}"
+    wrong = found if "agrees" in stock else "the checkpoint was not scored as stock transformers load it"
+    gate("stock score", passed, found, f"{wrong}; {EVALUATE} again")
 
     size, planned = sum(path.stat().st_size for path in weights), plan.bytes["total"]
-    found, allowed = (
-        f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})",
-        size_tolerance(planned),
-    )
-    wrong = (
-        f"{found}; allowed is ±{allowed:,} bytes; quantize again" if abs(size - planned) > allowed else None
-    )
-    yield "size", wrong, found
+    allowed = size_tolerance(planned)
+    found = f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})"
+    far = f"{found}; allowed is ±{allowed:,} bytes; {QUANTIZE} again"
+    gate("size", abs(size - planned) <= allowed, found, far)
 
-    why, wrong = "forbids passing on changed weights" if licence.forbids else "is unknown", None
-    if not licence.usable:
-        wrong = (
-            f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, "
-            "pass allow_license='<its id>' (the card will say that you did)"
-        )
-    yield "licence", wrong, f"{licence.id}, {licence.found}"
+    why = "forbids passing on changed weights" if licence.forbids else "is unknown"
+    why = f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, "
+    why += "pass allow_license='<its id>' (the card will say that you did)"
+    gate("licence", licence.usable, f"{licence.id}, {licence.found}", why)
 
+    folders = (run.path.resolve(), run.path.absolute(), Path.home(), Path(info.get("location", "")))
+    known = [str(folder) for folder in folders if folder.is_absolute() and len(folder.parts) > 2]
+    secrets, places = [], []
+    for name, path in files.items():
+        with path.open("rb") as content:
+            data = content.read(HEADER_LIMIT if path.suffix == ".safetensors" else -1)
+        text = data.decode("utf-8", errors="replace")
+        if SECRET.search(text):
+            secrets.append(name)
+        found_at = [text.find(folder) for folder in known if folder in text]
+        if found_at:  # the manifest must not name the folder too
+            line = text.count("\n", 0, min(found_at)) + 1
+            places.append(f"line {line} of {name} names a folder of some machine")
     found = f"none found in {len(files)} files"
-    secret = next((name for name, path in files.items() if SECRET.search(_searchable(path))), None)
-    wrong = None if secret is None else f"{secret} holds what looks like an access token; remove it"
-    yield "secrets", wrong, f"{found} (of the weights, in their headers)"
-    yield "local paths", _place(run, info, files), found
-
-
-def _unfinished(run: Run, info: Mapping[str, Any]) -> str | None:
-    """A stage before publishing that has not finished, or whose files are not what it wrote."""
-    stages = info["stages"]
-    for name in BEFORE_PUBLISH:
-        if name not in stages:
-            return f"{name} has not finished; run notebook {NOTEBOOKS[name]}"
-        for path, held in stages[name].get("outputs", {}).items():
-            file = run.path / path
-            if path.startswith(MEASURED) and not (file.is_file() and sha256_file(file) == held["sha256"]):
-                return f"{path} is not what {name} wrote; run notebook {NOTEBOOKS[name]} again"
-    recorded = stages["quantize"].get("outputs", {})
-    below = sorted(path.relative_to(run.path) for path in run.model_dir.rglob("*") if path.is_file())
-    for path in below:  # whatever a loader would take weights from
-        hidden = any(part.startswith(".") for part in path.parts)
-        if path.suffix in WEIGHT_TYPES and not hidden and path.as_posix() not in recorded:
-            return f"{path.as_posix()} was not written by quantize; remove it, or {QUANTIZE} again"
-    return None
+    leaks = f"{', '.join(secrets)} holds what looks like an access token; remove it"
+    gate("secrets", not secrets, f"{found} (of the weights, in their headers)", leaks)
+    gate("local paths", not places, found, f"{'; '.join(places)}; make the file again without it")
+    return tuple(gates)
 
 
 def unplanned(run: Run, plan: ProtectionPlan) -> str | None:
-    """The quantized modules, read from the files' headers, must be exactly the plan's."""
-    planned = {_short(name) for name, form in plan.formats.items() if form != "16bit"}
-    try:
-        held = {_short(name) for name in quantized_modules(run.model_dir)}
-    except PublishError as error:
-        return f"{error} {QUANTIZE.capitalize()} again"
-    if planned == held:
-        return None
-    example = sorted(planned ^ held)[0]
-    count = f"{len(planned ^ held)} modules differ between plan.json and model/"
-    return f"{count}, the first {example}; {QUANTIZE} again"
+    """What differs between the plan and the quantized modules that the safetensors headers tell of."""
 
+    def short(name: str) -> str:
+        # Files and models of multimodal checkpoints order these prefixes differently.
+        return re.sub(r"(^|\.)language_model\.", r"\1", name).removeprefix("model.")
 
-def _short(name: str) -> str:
-    """A module's name without the prefixes that files and models of multimodal checkpoints order differently
-    ("language_model.model.layers…", "model.language_model.layers…")."""
-    return re.sub(r"(^|\.)language_model\.", r"\1", name).removeprefix("model.")
-
-
-def quantized_modules(model_dir: Path) -> set[str]:
-    """Names of the modules whose weights are stored quantized, from the safetensors headers alone.
-
-    Raises:
-        PublishError: a file is truncated or no safetensors file.
-    """
     names: list[str] = []
-    for path in weight_files(model_dir):
+    for path in weight_files(run):
         try:
             with safe_open(path, framework="numpy") as file:
                 names += file.keys()
         except SafetensorError as error:
-            raise PublishError(f"{path}: truncated, or no safetensors file ({error}).") from error
-    return {found["module"] for found in map(QUANTIZED.match, names) if found}
-
-
-def _number(value: object) -> float:
-    """A record's number; NaN, which no comparison passes, where there is none."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _place(run: Run, info: Mapping[str, Any], files: Mapping[str, Path]) -> str | None:
-    """No file may name a folder of this machine.
-
-    Files that came with the base are searched for the run's and the base's own folders only: a vocabulary
-    may hold words like "/home/".
-    """
-    location = str(info.get("location", ""))
-    folders = {str(run.path.resolve()), str(run.path.absolute()), str(Path.home()), location}
-    known = [folder for folder in folders if Path(folder).is_absolute() and len(Path(folder).parts) > 2]
-    for name, path in files.items():
-        text = _searchable(path)
-        places = [text.find(folder) for folder in known if folder in text]
-        if not places and not OF_THE_BASE.fullmatch(name) and (match := LOCAL_PATH.search(text)):
-            places = [match.start()]
-        if places:
-            line = text.count("\n", 0, min(places)) + 1  # the manifest must not name the folder too
-            return f"line {line} of {name} names a folder of some machine; make the file again without it"
-    return None
-
-
-def _searchable(path: Path) -> str:
-    """A file's bytes as text, whatever it is called; of a safetensors file the header."""
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            return file.read(8 + int.from_bytes(file.read(8), "little") % HEADER_LIMIT).decode("latin-1")
-        return file.read().decode("utf-8", errors="replace")
+            return f"model/{path.name}: truncated, or no safetensors file ({error})"
+    held = {short(found["module"]) for found in map(QUANTIZED.match, names) if found}
+    odd = sorted(held ^ {short(name) for name, fmt in plan.formats.items() if fmt != "16bit"})
+    return f"{len(odd)} modules differ between plan.json and model/, the first {odd[0]}" if odd else None
 
 
 # --- sending ---------------------------------------------------------------------------------------------
@@ -531,17 +357,8 @@ def _searchable(path: Path) -> str:
 SENT_ALONE = 10_000_000  # bytes; files from here on are sent one by one, before the commit
 
 
-def send(
-    card: ModelCard,
-    files: Mapping[str, Path],
-    repo_id: str,
-    token: Token,
-    *,
-    private: bool,
-    overwrite: bool,
-    local: Path,
-) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-    """Make the repository hold `files`, in one commit that can be interrupted, repeated and trusted.
+def send(card: str, what: Publication, token: Token, *, overwrite: bool, local: Path) -> Publication:
+    """Make the repository hold `what.files`, in one commit that can be interrupted, repeated and trusted.
 
     The repository changes after every large file has arrived, and only if nobody changed it meanwhile: it is
     never seen half published. A large file that arrived before an interruption is not sent again (the Hub
@@ -549,125 +366,66 @@ def send(
 
     Args:
         card: the README, which the Hub validates before anything else is sent.
-        files: path in the repository -> local file, the README and the record among them.
-        repo_id: `owner/name`.
         overwrite: replace what is there even if this project did not put it there.
         local: folder to name in messages: what is safe whatever happens.
-
-    Returns:
-        The repository's address, the commit's id, the paths sent and the paths removed.
 
     Raises:
         PublishError: refused, unreachable, full, or the name holds something else; says what to do.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
-
     if not interactive():
         disable_progress_bars()
-    api = HfApi(token=token.value)
+    api, repo_id, files = HfApi(token=token.value), what.repo_id, what.files
     ask = partial(_patiently, token=token, repo_id=repo_id, local=local)
-    ask(lambda: _validate(api, card))
-    ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    found = ask(lambda: api.repo_info(repo_id))
-    if private and not found.private:
+    # Not by `ModelCard.validate`: in huggingface_hub 1.x it asks huggingface.co whatever HF_ENDPOINT says.
+    asked = {"repoType": "model", "content": card}
+    ask(lambda: hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)))
+    ask(lambda: api.create_repo(repo_id, private=what.private, exist_ok=True))
+    found = ask(lambda: api.model_info(repo_id))
+    if what.private and not found.private:
         raise PublishError(
             f"{repo_id} exists and is public, and a private repository was asked for. Nothing was sent. Pass "
             "private=False to publish there, or choose another `repo_id`."
         )
-    before = ask(lambda: _tree(api, repo_id, found.sha))
-    theirs = ask(lambda: _record_there(api, repo_id)) if RECORD in before and not overwrite else {}
-    stale = _stale(repo_id, set(before), files, theirs, overwrite)
+    there = {file.rfilename for file in found.siblings or ()} - {".gitattributes"}
+    stale = there - set(files)
+    if there and not overwrite:
+        theirs: dict[str, Any] = {}
+        if RECORD in there:
+            held = ask(lambda: api.hf_hub_download(repo_id, RECORD, force_download=True))
+            with contextlib.suppress(RunError):  # a file of that name, and none of ours
+                theirs = runs.read_json(held)
+        mine, base = runs.read_json(files[RECORD])["base_model"], theirs.get("base_model")
+        if base != mine:
+            holds = f"a model made from {base}" if base else "files of another origin"
+            raise PublishError(
+                f"{repo_id} exists and holds {holds} ({', '.join(sorted(there)[:4])}, {len(there)} files); "
+                f"expected it to be new, or a publication of {mine}. Nothing was changed. Choose another "
+                "`repo_id`, or pass overwrite=True to replace its content (the history keeps it)."
+            )
+        stale &= set(theirs.get("files", ()))  # what an earlier publication left, and nobody else
     large = [name for name, path in files.items() if path.stat().st_size >= SENT_ALONE]
     for name in progress(large, len(large), "large files at the Hub"):  # a kill costs at most one of them
-        ask(partial(_send_alone, api, repo_id, name, files[name]))
+        one = [CommitOperationAdd(name, str(files[name]))]
+        ask(partial(api.preupload_lfs_files, repo_id, one, free_memory=False))
     commit = ask(
         lambda: api.create_commit(
             repo_id,
             [  # made anew in each try: a call consumes them
-                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
                 *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
             ],
             commit_message="Publish a measured run",
             parent_commit=found.sha,
         )
     )
-    after = ask(lambda: _tree(api, repo_id))
-    changed = tuple(sorted(path for path in files if after.get(path) != before.get(path)))
-    return f"{api.endpoint}/{repo_id}", str(commit.oid), changed, tuple(stale)
+    url = f"{api.endpoint}/{repo_id}"
+    note = f"Nothing new to send: {url}" if commit.oid == found.sha else f"Published at {url}"
+    return replace(what, note=note, url=url, commit=str(commit.oid))
 
 
 def owner_of(token: Token, repo_id: str, local: Path) -> str:
-    """The account that a token belongs to.
-
-    Raises:
-        PublishError: the token isn't accepted, or there is no connection.
-    """
-    from huggingface_hub import HfApi
-
-    who = _patiently(HfApi(token=token.value).whoami, token=token, repo_id=repo_id, local=local)
-    return str(who["name"])
-
-
-def _validate(api: HfApi, card: ModelCard) -> None:
-    """Ask the Hub whether the card's YAML is right.
-
-    `ModelCard.validate` isn't used: in huggingface_hub 1.x it asks huggingface.co whatever HF_ENDPOINT says.
-    """
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    asked = {"repoType": "model", "content": str(card)}
-    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
-    if answer.status_code == 400:
-        raise PublishError(f"the Hub refuses the card's YAML: {redacted(answer.text)}. Nothing was sent.")
-    hf_raise_for_status(answer)
-
-
-def _send_alone(api: HfApi, repo_id: str, name: str, path: Path) -> None:
-    from huggingface_hub import CommitOperationAdd
-
-    api.preupload_lfs_files(repo_id, [CommitOperationAdd(name, str(path))], free_memory=False)
-
-
-def _tree(api: HfApi, repo_id: str, revision: str | None = None) -> dict[str, str]:
-    """Path -> git's id of the content, of every file in the repository."""
-    from huggingface_hub.hf_api import RepoFile
-
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    return {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _record_there(api: HfApi, repo_id: str) -> dict[str, Any]:
-    """The record of an earlier publication; empty where the file of that name is none."""
-    path = api.hf_hub_download(repo_id, RECORD, force_download=True)
-    try:
-        return runs.read_json(path)
-    except RunError:
-        return {}
-
-
-def _stale(
-    repo_id: str, there: set[str], files: Mapping[str, Path], theirs: Mapping[str, Any], overwrite: bool
-) -> list[str]:
-    """Paths to remove: what an earlier publication left and this one has no more.
-
-    Raises:
-        PublishError: the repository holds something that isn't this model's run, and `overwrite` is off.
-    """
-    strangers = sorted(there - {".gitattributes"})
-    gone = sorted(set(strangers) - set(files))
-    if overwrite or not strangers:
-        return gone
-    mine = json.loads(files[RECORD].read_text(encoding="utf-8"))
-    if theirs.get("base_model") != mine["base_model"]:
-        other = f"a model made from {theirs.get('base_model')}"
-        what = other if "base_model" in theirs else "files of another origin"
-        raise PublishError(
-            f"{repo_id} exists and holds {what} ({', '.join(strangers[:4])}, {len(strangers)} files); "
-            f"expected it to be new, or a publication of {mine['base_model']}. Nothing was changed. Choose "
-            "another `repo_id`, or pass overwrite=True to replace its content (the history keeps it)."
-        )
-    return [path for path in gone if path in theirs.get("files", {})]
+    """The account that a token belongs to; PublishError if it isn't accepted, or there is no connection."""
+    return str(_patiently(HfApi(token=token.value).whoami, token=token, repo_id=repo_id, local=local)["name"])
 
 
 # --- a Hub that is busy or refuses -----------------------------------------------------------------------
@@ -675,30 +433,23 @@ def _stale(
 Result = TypeVar("Result")
 ATTEMPTS = 5
 LONGEST_WAIT = 600  # seconds; the Hub's rate windows are 300
-RETRIED = (408, 429, 500, 502, 503, 504)
-QUOTA = re.compile(r"storage|quota|payment|billing|limit reached|exceed", re.IGNORECASE)
 OFFLINE, UNREACHABLE = -1, 0  # no HTTP status: nothing was asked, nothing answered
-CHANGED = (
-    "the repository changed while this ran ({status}): somebody else committed to it. That change stands, "
-    "and nothing was committed. See at the repository's page what it was before publishing again."
-)
 # What a failure means for a publisher, by HTTP status.
-STATUS = {
+NO_ACCESS = (
+    "the token from {token} can't write to {owner} ({said}). If no storage is full, make a token "
+    "that can write at https://huggingface.co/settings/tokens, or choose another `repo_id`."
+)
+CHANGED = (
+    "the repository changed while this ran: somebody else committed to it ({said}). That change stands, and "
+    "nothing was committed. See at the repository's page what it was before publishing again."
+)
+BUSY = "the Hub is busy or in trouble ({said}), still after several tries; see https://status.huggingface.co."
+ADVICE = {
     OFFLINE: "HF_HUB_OFFLINE is set, so nothing may be sent. Unset it and restart the session.",
     UNREACHABLE: "no connection to the Hub ({said}). On Kaggle, switch Internet on in the right-hand panel.",
-    400: "the Hub refused the request ({said}).",
-    401: "the Hub does not accept the token from {token} (401): it is mistyped, expired or revoked. Make one "
-    "at https://huggingface.co/settings/tokens (type “write”).",
-    403: "the token from {token} may not write to {owner} (403). Use a token with write access to it, made "
-    "at https://huggingface.co/settings/tokens (type “write”), or another `repo_id`. The Hub said: {said}.",
-    404: "there is no user or organisation {owner}, or the token from {token} can't see it (404).",
-    409: CHANGED,
-    412: CHANGED,
-    429: "too many requests (429), still after waiting as long as the Hub asked.",
-    500: "the Hub has trouble of its own ({said}), still after several tries; see "
-    "https://status.huggingface.co.",
-    507: "the storage of {owner} is full. Free some at https://huggingface.co/settings/billing, or publish "
-    "to another owner. The Hub said: {said}.",
+    **dict.fromkeys((401, 402, 403, 404), NO_ACCESS),
+    **dict.fromkeys((409, 412), CHANGED),
+    **dict.fromkeys((408, 429, 500, 502, 503, 504), BUSY),
 }
 
 
@@ -710,63 +461,43 @@ def _patiently(function: Callable[[], Result], *, token: Token, repo_id: str, lo
     `Retry-After`, and 2.4 no dates in it.
 
     Raises:
-        PublishError: it failed for good, in plain words and without the token. An error that isn't the Hub's
-            passes through.
+        PublishError: it failed for good, in plain words and without the token.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return function()
         except Exception as error:
-            texts = [str(link) for link in _chain(error)]
-            said = " ".join(redacted(texts[0], token).split())
-            status, response = _status(error, said)
-            code = status if response is None else response.status_code
-            if code not in (UNREACHABLE, *RETRIED) or attempt == ATTEMPTS:
-                if status is not None:
-                    words = {"token": token.source, "owner": repo_id.partition("/")[0], "said": said}
-                    advice = STATUS[status].format(**words, status=status)
-                elif any(text != redacted(text, token) for text in texts):
-                    advice = f"{type(error).__name__}: {said}."
-                else:
-                    raise
-                raise PublishError(
-                    f"publishing to {repo_id} failed: {advice} The local files are untouched in {local}; the "
-                    "same call goes on where this one ended."
-                ) from None  # a Hub that echoes the request would put its header, and the token, into it
-            asked = None if response is None else server_delay(response.headers)
-            delay = min(2.0 ** (attempt - 1) if asked is None else asked, LONGEST_WAIT)
-            label = f"HTTP {code}" if response is not None else "no connection"
+            code, headers = _status(error)
+            said = " ".join(redacted(f"{type(error).__name__}: {error}", token).split())
+        if (code != UNREACHABLE and ADVICE.get(code) != BUSY) or attempt == ATTEMPTS:
+            advice = ADVICE.get(code, "it was refused ({said}).")
+            advice = advice.format(token=token.source, owner=repo_id.partition("/")[0], said=said)
+            # Outside of `except`: an error of a Hub that echoes the request holds its header, and the token.
+            raise PublishError(
+                f"publishing to {repo_id} failed: {advice} The local files are untouched in {local}; the "
+                "same call goes on where this one ended."
+            )
+        delay = server_delay(headers)
+        delay = min(2.0 ** (attempt - 1) if delay is None else delay, LONGEST_WAIT)
+        label = f"HTTP {code}" if code else "no connection"
         print(f"the Hub is busy ({label}); waiting {delay:.0f} s, then try {attempt + 1}")
         time.sleep(delay)
     raise AssertionError("unreachable")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _status(error: Exception, said: str) -> tuple[int | None, Any]:
-    """The row of STATUS that an error belongs to, None for one that isn't the Hub's; and the HTTP response
-    behind it, through the wrappers of upload threads, None if there was none."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    links = list(_chain(error))
-    response = next((link.response for link in links if isinstance(link, HfHubHTTPError)), None)
-    full = QUOTA.search(said) is not None
-    if response is not None:
-        status = 507 if full and response.status_code in (402, 403, 413) else int(response.status_code)
-        return (status if status in STATUS else 500 if status >= 500 else 400), response
+def _status(error: BaseException) -> tuple[int, Mapping[str, str]]:
+    """The HTTP status behind an error, through the wrappers of upload threads, and the answer's headers;
+    without an answer a status of the same meaning, and 400 for whatever isn't the connection's fault."""
+    links = [error]
+    while (cause := links[-1].__cause__ or links[-1].__context__) is not None:
+        links.append(cause)
+    for link in links:
+        if isinstance(link, HfHubHTTPError):
+            return link.response.status_code, link.response.headers
+        if own := {"OfflineModeIsEnabled": OFFLINE, "XetAuthenticationError": 401}.get(type(link).__name__):
+            return own, {}
     # xet, which carries large files, raises plain RuntimeError and OSError where HTTP raises its own; those
-    # that speak of a file of ours or of a refusal mean what they say.
-    plain = isinstance(error, RuntimeError | OSError)
+    # that speak of a file of ours mean what they say.
+    plain = isinstance(error, RuntimeError | OSError | json.JSONDecodeError)
     plain = plain and not isinstance(error, FileNotFoundError | PermissionError)
-    rows = (
-        (any(isinstance(link, OfflineModeIsEnabled) for link in links), OFFLINE),
-        (any(type(link).__name__ == "XetAuthenticationError" for link in links), 401),
-        (any(map(is_transport_error, links)) or isinstance(error, json.JSONDecodeError), UNREACHABLE),
-        (isinstance(error, ValueError), 507 if full else 400),  # a card or a file that the Hub refuses
-        (plain, UNREACHABLE),
-    )
-    return next((status for holds, status in rows if holds), None), None
+    return UNREACHABLE if plain or any(map(is_transport_error, links)) else 400, {}

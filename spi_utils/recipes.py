@@ -1,10 +1,10 @@
 """A plan as other engines' recipes: llama.cpp, llm-compressor, GPTQModel, torchao.
 
-Each engine is a row of `ENGINES`: a pure function that says the plan in its words, its file, and the packages
-that can read that file back. What holds without them, by rule: every planned module is named, by its full
-name or a pattern that is anchored, escaped and matches nothing else; unplanned matrices stay 16-bit. Formats
-become the engine's nearest in bits a weight. Engines round in their own ways: the predicted KL is this
-project's and holds for none of them exactly.
+Each engine is a row of `ENGINES`: its file, and a pure function that says the plan in its words. Every
+planned module is named, by its full name or a pattern that is anchored, escaped and matches nothing else;
+unplanned matrices stay 16-bit. Formats become the engine's nearest in bits a weight. Engines round in their
+own ways: the predicted KL is this project's and holds for none of them exactly. None of the engines is run
+here; the tests read the files with the engines' own packages where those are installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -54,20 +53,8 @@ class Recipe:
     """
 
     body: str | dict[str, Any]
-    notes: tuple[str, ...]
+    notes: Sequence[str]
     files: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A row of the table: a recipe's file in `recipes/`, how it is made, and who can read it, best first.
-
-    A reader is a package, a function by which it reads the body or raises, and what may be said then.
-    """
-
-    file: str
-    make: Callable[[ProtectionPlan, ModelFacts], Recipe]
-    readers: tuple[tuple[str, Callable[[Any], Any], str], ...]
 
 
 def write_recipes(
@@ -81,37 +68,32 @@ def write_recipes(
 
     Raises:
         PlanError: a plan for another model, or that names modules which the model doesn't have; of an engine
-            that was asked for by name: it is unknown, or doesn't know the architecture, the plan quantizes
-            nothing, or the engine's reader refuses the recipe. Nothing is written then.
+            that was asked for by name: it is unknown, or doesn't know the architecture, or the plan
+            quantizes nothing. Nothing is written then.
     """
-    chosen = list(ENGINES if engines is None else engines)
-    if unknown := [name for name in chosen if name not in ENGINES]:
+    if unknown := [name for name in engines or () if name not in ENGINES]:
         raise PlanError(f"there are no recipes for {unknown[0]!r}; the engines are {', '.join(ENGINES)}.")
     facts = model_facts(run, plan, source)
     texts: dict[str, str] = {}
     made = {}
-    for name in chosen:
-        engine = ENGINES[name]
+    for name in ENGINES if engines is None else engines:
+        file, make = ENGINES[name]
         try:
             if set(plan.formats.values()) <= {"16bit"}:
-                raise PlanError(
-                    "this plan keeps every layer in 16-bit: there is nothing to quantize elsewhere."
-                )
-            recipe = engine.make(plan, facts)
-            checked = check(name, recipe)
+                raise PlanError("this plan keeps every layer in 16-bit: there is nothing to quantize.")
+            recipe = make(plan, facts)
         except PlanError as error:
             if engines is not None:
                 raise
             print(f"no recipe for {name}: {error}")
             continue
-        if isinstance(recipe.body, dict):
-            held = {"engine": name, "checked": checked, "notes": list(recipe.notes), **recipe.body}
-            texts[engine.file] = json.dumps(held, indent=2, ensure_ascii=False) + "\n"
-        else:
-            head = (f"engine: {name}", f"checked: {checked}", *recipe.notes)
-            texts[engine.file] = "".join(f"# {line}\n" for line in head) + recipe.body
         texts |= recipe.files
-        made[name] = run.path / "recipes" / engine.file
+        if isinstance(recipe.body, dict):
+            held = {"engine": name, "notes": recipe.notes, **recipe.body}
+            texts[file] = json.dumps(held, indent=2, ensure_ascii=False) + "\n"
+        else:
+            texts[file] = "".join(f"# {line}\n" for line in (f"engine: {name}", *recipe.notes)) + recipe.body
+        made[name] = run.path / "recipes" / file
     for file, text in texts.items():
         write_text(run.path / "recipes" / file, text)
     return made
@@ -121,11 +103,9 @@ def model_facts(run: Run, plan: ProtectionPlan, source: ModelSource) -> ModelFac
     """The facts from the run's layer table and the model's config.json; PlanError for unknown modules."""
     if plan.model.get("sha256") != source.sha256:
         raise PlanError(f"this plan is for {plan.model.get('id')}, not for {source.id} with these weights.")
-    layers = read_layers(run)
-    layers = layers[layers["rows"] > 0]
-    check_plan(plan, set(layers["name"]))
-    sizes = zip(layers["role"].astype(str), layers["cols"].astype(int), strict=True)
-    rows = dict(zip(layers["name"].astype(str), sizes, strict=True))
+    layers = read_layers(run).query("rows > 0")
+    rows = dict(zip(layers["name"], zip(layers["role"], layers["cols"], strict=True), strict=True))
+    check_plan(plan, rows)
     config = read_json(source.directory / "config.json", what="model configuration")
     return ModelFacts(
         model_type=config.get("text_config", config)["model_type"],
@@ -134,27 +114,6 @@ def model_facts(run: Run, plan: ProtectionPlan, source: ModelSource) -> ModelFac
         planned={name: rows[name] for name in plan.formats},
         others={name: role for name, (role, _) in rows.items() if name not in plan.formats},
     )
-
-
-def check(name: str, recipe: Recipe) -> str:
-    """Which installed package has read the recipe just now, or that none has; PlanError if one refuses it."""
-    why = ""
-    for distribution, read, says in ENGINES[name].readers:
-        try:
-            package = f"{distribution} {metadata.version(distribution)}"
-            read(recipe.body)
-        except metadata.PackageNotFoundError:
-            continue
-        except ImportError as error:
-            why = f" ({package} is installed, but can't be imported: {error})"
-        except (ValueError, TypeError, KeyError, AssertionError) as error:
-            raise PlanError(
-                f"{package} refuses the recipe for {name}: {error}. Leave {name} out of `engines`, and "
-                "please report this."
-            ) from error
-        else:
-            return says.format(package) + why
-    return "by rule, not parsed" + why
 
 
 # --- what the engines share ------------------------------------------------------------------------------
@@ -177,13 +136,13 @@ def integers(
     plan: ProtectionPlan, facts: ModelFacts, conv1d: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """The plan in 16bit, int8 and int4 alone, and what had to change; `conv1d`: can the engine take those."""
-    held, refused = {}, []
-    for name, fmt in plan.formats.items():
-        role, cols = facts.planned[name]
-        near = NEAREST.get(fmt, fmt)
-        able = fits(near, cols) and (conv1d or role != "conv1d")
-        held[name] = near if able else "16bit"
-        refused += [] if able or near == "16bit" else [name]
+    held = {name: NEAREST.get(fmt, fmt) for name, fmt in plan.formats.items()}
+    refused = [
+        name
+        for name, (role, cols) in facts.planned.items()
+        if held[name] != "16bit" and not (fits(held[name], cols) and (conv1d or role != "conv1d"))
+    ]
+    held |= dict.fromkeys(refused, "16bit")
     notes = [
         f"{fmt} doesn't exist here: {plan.count(fmt)} layers become {near} "
         f"({format_row(near).bits_per_weight:g} bits a weight); the plan's predicted KL doesn't hold."
@@ -192,7 +151,7 @@ def integers(
     ]
     if refused:
         notes.append(
-            f"kept in 16-bit, because the group doesn't divide the columns or the module is no nn.Linear: "
+            "kept in 16-bit, because the group doesn't divide the columns or the module is no nn.Linear: "
             f"{', '.join(refused)}."
         )
     return held, notes
@@ -212,14 +171,12 @@ def llama_cpp(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
     match has won in some versions, the last in others: here no tensor matches two. It drops them with a base
     type that isn't quantized, and older versions with `--pure`; both are avoided.
     """
-    half, tensors = ggml_type("16bit", 32, facts.storage_dtype), gguf_names(facts)
-    types = {
-        name: ggml_type(fmt, facts.planned[name][1], facts.storage_dtype)
-        for name, fmt in plan.formats.items()
-    }
+    dtype, tensors = facts.storage_dtype, gguf_names(facts)
+    half = ggml_type("16bit", 32, dtype)
+    types = {name: ggml_type(fmt, facts.planned[name][1], dtype) for name, fmt in plan.formats.items()}
     pairs = sorted({f"{fmt} → {types[name]}" for name, fmt in plan.formats.items()})
-    own_flag = ("embedding", "head", "experts")
-    types |= {name: half for name, role in facts.others.items() if role not in own_flag}
+    own = ("embedding", "head", "experts")  # these have a flag or a pattern of their own
+    types |= {name: half for name, role in facts.others.items() if role not in own}
     rules = [
         f"{pattern(tensor)}={types[name]}" for name, tensor in tensors.items() if tensor and name in types
     ]
@@ -232,7 +189,7 @@ def llama_cpp(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
     flags = [f"--token-embedding-type {half}", f"--output-tensor-type {half}"]
     flags += [f"--tensor-type '{rule}'" for rule in rules]
     body = " \\\n  ".join(["llama-quantize", *flags, f'"$1" "$2" {BASE_TYPE}']) + "\n"
-    return Recipe(body, tuple(notes), {"llama_cpp.tensor-types.txt": "\n".join(rules) + "\n"})
+    return Recipe(body, notes, {"llama_cpp.tensor-types.txt": "\n".join(rules) + "\n"})
 
 
 def ggml_type(fmt: str, cols: int, storage_dtype: str) -> str:
@@ -242,15 +199,10 @@ def ggml_type(fmt: str, cols: int, storage_dtype: str) -> str:
     int4 (4.125 to 4.5) → q4_0 (4.5); int4 asymmetric (4.16 to 4.63) → q4_k (4.5), or q4_1 (5) where 256
     doesn't divide the columns. Columns that 32 doesn't divide stay 16-bit, as in llama-quantize.
     """
-    row = format_row(fmt)
     if fmt == "16bit" or cols % 32:
         return {"float16": "f16", "bfloat16": "bf16"}[storage_dtype]
-    if fmt == "nf4":
-        return "iq4_nl"
-    if row.bits == 8:
-        return "q8_0"
-    if row.symmetric:
-        return "q4_0"
+    if format_row(fmt).symmetric:
+        return {"nf4": "iq4_nl", "int8": "q8_0"}.get(fmt, "q4_0")
     return "q4_1" if cols % 256 else "q4_k"
 
 
@@ -269,21 +221,12 @@ def gguf_names(facts: ModelFacts) -> dict[str, str | None]:
     found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if plain(name) == wanted]
     if not found:
         raise PlanError(
-            f"gguf {metadata.version('gguf')} knows no architecture for the model type {facts.model_type!r}: "
-            "install a newer gguf, or leave llama.cpp out of `engines`."
+            f"gguf knows no architecture for the model type {facts.model_type!r}; try a newer gguf."
         )
     names = [*facts.planned, *facts.others]
     blocks = [int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]]
     table = gguf.get_tensor_name_map(found[0], max(blocks, default=0) + 1)
-    held = {name: table.get_name(name) for name in names}
-    return {name: f"{tensor}.weight" if tensor else None for name, tensor in held.items()}
-
-
-def _read_ggml(body: str) -> None:
-    from gguf import GGMLQuantizationType
-
-    for kind in re.findall(r"=(\w+)'", body):
-        GGMLQuantizationType[kind.upper()]  # KeyError names a type that is none of gguf's
+    return {name: f"{tensor}.weight" if (tensor := table.get_name(name)) else None for name in names}
 
 
 # --- llm-compressor --------------------------------------------------------------------------------------
@@ -305,20 +248,7 @@ def llm_compressor(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
     modifier = {"QuantizationModifier": {"config_groups": groups, "ignore": ignore}}
     body = yaml.safe_dump({"default_stage": {"quantization_modifiers": modifier}}, sort_keys=False, width=200)
     notes.append("oneshot(model=…, recipe=…) needs no data; scales are its own: the predicted KL is a guide.")
-    return Recipe(body, tuple(notes))
-
-
-def _read_llm_compressor(body: str) -> None:
-    from llmcompressor.recipe import Recipe as Theirs
-
-    Theirs.create_instance(body)
-
-
-def _read_groups(body: str) -> None:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    stage = yaml.safe_load(body)["default_stage"]
-    QuantizationConfig(**stage["quantization_modifiers"]["QuantizationModifier"])
+    return Recipe(body, notes)
 
 
 # --- GPTQModel -------------------------------------------------------------------------------------------
@@ -343,13 +273,7 @@ def gptqmodel(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
     notes.append("GPTQ rounds with calibration texts: the plan's predicted KL doesn't hold.")
     notes.append("modules that GPTQModel's own list for this architecture leaves out stay in 16-bit.")
     base = {"bits": 4, "group_size": 32, "sym": True, "dynamic": dynamic}
-    return Recipe({"quantize_config": base}, tuple(notes))
-
-
-def _read_gptqmodel(body: dict[str, Any]) -> None:
-    from gptqmodel.quantization.config import QuantizeConfig
-
-    QuantizeConfig(**body["quantize_config"]).dynamic_get("compiles every pattern")
+    return Recipe({"quantize_config": base}, notes)
 
 
 # --- torchao ---------------------------------------------------------------------------------------------
@@ -388,31 +312,12 @@ def torchao(plan: ProtectionPlan, facts: ModelFacts) -> Recipe:
     return Recipe(body, (*notes, *TORCHAO_NOTES))
 
 
-def _read_torchao(body: str) -> None:
-    from torchao.core.config import config_from_dict, config_to_dict
-
-    made: dict[str, Any] = {}
-    exec(body, made)  # a few lines made above, of quoted names and numbers
-    config_from_dict(config_to_dict(made["config"]))
-
-
 # --- the table -------------------------------------------------------------------------------------------
 
-PARSED = "parsed with {}"
-ENGINES: dict[str, Engine] = {
-    "llama.cpp": Engine(
-        "llama_cpp.sh",
-        llama_cpp,
-        (("gguf", _read_ggml, "names and types by {}; patterns by rule, not parsed by llama-quantize"),),
-    ),
-    "llm-compressor": Engine(
-        "llm_compressor.yaml",
-        llm_compressor,
-        (
-            ("llmcompressor", _read_llm_compressor, PARSED),
-            ("compressed-tensors", _read_groups, "groups parsed with {}; not parsed by llm-compressor"),
-        ),
-    ),
-    "GPTQModel": Engine("gptqmodel.json", gptqmodel, (("gptqmodel", _read_gptqmodel, PARSED),)),
-    "torchao": Engine("torchao_config.py", torchao, (("torchao", _read_torchao, PARSED),)),
+Maker = Callable[[ProtectionPlan, ModelFacts], Recipe]
+ENGINES: dict[str, tuple[str, Maker]] = {
+    "llama.cpp": ("llama_cpp.sh", llama_cpp),
+    "llm-compressor": ("llm_compressor.yaml", llm_compressor),
+    "GPTQModel": ("gptqmodel.json", gptqmodel),
+    "torchao": ("torchao_config.py", torchao),
 }

@@ -10,47 +10,29 @@ from __future__ import annotations
 import base64
 import html
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from spi_utils import runs, stats
-from spi_utils.claims import (
-    QUESTIONS,
-    Evaluation,
-    audit,
-    count_verdicts,
-    evaluated_beside,
-    generalization,
-    headline_of,
-    switching_sentence,
-)
+from spi_utils import claims, runs, stats
+from spi_utils import figures as draw
+from spi_utils.claims import Evaluation
 from spi_utils.errors import SPIError
-from spi_utils.evaluation_figures import kl_survival, predicted_and_real, quality_by_bytes, window_differences
-from spi_utils.figures import save_figure
 from spi_utils.formats import gigabytes
 from spi_utils.quantize import proof_by_use
 
-if TYPE_CHECKING:
-    from IPython.display import HTML
-
-HEADLINE = "quality_by_bytes"
-FIGURES = {
-    HEADLINE: quality_by_bytes,
-    "window_differences": window_differences,
-    "kl_survival": kl_survival,
-    "predicted_and_real": predicted_and_real,
-}
+DRAWN = (draw.quality_by_bytes, draw.window_differences, draw.kl_survival, draw.predicted_and_real)
+FIGURES = {one.__name__: one for one in DRAWN}
+LAYERS = ("plan_map", "score_by_depth", "sensitivity", "frontier")  # notebook 02's, shown in the report
 
 
-def figures(run: runs.Run) -> dict[str, Path]:
+def figures(run: runs.Run, names: Iterable[str] = FIGURES) -> dict[str, Path]:
     """Draw and save the figures of the evaluation as it is now; older ones in the run are replaced.
 
     Returns:
@@ -61,64 +43,54 @@ def figures(run: runs.Run) -> dict[str, Path]:
         RunError: the run has no evaluation.
     """
     evaluation = Evaluation.read(run.evaluation_json)
-    with _evaluated(run):
-        drawn = {name: draw(evaluation) for name, draw in FIGURES.items()}
-    for name, figure in drawn.items():
-        if figure is None:  # what an earlier evaluation could show is not this one's
-            for kind in ("png", "svg"):
-                (run.figures / f"{name}.{kind}").unlink(missing_ok=True)
-    return {name: save_figure(figure, run, name) for name, figure in drawn.items() if figure is not None}
+    with _believing(run):
+        drawn = {name: FIGURES[name](evaluation) for name in names}
+    for name in (name for name, figure in drawn.items() if figure is None):
+        for kind in ("png", "svg"):  # what an earlier evaluation could show is not this one's
+            (run.figures / f"{name}.{kind}").unlink(missing_ok=True)
+    return {name: draw.save_figure(figure, run, name) for name, figure in drawn.items() if figure is not None}
 
 
 def headline_figure(run: runs.Run) -> Path:
     """The PNG of quality against bytes, drawn from the evaluation as it is now."""
-    evaluation = Evaluation.read(run.evaluation_json)
-    with _evaluated(run):
-        figure = quality_by_bytes(evaluation)
-    return save_figure(figure, run, HEADLINE)
+    return figures(run, ["quality_by_bytes"])["quality_by_bytes"]
 
 
 def headline(run: runs.Run) -> str:
     """The run in a few sentences: size, perplexity, what the selection is worth, and a better mix if any."""
     evaluation = Evaluation.read(run.evaluation_json)
-    with _evaluated(run):
-        return headline_of(evaluation)
+    with _believing(run):
+        return claims.headline_of(evaluation)
 
 
-def _evaluated(run: runs.Run) -> AbstractContextManager[None]:
+def _believing(run: runs.Run) -> AbstractContextManager[None]:
     return runs.believing(run.evaluation_json, "evaluation", runs.NOTEBOOKS["evaluate"])
 
 
 # --- tables for notebooks --------------------------------------------------------------------------------
 
 
-def table_html(evaluation: Evaluation) -> HTML:
+def table_html(evaluation: Evaluation) -> Any:
     """The evaluation's numbers as report.html shows them, the plan highlighted, a legend of columns below."""
     return _shown(_pieces().evaluation_in_notebook(evaluation.variants))
 
 
-def claims_html(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> HTML:
+def claims_html(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> Any:
     """The audit as report.html shows it; `speed` is run.json's of the stage "evaluate"."""
-    return _shown(_pieces().claims_in_notebook(audit(evaluation, speed)))
+    return _shown(_pieces().claims_in_notebook(claims.audit(evaluation, speed)))
 
 
-def layers_html(rows: pd.DataFrame) -> HTML:
+def layers_html(rows: pd.DataFrame) -> Any:
     """Rows of the layer table, its columns and statuses explained below."""
-
-    columns = []
-    for name in rows:
-        values = rows[name]
-        if pd.api.types.is_numeric_dtype(values):
-            known = values.dropna().astype(float).abs()
-            digits = 0 if (known % 1 == 0).all() else 3 if known.median() >= 0.01 else 6
-            columns.append(["–" if pd.isna(value) else f"{value:.{digits}f}" for value in values])
-        else:
-            columns.append([str(value) for value in values])
-    cells = list(zip(*columns, strict=True))
-    return _shown(_pieces().layers_in_notebook(list(rows.columns), cells))
+    cells = rows.astype(str)
+    for name in rows.select_dtypes("number"):
+        known = rows[name].dropna().astype(float).abs()
+        digits = 0 if (known % 1 == 0).all() else 3 if known.median() >= 0.01 else 6
+        cells[name] = [number(value, digits) for value in rows[name]]
+    return _shown(_pieces().layers_in_notebook(list(rows.columns), cells.to_numpy().tolist()))
 
 
-def _shown(content: str) -> HTML:
+def _shown(content: str) -> Any:
     from IPython.display import HTML
 
     return HTML(str(content))
@@ -135,57 +107,33 @@ def write_report(run: runs.Run) -> Path:
     """
     evaluation, pieces = Evaluation.read(run.evaluation_json), _pieces()
     stages = {"quantize": {}, "evaluate": {}} | runs.run_info(run)["stages"]
-    figures(run)
-    with _evaluated(run):
-        facts: dict[str, Any] = {
-            "model": f"{evaluation.model['id']} ({evaluation.model['kind']})",
-            "revision": evaluation.model.get("revision") or "–",
+    drawn = figures(run) | {name: run.figures / f"{name}.png" for name in LAYERS}
+    files = {name: base64.b64encode(p.read_bytes()).decode() for name, p in drawn.items() if p.exists()}
+    with runs.believing(run.info_json, "record of its stages", "03_quantize, then 04_evaluate"):
+        made, speed = stages["quantize"], stages["evaluate"].get("speed")
+        found = stages["evaluate"].get("environment")
+        proven = made.get("proof")
+        parts = {
+            "proof": proof_by_use(made) if proven else "not proven: run notebook 03_quantize first",
+            "said": pieces.answer(proven) if proven else "",
+            "timing": pieces.timed(speed) if speed else "",
+            "machine": pieces.machine(found) if found else "",
         }
-    with runs.believing(run.info_json, "record of the stage quantize", runs.NOTEBOOKS["quantize"]):
-        made = stages["quantize"]
-        notebook = runs.NOTEBOOKS["quantize"]
-        proof = f"not proven: run notebook {notebook} where stock transformers can run the checkpoint"
-        if made.get("proof"):
-            proof = proof_by_use(made)
-        said = pieces.answer(made["proof"]) if made.get("proof") else ""
-    with runs.believing(run.info_json, "record of the stage evaluate", runs.NOTEBOOKS["evaluate"]):
-        speed, found = stages["evaluate"].get("speed"), stages["evaluate"].get("environment", {})
-        timing = pieces.timed(speed) if speed else ""
-        versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-        gpu = found.get("gpu") or "none"
-        facts["machine"] = f"{found.get('machine')}, {found.get('cores')} cores, GPU: {gpu}"
-        facts["versions"] = f"Python {found.get('python')}, {versions}"
-    with _evaluated(run):
-        facts |= {f"SHA-256 of {name}": value for name, value in evaluation.hashes.items()}
-        page = pieces.page(
-            title=f"{evaluation.model['id']}: what the hybrid is worth",
-            evaluation=evaluation,
-            files={path.stem: base64.b64encode(path.read_bytes()).decode() for path in _pictures(run)},
-            headline=headline_of(evaluation),
-            advice=switching_sentence(evaluation),
-            proof=proof,
-            claims=audit(evaluation, speed),
-            beside=other_runs(run),
-            timing=timing,
-            said=said,
-            surroundings=pieces.environment(facts),
-            draws=stats.DRAWS,
-            least=stats.MIN_CLUSTERS,
-        )
+    with _believing(run):
+        parts |= {"headline": claims.headline_of(evaluation), "advice": claims.switching_sentence(evaluation)}
+        parts |= {"claims": claims.audit(evaluation, speed), "beside": other_runs(run), "layers": LAYERS}
+        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files}
+        page = pieces.page(evaluation=evaluation, **parts)
     runs.write_text(run.report, page.strip() + "\n")
     return run.report
-
-
-def _pictures(run: runs.Run) -> list[Path]:
-    return [path for path in run.figures.glob("*.png") if not runs.is_temporary(path)]
 
 
 def other_runs(run: runs.Run) -> str:
     """The section on the evaluated runs beside this one: does it generalize? Empty if there are none."""
     tables, unread = [], []
-    for folder in evaluated_beside(run):
+    for folder in claims.evaluated_beside(run):
         try:
-            tables.append(generalization([folder]))
+            tables.append(claims.generalization([folder]))
         # Another run's broken file is no reason to withhold this run's report.
         except (SPIError, LookupError, TypeError, ValueError):
             unread.append(folder.name)
@@ -193,15 +141,12 @@ def other_runs(run: runs.Run) -> str:
         return ""
     held = pd.concat(tables, ignore_index=True)
     rows = held.to_dict("records")
-    for row in rows:
-        row |= {end: None for end in ("Δ low", "Δ high") if math.isnan(row[end])}  # None: unbounded
-    answers = "; ".join(f"“{words}” is {count_verdicts(held, key)}" for key, words in QUESTIONS.items())
-    return _pieces().other_runs(rows, QUESTIONS, answers, unread, run.path.resolve().name)
+    asked = claims.QUESTIONS
+    answers = "; ".join(f"“{words}” is {claims.count_verdicts(held, key)}" for key, words in asked.items())
+    return _pieces().other_runs(rows, asked, answers, unread, run.path.resolve().name)
 
 
 # --- how values are written ------------------------------------------------------------------------------
-
-NEGATIVE = re.compile(r"(?<![\w.\-])-(?=\d)")  # in a date, a range or a name a hyphen stands after something
 
 
 class Missing(StrictUndefined):
@@ -214,30 +159,18 @@ class Missing(StrictUndefined):
 @cache
 def _pieces() -> Any:
     """The macros of report.html.jinja; all text is escaped, negative numbers get a true minus."""
-    pages = Environment(
-        loader=PackageLoader("spi_utils", "."),
-        autoescape=True,
-        undefined=Missing,
-        finalize=_with_minus,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {
-        "size": gigabytes,
-        "signed": signed,
-        "number": number,
-        "percent": percent,
-        "p": p_value,
-        "code": code,
-        "verbatim": lambda words: Markup(html.escape(words)),
-        "lower_verdict": lambda one: stats.verdict(stats.Estimate.from_dict(one), "lower"),
-    }
+    text: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    loader = PackageLoader("spi_utils", ".")
+    pages = Environment(loader=loader, undefined=Missing, finalize=_with_minus, **text)
+    pages.filters |= {"size": gigabytes, "signed": signed, "number": number, "percent": percent, "p": p_value}
+    pages.filters |= {"code": code, "verbatim": lambda words: Markup(html.escape(words))}
+    pages.filters["lower_verdict"] = lambda one: stats.verdict(stats.Estimate.from_dict(one), "lower")
     return pages.get_template("report.html.jinja").module
 
 
 def _with_minus(value: Any) -> Any:
     """Text with true minus signs; what is HTML already stays as it is."""
-    return value if isinstance(value, Markup) else NEGATIVE.sub("−", str(value))
+    return value if isinstance(value, Markup) else draw.with_minus(str(value))
 
 
 def signed(value: float, plus: bool = True, digits: int = 4) -> str:

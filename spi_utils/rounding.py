@@ -15,8 +15,10 @@ writes itself, so no data is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +26,100 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spi_utils.errors import AnalysisError, RunError
-from spi_utils.formats import BLOCK, HIGHEST, LOWEST, TINY, Packed, check_finite, format_row, nf4_levels
+from spi_utils.formats import (
+    BLOCK,
+    HIGHEST,
+    LOWEST,
+    NESTED_BLOCK,
+    NF4_DQ,
+    TINY,
+    Packed,
+    check_finite,
+    format_row,
+    nf4_levels,
+    quantize,
+)
 from spi_utils.runs import write_tensors
 
 DAMPING = 0.05  # of the mean diagonal, added to it; raised tenfold, twice at most, where that isn't enough
 SWEEPS = 1  # of coordinate descent: the first takes 4 to 6 % off the KL, the next three 1 to 3 % more
-SHARES = tuple(round(1 - 0.02 * step, 2) for step in range(13))  # of the block's absmax: 1 … .76
+# stored(rows, place, scale); without `rows` inside a part
+Stored = Callable[..., torch.Tensor]
+# Of the widest scale, the one whose levels span ± a block's absmax: 1 … .76, of either sign.
+SHARES = tuple(sign * round(1 - 0.02 * step, 2) for sign in (1, -1) for step in range(13))
 
 
 def guidable(fmt: str, cols: int) -> bool:
     """Whether guided rounding makes codes for a format and a width; others are rounded to nearest."""
     row = format_row(fmt)
-    if fmt == "nf4":
+    if fmt in ("nf4", NF4_DQ):
         return cols % BLOCK == 0
     return row.bits == 4 and row.symmetric and row.group is not None and cols % row.group == 0
 
 
 def guided(
-    weight: torch.Tensor, moment: torch.Tensor, fmt: str, *, damping: float = DAMPING, sweeps: int = SWEEPS
+    weight: torch.Tensor,
+    moments: Sequence[torch.Tensor],
+    fmt: str,
+    *,
+    parts: Sequence[int] = (),
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
 ) -> tuple[Packed, float | None]:
     """Round a weight so that tr(ΔW H ΔWᵀ) is small.
 
     Args:
         weight: (out, in), float16, bfloat16 or float32; the format's block (nf4: 64) divides in.
-        moment: H, (in, in), symmetric, any scale.
-        fmt: "nf4" or a symmetric int4 format.
+        moments: H, (in, in), symmetric, any scale: one, or one for each of `parts`.
+        fmt: "nf4", "nf4_dq" or a symmetric int4 format.
+        parts: rows of each part of a fused projection; all are one part if empty.
         damping: share of H's mean diagonal that is added to it.
         sweeps: of coordinate descent after the first pass.
 
     Returns:
-        The packed matrix, and the damping that was needed; None where H can't be used (not finite, zero, or
-        singular at a hundredfold damping): the caller rounds to nearest there, and says so.
+        The packed matrix, and the damping that was needed, of all parts the most; None where an H can't be
+        used (not finite, zero, or singular at a hundredfold damping): that part takes nearest levels, and
+        the caller says so.
 
     Raises:
         AnalysisError: a format or a width that can't be rounded so, or a weight that isn't finite.
     """
-    rows, cols = weight.shape
     group, levels, stored = _grid(fmt, weight)
-    if cols % group:
-        raise AnalysisError(f"{fmt} has blocks of {group} weights, which don't divide {cols} columns.")
+    if weight.shape[1] % group:
+        raise AnalysisError(
+            f"{fmt} has blocks of {group} weights, which don't divide {weight.shape[1]} columns."
+        )
+    check_finite(weight.float().abs().amax(dim=1))
+    made: list[tuple[torch.Tensor, torch.Tensor, float | None]] = []
+    start = 0
+    for part, moment in zip(weight.split(list(parts) or len(weight)), moments, strict=True):
+        rows = slice(start, start := start + len(part))
+        made.append(_rounded(part.float(), moment, group, levels, partial(stored, rows), damping, sweeps))
+    index, scales = (torch.cat([one[i] for one in made]) for i in (0, 1))  # type: ignore[misc]
+    needed = [used for *_, used in made if used is not None]
+    return _packed(fmt, weight, index, scales), max(needed) if len(needed) == len(made) else None
+
+
+def _rounded(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    group: int,
+    levels: torch.Tensor,
+    stored: Stored,
+    damping: float,
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """Each weight's level (rows, cols) uint8, each block's scale (rows, blocks), and the damping used."""
+    rows, cols = weight.shape
     middles = (levels[1:] + levels[:-1]) / 2
-    w = weight.float().clone()
-    check_finite(w.abs().amax(dim=1))
+    w = weight.clone()
     upper, used = _inverse_factor(moment, damping)
     index = torch.empty(cols, rows, dtype=torch.int32, device=w.device)
-    absmax = torch.empty(rows, cols // group, device=w.device)
-    for first in range(0, cols, group):
+    scales = torch.empty(rows, cols // group, device=w.device)
+    for place, first in enumerate(range(0, cols, group)):
         block = slice(first, first + group)
         corner = upper[block, block]
-        peak = absmax[:, first // group] = _best_absmax(
-            w[:, block], corner.diagonal(), levels, middles, stored
-        )
-        scale = stored(peak)
+        scale = _best_scale(w[:, block], corner.diagonal(), levels, middles, partial(stored, place))
         x = (w[:, block] / scale[:, None]).T.contiguous()  # (group, rows), in units of the scale
         errors = torch.empty_like(x)
         for j in range(group):
@@ -83,31 +127,36 @@ def guided(
             errors[j] = (x[j] - levels[index[first + j]]) / corner[j, j]
             x[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
         w[:, first + group :] -= (errors * scale).T @ upper[block, first + group :]
+        scales[:, place] = scale
     if used is not None:
+        h = (moment / moment.diagonal().mean()).float()
+        h.diagonal().add_(used)
         for _ in range(sweeps):
-            _sweep(weight, moment, used, group, levels, stored(absmax), index)
-    return _packed(fmt, weight, index.T.to(torch.uint8).contiguous(), absmax), used
+            _sweep(weight, h, levels, middles, stored, scales, index)
+    return index.T.to(torch.uint8), scales, used
 
 
 def _sweep(
-    weight: torch.Tensor,
-    moment: torch.Tensor,
-    damping: float,
-    group: int,
+    w: torch.Tensor,
+    h: torch.Tensor,
     levels: torch.Tensor,
+    middles: torch.Tensor,
+    stored: Stored,
     scales: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """Coordinate descent over the columns, scales kept: each code becomes the best one given all others."""
-    h = (moment / moment.diagonal().mean()).float()
-    h.diagonal().add_(damping)
-    middles = (levels[1:] + levels[:-1]) / 2
-    w = weight.float()
+    """Coordinate descent, in place: in each block the best scale given all codes, then each code in turn."""
+    group = len(h) // scales.shape[1]
     error = levels[index].T * scales.repeat_interleave(group, dim=1) - w
-    for first in range(0, w.shape[1], group):
+    for place, first in enumerate(range(0, len(h), group)):
         block = slice(first, first + group)
-        scale, corner = scales[:, first // group], h[block, block]
-        pull = (error @ h[:, block] / scale[:, None]).T.contiguous()  # half the gradient
+        old, corner, codes = scales[:, place].clone(), h[block, block], levels[index[block]].T
+        pull = error @ h[:, block]  # half the gradient, (rows, group)
+        bent = codes @ corner
+        wanted = stored(place, old - (pull * codes).sum(dim=1) / (bent * codes).sum(dim=1))
+        near = (wanted / old - 1).abs() < 0.5  # not where all codes are zero, or a step would turn the sign
+        scale = scales[:, place] = torch.where(near, wanted, old)
+        pull = ((pull + bent * (scale - old)[:, None]) / scale[:, None]).T.contiguous()
         for j in range(group):
             held = levels[index[first + j]]
             index[first + j] = torch.bucketize(held - pull[j] / corner[j, j], middles, out_int32=True)
@@ -131,47 +180,75 @@ def _inverse_factor(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     return torch.eye(len(h), device=h.device), None  # no feedback: nearest levels, searched scales
 
 
-def _best_absmax(
-    block: torch.Tensor, diagonal: torch.Tensor, levels: torch.Tensor, middles: torch.Tensor, stored: Any
+def _best_scale(
+    block: torch.Tensor,
+    diagonal: torch.Tensor,
+    levels: torch.Tensor,
+    middles: torch.Tensor,
+    stored: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """For each row of a (rows, group) block the absmax of `SHARES` with the least weighted error, 1/U_jj²."""
-    peak = block.abs().amax(dim=1)
+    """For each row of a (rows, group) block the scale with the least weighted error, 1/U_jj²: of either sign,
+    since the levels are not symmetric and a block's larger side may want the finer half."""
+    widest = block.abs().amax(dim=1) * 2 / (levels[-1] - levels[0])
     weights = diagonal.square().reciprocal()
-    best, least = peak, torch.full_like(peak, torch.inf)
+    best, least = stored(widest), torch.full_like(widest, torch.inf)
     for share in SHARES:
-        scale = stored(peak * share)[:, None]
-        values = levels[torch.bucketize(block / scale, middles, out_int32=True)] * scale
+        scale = stored(widest * share)
+        values = levels[torch.bucketize(block / scale[:, None], middles, out_int32=True)] * scale[:, None]
         error = values.sub_(block).square_() @ weights
-        best, least = torch.where(error < least, peak * share, best), torch.minimum(error, least)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
-def _grid(fmt: str, weight: torch.Tensor) -> tuple[int, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """A format's block, its levels in units of the scale, and the stored scale of an absmax, as float32."""
+def _grid(fmt: str, weight: torch.Tensor) -> tuple[int, torch.Tensor, Stored]:
+    """A format's block, its levels in units of the scale, and `stored(rows, place, scale)`: the scales of a
+    block's rows as the file can hold them, float32."""
     if fmt == "nf4":
-        return BLOCK, nf4_levels(weight.device), lambda absmax: absmax.clamp(min=TINY)
+        return BLOCK, nf4_levels(weight.device), lambda _, __, scale: scale.where(scale.abs() > TINY, TINY)
+    if fmt == NF4_DQ:  # of each block the values that its second level, fixed by the plain weights, can hold
+        second, code, offset = _second_level(weight)
+        middles = (code[1:] + code[:-1]) / 2
+
+        def representable(rows: slice, place: int, scale: torch.Tensor) -> torch.Tensor:
+            step = second[rows, place]
+            return code[torch.bucketize((scale - offset) / step, middles)] * step + offset
+
+        return BLOCK, nf4_levels(weight.device), representable
     row = format_row(fmt)
     if row.bits != 4 or not row.symmetric or row.group is None:
-        raise AnalysisError(f"{fmt} has no guided rounding; nf4 and the symmetric int4 formats have.")
+        raise AnalysisError(f"{fmt} has no guided rounding; nf4, nf4_dq and the symmetric int4 formats have.")
     levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float32, device=weight.device)
-    return row.group, levels, lambda absmax: int4_scale(absmax, weight.dtype).float()
+
+    def rounded(_: slice, __: int, scale: torch.Tensor) -> torch.Tensor:
+        held = scale.to(weight.dtype)
+        return held.masked_fill_(held == 0, 1).float()  # 1 for a block of zeros
+
+    return row.group, levels, rounded
 
 
-def int4_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The stored scale whose codes span ± absmax; 1 for a block of zeros."""
-    held = (absmax * 2 / (HIGHEST - LOWEST)).to(dtype)
-    return held.masked_fill_(held == 0, 1)
+def _second_level(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantization's absmax of each block (rows, blocks), its 256 levels, ascending, its offset."""
+    nested = quantize(weight, NF4_DQ).nested
+    assert nested is not None
+    absmax, code, offset = nested
+    blocks = weight.shape[1] // BLOCK
+    held = absmax.repeat_interleave(NESTED_BLOCK)[: len(weight) * blocks].view(-1, blocks)
+    return held.clamp(min=TINY), code, offset
 
 
-def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, absmax: torch.Tensor) -> Packed:
+def _packed(fmt: str, weight: torch.Tensor, index: torch.Tensor, scales: torch.Tensor) -> Packed:
     """The codes in the bytes of the format: nf4's first weight in a byte's high half, int4's in the low."""
     shape = (weight.shape[0], weight.shape[1])
-    pairs = index.view(shape[0], -1, 2)
+    pairs = index.contiguous().view(shape[0], -1, 2)
+    if fmt not in ("nf4", NF4_DQ):
+        codes = pairs[..., 0] | (pairs[..., 1] << 4)
+        return Packed(fmt, shape, weight.dtype, codes, scales.to(weight.dtype))
+    codes = ((pairs[..., 0] << 4) | pairs[..., 1]).reshape(-1, 1)
     if fmt == "nf4":
-        codes = (pairs[..., 0] << 4) | pairs[..., 1]
-        return Packed(fmt, shape, weight.dtype, codes.reshape(-1, 1), absmax.reshape(-1))
-    codes = pairs[..., 0] | (pairs[..., 1] << 4)
-    return Packed(fmt, shape, weight.dtype, codes, int4_scale(absmax, weight.dtype))
+        return Packed(fmt, shape, weight.dtype, codes, scales.reshape(-1))
+    second, code, offset = _second_level(weight)
+    held = torch.bucketize((scales - offset) / second, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    return replace(quantize(weight, fmt), codes=codes, scales=held.reshape(-1))
 
 
 # --- codes on disk ----------------------------------------------------------------------------------------
@@ -193,10 +270,9 @@ class Codes(Mapping[tuple[str, str], Packed]):
     def __getitem__(self, key: tuple[str, str]) -> Packed:
         path, (rows, cols), dtype = self.files[key]
         with _opened(path) as file:
-            codes, scales = (
-                file.get_tensor(f"{key[0]}|{key[1]}|{part}").clone() for part in ("codes", "scales")
-            )
-        return Packed(key[1], (rows, cols), getattr(torch, dtype), codes, scales)
+            parts = [file.get_tensor("|".join((*key, part))).clone() for part in _PARTS[: _held(key[1])]]
+        codes, scales, *nested = parts
+        return Packed(key[1], (rows, cols), getattr(torch, dtype), codes, scales, tuple(nested) or None)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.files)
@@ -205,13 +281,21 @@ class Codes(Mapping[tuple[str, str], Packed]):
         return len(self.files)
 
 
+_PARTS = ("codes", "scales", "absmax", "levels", "offset")  # the last three are double quantization's
+
+
+def _held(fmt: str) -> int:
+    return len(_PARTS) if fmt == NF4_DQ else 2
+
+
 def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed], mark: str) -> None:
     """Write codes and scales by (layer, format), atomically; `mark` says what they were made from."""
     tensors: dict[str, torch.Tensor] = {}
     rows = []
     for (name, fmt), packed in chosen.items():
         assert packed.scales is not None
-        tensors |= {f"{name}|{fmt}|codes": packed.codes.cpu(), f"{name}|{fmt}|scales": packed.scales.cpu()}
+        held = (packed.codes, packed.scales, *(packed.nested or ()))
+        tensors |= {f"{name}|{fmt}|{part}": one.cpu() for part, one in zip(_PARTS, held, strict=False)}
         rows.append([name, fmt, list(packed.shape), str(packed.dtype).removeprefix("torch.")])
     # one entry: safetensors writes several in an order that differs from process to process
     write_tensors(path, tensors, made=json.dumps({"mark": mark, "packed": rows}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,6 @@ import secrets
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +26,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 
 from spi_utils.errors import RunError
+from spi_utils.progress import cores
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -50,12 +52,14 @@ WORDS = ("name", "type", "role", "status")  # the layer table's columns of text;
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
 OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-# A temporary file of `atomic_path`: its target's name between dots, eight characters, the suffix.
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)?")
+ADVICE = {
+    FULL: "Free some space or choose another `run_dir`, and run it again",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Allow this user to write there, or choose another `run_dir`",
+    (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): "A file and a folder have one name: move that one away",
+}
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.[^.]+)?")  # an unfinished file of `atomic_path`
 STALE = 3600  # seconds after which a temporary file outside a stage's own folders has no writer any more
-_owned: dict[Path, int] = {}  # run directories that this process owns: how many stages of it are inside
-_record_threads = threading.RLock()
+_owned: set[Path] = set()  # run directories that this process owns
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask holds
+        temporary.touch(exist_ok=False)  # the umask holds
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -121,14 +125,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def write_error(path: Path, error: OSError) -> RunError:
     """What a failed write is called: its own cause, and what mends that cause."""
-    if error.errno in FULL:
-        advice = "Free some space or choose another `run_dir`, and run it again"
-    elif error.errno in FORBIDDEN:
-        advice = "Allow this user to write there, or choose another `run_dir`"
-    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        advice = "A file and a folder of one name are in each other's way: move that one away"
-    else:
-        advice = "Mend that, and run it again"
+    advice = next((words for codes, words in ADVICE.items() if error.errno in codes), "Mend that, and retry")
     where = f" ({error.filename})" if error.filename else ""
     return RunError(
         f"could not write {path}: {error.strerror or error}{where}. {advice}; "
@@ -138,8 +135,7 @@ def write_error(path: Path, error: OSError) -> RunError:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file is an unfinished one of `atomic_path`."""
-    match = TEMPORARY.fullmatch(path.name)
-    return match is not None and match["name"].endswith(match["suffix"] or "")
+    return TEMPORARY.fullmatch(path.name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -155,7 +151,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:
     """Write a safetensors file atomically. RunError where it can't be written."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
@@ -163,8 +158,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metad
             # never without metadata: a file without tensors either would have no readable header
             save_file(dict(tensors), temporary, metadata=metadata or {"format": "pt"})
         except SafetensorError as error:
-            cause = re.search(r"os error (\d+)", str(error))
-            if cause is None:
+            if (cause := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(cause[1]), os.strerror(int(cause[1]))) from error
 
@@ -178,23 +172,19 @@ def read_json(
         RunError: missing, truncated or of another schema; says which notebook makes the file again.
     """
     path = Path(path)
-    first = f" Run notebook {stage} first." if stage else ""
     again = f" Run notebook {stage} again with force=True." if stage else ""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        first = f" Run notebook {stage} first." if stage else ""
         raise RunError(f"{path}: there is no {what} here.{first}") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"{path}: this {what} can't be read: {error.strerror or error}. Choose another `run_dir`, or "
-            "move what is in the way."
+            f"{path}: this {what} can't be read: it is truncated or not JSON ({error}).{again}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: this {what} is truncated or not JSON ({error}).{again}") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}.{again}")
-    if schema is not None and value.get("schema") != schema:
-        held = value.get("schema")
+    if schema not in (None, held := value.get("schema")):
         raise RunError(f"{path}: this {what} has schema {held!r}, this version reads {schema}.{again}")
     return value
 
@@ -233,15 +223,17 @@ def fingerprint(value: Any) -> str:
 def code_hash() -> str:
     """SHA-256 over the paths and contents of this package's modules: which code made a number."""
     package = Path(__file__).resolve().parent
-    modules = sorted((file.relative_to(package).as_posix(), file) for file in package.rglob("*.py"))
-    lines = (f"{name} {sha256_file(file)}\n" for name, file in modules)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_files({file.relative_to(package).as_posix(): file for file in package.rglob("*.py")})
 
 
 def checkpoint_hash(files: Iterable[Path]) -> str:
     """SHA-256 over one line `name sha256` for each of a checkpoint's weight files, in name order."""
-    lines = (f"{file.name} {sha256_file(file)}\n" for file in sorted(files))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_files({file.name: file for file in files})
+
+
+def hash_files(files: Mapping[str, Path], of: Callable[[Path], str] = sha256_file) -> str:
+    """SHA-256 over a line `name sha256` for each file, in the order of the names."""
+    return hashlib.sha256("".join(f"{n} {of(p)}\n" for n, p in sorted(files.items())).encode()).hexdigest()
 
 
 # --- the directory ---------------------------------------------------------------------------------------
@@ -270,20 +262,28 @@ def run_path(run_dir: str | Path, model_slug: str) -> Path:
 def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
     """Make a run directory for a model, or reopen one that belongs to the same model.
 
+    A damaged record is begun again, which is said: its stages are then done again.
+
     Args:
         run_dir: the directory; made if missing.
         identity: `ModelSource.identity()`.
 
     Raises:
-        RunError: the directory holds a run of another model, or foreign files.
+        RunError: the directory holds a run of another model or of a newer version, or foreign files.
     """
     run = Run(Path(run_dir))
-    with _record_locked(run):
-        if run.info_json.exists() and (held := _held_record(run)) is not None:
-            require_same_model(run, held["model"], identity)
-            return run
-        strangers = {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}
-        if strangers and not run.info_json.exists():
+    with _locked(run, RECORD):
+        if run.info_json.exists():
+            try:
+                held = run_info(run)["model"]
+            except NewerRun:
+                raise
+            except RunError as error:
+                print(f"{error} A new record is begun: every stage is done again.", flush=True)
+            else:
+                require_same_model(run, held, identity)
+                return run
+        elif strangers := {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}:
             raise RunError(
                 f"{run.path} is not a run directory, yet it holds {', '.join(sorted(strangers)[:3])}. "
                 "Choose an empty or a new `run_dir`."
@@ -299,9 +299,8 @@ def require_same_model(run: Run, held: Mapping[str, Any], identity: Mapping[str,
         RunError: says which of the two it is.
     """
     if held["sha256"] != identity["sha256"]:
-        why = (
-            "whose weights have changed since" if held["id"] == identity["id"] else f"not of {identity['id']}"
-        )
+        same = held["id"] == identity["id"]
+        why = "whose weights have changed since" if same else f"not of {identity['id']}"
         raise RunError(
             f"{run.path} holds a run of {held['id']} (weights {held['sha256'][:12]}), {why} "
             f"(weights {identity['sha256'][:12]}). Choose another `run_dir`."
@@ -311,21 +310,6 @@ def require_same_model(run: Run, held: Mapping[str, Any], identity: Mapping[str,
             f"{run.path}: the configuration, tokenizer or code of {held['id']} has changed since this run "
             "began, and with it what the model computes. Choose another `run_dir` for the model as it is."
         )
-
-
-def _held_record(run: Run) -> dict[str, Any] | None:
-    """The run's record; None, and said, if it is damaged: its stages are then done again."""
-    try:
-        return run_info(run)
-    except RunError as error:
-        schema = None
-        with contextlib.suppress(RunError):  # not JSON at all: damaged, and begun again below
-            schema = read_json(run.info_json).get("schema")
-        if isinstance(schema, int) and schema > SCHEMA:
-            newer = f"{run.info_json} has schema {schema}, this version reads {SCHEMA}"
-            raise RunError(f"{newer}. Install a newer spi_utils, or choose another `run_dir`.") from error
-        print(f"{error} A new record is begun: every stage is done again.", flush=True)
-        return None
 
 
 def run_rounding(run: Run) -> str:
@@ -344,38 +328,29 @@ def existing_run(run_dir: str | Path) -> Run:
     return run
 
 
+class NewerRun(RunError):
+    """A run directory that a newer version of this package made."""
+
+
 def run_info(run: Run) -> dict[str, Any]:
     """The content of `run.json`.
 
     Raises:
-        RunError: missing or damaged; notebook 01_analyze begins a damaged one again.
+        RunError: missing or damaged; notebook 01_analyze begins a damaged one again. Of a newer version.
     """
-    info = read_json(run.info_json, SCHEMA, "run record", NOTEBOOKS["analyze"])
-    fault = _fault(info)
-    if fault:
-        raise RunError(
-            f"{run.info_json}: this run record is damaged: {fault}. "
-            f"Run notebook {NOTEBOOKS['analyze']} again."
-        )
+    what = "run record", NOTEBOOKS["analyze"]
+    info = read_json(run.info_json, None, *what)
+    with believing(run.info_json, *what):
+        if info["schema"] > SCHEMA:
+            raise NewerRun(
+                f"{run.info_json} has schema {info['schema']}, this version reads {SCHEMA}. "
+                "Install a newer spi_utils, or choose another `run_dir`."
+            )
+        # asked for here, so that nobody who reads the record has to ask
+        _ = info["model"]["id"], info["model"]["sha256"]
+        for entry in info["stages"].values():
+            _ = [(one["bytes"], one["sha256"]) for one in entry.get("outputs", {}).values()]
     return info
-
-
-def _fault(info: Mapping[str, Any]) -> str:
-    """What is wrong with a run record; "" if nothing."""
-    model, stages = info.get("model"), info.get("stages")
-    if not isinstance(model, dict) or not all(isinstance(model.get(key), str) for key in ("id", "sha256")):
-        return "`model` has no `id` and `sha256`"
-    if not isinstance(stages, dict):
-        return f"`stages` is {type(stages).__name__}, expected an object"
-    for name, held in stages.items():
-        if not isinstance(held, dict):
-            return f"stage {name} is {type(held).__name__}, expected an object"
-        outputs = held.get("outputs", {})
-        if not isinstance(outputs, dict) or not all(
-            isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in outputs.values()
-        ):
-            return f"stage {name} has outputs without `bytes` and `sha256`"
-    return ""
 
 
 def update_info(run: Run, change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -384,7 +359,7 @@ def update_info(run: Run, change: Callable[[dict[str, Any]], object]) -> dict[st
     Raises:
         RunError: the record is missing or damaged, or can't be written.
     """
-    with _record_locked(run):
+    with _locked(run, RECORD):
         info = run_info(run)
         change(info)
         write_json(run.info_json, info)
@@ -393,20 +368,23 @@ def update_info(run: Run, change: Callable[[dict[str, Any]], object]) -> dict[st
 
 def layers_fingerprint(run: Run) -> str:
     """SHA-256 of `layers.csv`."""
-    _require(run.layers_csv, "layer table", "analyze")
-    return sha256_file(run.layers_csv)
+    with _reading(run, run.layers_csv, "layer table"):
+        return sha256_file(run.layers_csv)
 
 
-def _check_unchanged(run: Run, path: Path, stage_name: str) -> None:
-    """Refuse a file that is not what its stage wrote, where a stage has entered it."""
-    if not run.info_json.exists():
-        return
-    outputs = run_info(run)["stages"].get(stage_name, {}).get("outputs", {})
-    if path.name in outputs and outputs[path.name]["sha256"] != sha256_file(path):
-        raise RunError(
-            f"{path} is not what the stage {stage_name} wrote: it was changed or truncated. "
-            "Run notebook 01_analyze again, which makes it again."
-        )
+@contextlib.contextmanager
+def _reading(run: Run, path: Path, what: str) -> Iterator[None]:
+    """Read a file of notebook 01_analyze: there, as its stage wrote it, and what it should be."""
+    try:
+        held = read_json(run.info_json)["stages"] if run.info_json.exists() else {}
+        known = {name: one for stage in held.values() for name, one in stage.get("outputs", {}).items()}
+        if path.name in known and known[path.name]["sha256"] != sha256_file(path):
+            raise ValueError("it is not what its stage wrote, but was changed or truncated")
+        yield
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: there is no {what} here. Run notebook 01_analyze first.") from error
+    except (ValueError, SafetensorError) as error:
+        raise RunError(f"{path}: this {what} is damaged ({error}). Run notebook 01_analyze again.") from error
 
 
 def read_layers(run: Run) -> pd.DataFrame:
@@ -415,52 +393,23 @@ def read_layers(run: Run) -> pd.DataFrame:
     Raises:
         RunError: missing, truncated, or not what the stage `analyze` wrote.
     """
-    _require(run.layers_csv, "layer table", "analyze")
-    _check_unchanged(run, run.layers_csv, "analyze")
-    try:
-        layers = pd.read_csv(run.layers_csv, float_precision="round_trip")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{run.layers_csv}: truncated or no table ({error}). Run notebook 01_analyze again."
-        ) from error
-    missing = [column for column in LAYER_KEYS if column not in layers]
-    if missing:
-        raise RunError(
-            f"{run.layers_csv}: no column {', '.join(missing)}. "
-            "Run notebook 01_analyze again with force=True."
-        )
-    words = [x for x in layers if x not in WORDS and not pd.api.types.is_numeric_dtype(layers[x])]
-    if not pd.api.types.is_bool_dtype(layers["quantizable"]):
-        words.append("quantizable")
-    words += [column for column in COUNTS if column not in words and not np.isfinite(layers[column]).all()]
-    if layers[["name", "type"]].isna().any(axis=None) or layers["name"].duplicated().any():
-        words.append("name or type")
-    if words:
-        raise RunError(
-            f"{run.layers_csv}: column {words[0]} holds something else than it should. "
-            "Run notebook 01_analyze again with force=True."
-        )
+    kinds = {"quantizable": "bool", **dict.fromkeys(COUNTS, "int64")}
+    with _reading(run, run.layers_csv, "layer table"):
+        layers = pd.read_csv(run.layers_csv, float_precision="round_trip", dtype=kinds)
+        if missing := [column for column in LAYER_KEYS if column not in layers]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        numeric = [x for x in layers if x in WORDS or pd.api.types.is_numeric_dtype(layers[x])]
+        if len(numeric) < len(layers.columns) or layers["name"].isna().any() or not layers["name"].is_unique:
+            raise ValueError("a column holds something else than it should")
     return layers
 
 
 def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
     """Singular values of every analysed layer: name -> 1-D float64, descending."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    _require(run.spectra, "spectra", "analyze")
-    _check_unchanged(run, run.spectra, "spectra")
-    try:
+    with _reading(run, run.spectra, "spectra"):
         return load_file(run.spectra)
-    except SafetensorError as error:
-        raise RunError(
-            f"{run.spectra}: truncated or corrupt ({error}). Run notebook 01_analyze again."
-        ) from error
-
-
-def _require(path: Path, what: str, made_by: str) -> None:
-    if not path.exists():
-        raise RunError(f"{path}: there is no {what} here. Run notebook {NOTEBOOKS[made_by]} first.")
 
 
 # --- stages ----------------------------------------------------------------------------------------------
@@ -486,62 +435,75 @@ def stage(
         RunError: an output is missing after the body ran.
     """
     mark = fingerprint({"stage": name, "model": run_info(run)["model"]["sha256"], "inputs": inputs})
-    if not force and _is_finished(run, name, mark):
-        yield Stage(name, mark, finished=True)
-        return
-    with owner_lock(run, name):
+
+    def is_finished() -> bool:
+        held = run_info(run)["stages"].get(name, {})
+        return not force and held.get("fingerprint") == mark and is_intact(run, held)
+
+    done = is_finished()
+    with contextlib.nullcontext() if done else owner_lock(run, name):
         # Another process may have finished it between the question above and the lock.
-        current = Stage(name, mark, finished=not force and _is_finished(run, name, mark))
+        current = Stage(name, mark, done or is_finished())
         if current.finished:
             yield current
             return
         try:
-            _claim_partial(run, name, mark, force)
-            _clean(run, name, outputs)
+            _tidy(run, name, mark, outputs, force)
             started = time.monotonic()
             yield current
-            _enter(run, current, inputs, outputs, time.monotonic() - started)
+            seconds, gpu = time.monotonic() - started, _gpu()
+            if missing := [output for output in outputs if not (run.path / output).exists()]:
+                raise RunError(f"stage {name} ended without writing {', '.join(missing)} in {run.path}.")
+            entry = {
+                "fingerprint": mark,
+                "inputs": dict(inputs),
+                "outputs": describe_files(run, outputs),
+                "seconds": round(seconds, 3),
+                "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
+                **(
+                    {"peak_gpu_gb": round(gpu.max_memory_reserved() / 1e9, 3)}
+                    if gpu and gpu.is_initialized()
+                    else {}
+                ),
+                "environment": environment(),
+                **current.notes,
+            }
+            entry = json.loads(json.dumps(entry, default=str))
+            update_info(run, lambda info: info["stages"].update({name: entry}))
+            shutil.rmtree(run.partial / name, ignore_errors=True)
+            if run.partial.exists() and not any(run.partial.iterdir()):
+                run.partial.rmdir()
         except OSError as error:
             if error.errno not in (*FULL, errno.EROFS):
                 raise
             raise write_error(run.path, error) from error
 
 
-def _is_finished(run: Run, name: str, mark: str) -> bool:
-    held = run_info(run)["stages"].get(name)
-    return held is not None and held.get("fingerprint") == mark and is_intact(run, held)
-
-
-def _enter(
-    run: Run, current: Stage, inputs: Mapping[str, Any], outputs: Sequence[str], seconds: float
-) -> None:
-    """Enter a stage whose body has ended in `run.json`, and drop its unfinished work."""
-    name = current.name
-    missing = [output for output in outputs if not (run.path / output).exists()]
-    if missing:
-        raise RunError(f"stage {name} ended without writing {', '.join(missing)} in {run.path}.")
-    entry = {
-        "fingerprint": current.fingerprint,
-        "inputs": dict(inputs),
-        "outputs": describe_files(run, outputs),
-        "seconds": round(seconds, 3),
-        "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
-        **_gpu_peak(),
-        "environment": environment(),
-        **current.notes,
-    }
-    entry = json.loads(json.dumps(entry, default=str))
-    update_info(run, lambda info: info["stages"].update({name: entry}))
-    shutil.rmtree(run.partial / name, ignore_errors=True)
-    if run.partial.exists() and not any(run.partial.iterdir()):
-        run.partial.rmdir()
+def _tidy(run: Run, name: str, mark: str, outputs: Sequence[str], force: bool) -> None:
+    """Before a stage: only pieces that its inputs made stay in its folder for unfinished work, and killed
+    writers' temporary files go: in the stage's own folders all, elsewhere the old ones."""
+    folder, owner = run.partial / name, run.partial / name / "fingerprint"
+    for place in (run.partial, folder):
+        if place.is_file():
+            place.unlink()
+    if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(mark)
+    own = [folder, *(run.path / output for output in outputs)]
+    for path in filter(is_temporary, run.path.rglob(".*")):
+        if any(map(path.is_relative_to, own)) or time.time() - path.stat().st_mtime > STALE:
+            path.unlink(missing_ok=True)
 
 
 def describe_files(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file of some outputs, as `is_intact` compares them."""
+    paths = [run.path / output for output in outputs]
+    found = sorted(p for path in paths for p in (path.rglob("*") if path.is_dir() else [path]))
     return {
         str(p.relative_to(run.path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in _files(run, outputs)
+        for p in found
+        if p.is_file() and not is_temporary(p)
     }
 
 
@@ -549,6 +511,16 @@ def add_outputs(run: Run, name: str, outputs: Sequence[str]) -> None:
     """Enter more outputs of a stage that has finished, so that it counts as undone without them."""
     found = describe_files(run, outputs)
     update_info(run, lambda info: info["stages"].get(name, {}).setdefault("outputs", {}).update(found))
+
+
+def is_intact(run: Run, entry: Mapping[str, Any]) -> bool:
+    """Whether a finished stage's outputs still are what it wrote, byte for byte."""
+
+    def is_same(path: Path, held: Mapping[str, Any]) -> bool:
+        return path.is_file() and path.stat().st_size == held["bytes"] and sha256_file(path) == held["sha256"]
+
+    held = entry.get("outputs")
+    return held is not None and all(is_same(run.path / name, one) for name, one in held.items())
 
 
 @contextlib.contextmanager
@@ -563,117 +535,53 @@ def owner_lock(run: Run, what: str) -> Iterator[None]:
     """
     path = run.path.resolve()
     if path in _owned:
-        _owned[path] += 1
-        try:
-            yield
-        finally:
-            _owned[path] -= 1
+        yield
         return
-    with _opened(run, OWNER) as handle:
-        if not _lock(handle, run, wait=False):
-            raise RunError(_taken(run))
+    with _locked(run, OWNER) as handle:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "stage": what}
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(owner).encode(), 0)
-        _owned[path] = 1
+        _owned.add(path)
         try:
             yield
         finally:
-            del _owned[path]
-
-
-def _taken(run: Run) -> str:
-    try:
-        owner = json.loads((run.path / OWNER).read_text(encoding="utf-8"))
-        who = "process {pid} on {host}, since {since}, in stage {stage}".format(**owner)
-    except (OSError, ValueError, KeyError, TypeError):  # the owner is just writing its name
-        who = "another process"
-    return f"{run.path} is in use by {who}. Wait until it ends, end it, or choose another `run_dir`."
+            _owned.discard(path)
 
 
 @contextlib.contextmanager
-def _record_locked(run: Run) -> Iterator[None]:
-    """No other process or thread changes `run.json` meanwhile; held for moments only, so others wait."""
-    with _record_threads, _opened(run, RECORD) as handle:
-        _lock(handle, run, wait=True)
-        yield
-
-
-@contextlib.contextmanager
-def _opened(run: Run, name: str) -> Iterator[int]:
+def _locked(run: Run, name: str) -> Iterator[int]:
+    """Hold one of a run directory's two lock files: RECORD is held for moments, so others wait; OWNER for the
+    length of a stage, so that they are refused."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(run.path / name, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise write_error(run.path, error) from error
     try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if name == OWNER else 0))
+        except BlockingIOError:
+            held = os.pread(handle, 1000, 0).decode()
+            try:
+                who = "process {pid} on {host}, since {since}, in stage {stage}".format(**json.loads(held))
+            except (ValueError, KeyError):  # the owner is just writing its name
+                who = "another process"
+            raise RunError(
+                f"{run.path} is in use by {who}. Wait until it ends, end it, or choose another `run_dir`."
+            ) from None
+        except OSError as error:
+            if name == OWNER:
+                print(f"{run.path} can't be locked ({error}): let no other run use it now.", flush=True)
         yield handle
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, run: Run, *, wait: bool) -> bool:
-    """Lock an open file until it is closed; False if another holds it."""
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError) as error:
-        if not wait:
-            print(f"{run.path} can't be locked ({error}): let no other run use it now.", flush=True)
-    return True
-
-
-def _clean(run: Run, name: str, outputs: Sequence[str]) -> None:
-    """Remove temporary files of killed writers: in this stage's own folders all, elsewhere the old ones."""
-    own = [run.partial / name, *(run.path / output for output in outputs)]
-    for path in run.path.rglob(".*"):
-        if not is_temporary(path) or not path.is_file():
-            continue
-        ours = any(path.is_relative_to(folder) for folder in own)
-        if ours or time.time() - path.stat().st_mtime > STALE:
-            path.unlink(missing_ok=True)
-
-
-def _gpu_peak() -> dict[str, float]:
-    """The most memory that this process' torch has taken on a GPU, where it has used one."""
+def _gpu() -> Any:
+    """`torch.cuda` where this process has a GPU and torch; this module imports none."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return {}
-    return {"peak_gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3)}
-
-
-def _files(run: Run, outputs: Sequence[str]) -> list[Path]:
-    paths = [run.path / output for output in outputs]
-    found = (p for path in paths for p in ([path] if path.is_file() else path.rglob("*")))
-    return sorted(p for p in found if p.is_file() and not is_temporary(p))
-
-
-def is_intact(run: Run, entry: Mapping[str, Any]) -> bool:
-    """Whether a finished stage's outputs still are what it wrote, byte for byte."""
-    if "outputs" not in entry:
-        return False
-    for name, held in entry["outputs"].items():
-        path = run.path / name
-        if not path.is_file() or path.stat().st_size != held["bytes"] or sha256_file(path) != held["sha256"]:
-            return False
-    return True
-
-
-def _claim_partial(run: Run, name: str, mark: str, force: bool) -> None:
-    """Leave only pieces that these inputs made in the stage's folder for unfinished work."""
-    folder = run.partial / name
-    owner = folder / "fingerprint"
-    for place in (run.partial, folder):
-        if place.exists() and not place.is_dir():
-            place.unlink()
-    if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    owner.write_text(mark)
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def peak_rss_bytes() -> int:
@@ -683,12 +591,9 @@ def peak_rss_bytes() -> int:
     """
     import resource
 
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    if (status := Path("/proc/self/status")).exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS in bytes
 
 
 def environment() -> dict[str, Any]:
@@ -697,18 +602,12 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    gpu = _gpu()
     return {
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": _gpu_name(),
+        "cores": cores(),
+        "gpu": gpu and gpu.get_device_name(0),
         "versions": versions,
     }
-
-
-def _gpu_name() -> str | None:
-    import sys
-
-    torch = sys.modules.get("torch")
-    return torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None

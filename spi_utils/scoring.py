@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from spi_utils.errors import EvaluationError
-from spi_utils.formats import Packed, dequantize, double_quantized, fits, quantize
+from spi_utils.formats import Packed, dequantize, fits, quantize, stored_as
 
 LOGIT_BYTES = 100_000_000  # of one buffer of logits; at most two are alive
 SLICE_BYTES = 2_000_000  # of the float32 rows worked on at once on a CPU: they stay in its cache
@@ -178,10 +179,11 @@ def reference_states(
 
     def score(ids: torch.Tensor) -> None:
         states = _states(model, ids)
-        losses, best = _reference_rows(head, states.flatten(0, 1), ids[:, 1:].flatten())
-        _check_finite(model, ids, losses, label)
-        columns = (losses.view(len(ids), -1).cpu(), best.view(len(ids), -1).cpu())
-        parts.append((states.cpu(), *columns))  # at once: a copy that fails must leave no column longer
+        kinds = {"nll": torch.float32, "top1": torch.int64}
+        columns = _rows(head, states.flatten(0, 1), ids[:, 1:].flatten(), kinds, _alone)
+        _check_finite(model, ids, columns["nll"], label)
+        # at once: a copy that fails must leave no column longer
+        parts.append((states.cpu(), *(column.view(len(ids), -1).cpu() for column in columns.values())))
 
     _batches(model, windows, batch, score)
     return Reference(*map(torch.cat, zip(*parts, strict=True)))
@@ -221,9 +223,12 @@ def token_scores(
     parts: list[TokenScores] = []
 
     def score(ids: torch.Tensor) -> None:
-        done = sum(len(part.nll) for part in parts)
-        held = reference[done : done + len(ids)] if need_kl and reference is not None else None
-        columns = _variant_rows(head, _states(model, ids).flatten(0, 1), ids[:, 1:].flatten(), held)
+        hidden, goals = _states(model, ids).flatten(0, 1), ids[:, 1:].flatten()
+        if need_kl and reference is not None:
+            done = sum(len(part.nll) for part in parts)
+            columns = _rows(head, hidden, goals, COLUMNS, _compare, reference[done : done + len(ids)])
+        else:
+            columns = _rows(head, hidden, goals, {"nll": torch.float32}, partial(_alone, best=False))
         _check_finite(model, ids, columns["nll"], label)
         parts.append(TokenScores(**{k: v.view(len(ids), -1).cpu().numpy() for k, v in columns.items()}))
 
@@ -238,57 +243,40 @@ def _states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _reference_rows(
-    head: Head, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and most likely token of each row of `hidden` (N, d)."""
-    # Made before the loop: small results kept between its large buffers would fragment the heap.
-    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    top1 = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
-    for first in range(0, len(hidden), head.chunk):
-        rows = slice(first, first + head.chunk)
-        raw = head.raw(hidden[rows], "variant").split(head.rows)
-        parts = (column[rows].split(head.rows) for column in (targets, nll, top1))
-        for part, goal, loss, best in zip(raw, *parts, strict=True):
-            log_p = torch.log_softmax(head.finish(part), dim=-1)  # (rows, V)
-            loss.copy_(log_p.gather(1, goal[:, None])[:, 0].neg_())
-            torch.argmax(log_p, dim=-1, out=best)
-    return nll, top1
-
-
-@torch.inference_mode()
-def _variant_rows(
-    head: Head, hidden: torch.Tensor, targets: torch.Tensor, reference: Reference | None
+def _rows(
+    head: Head,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    kinds: Mapping[str, torch.dtype],
+    work: Callable[..., dict[str, torch.Tensor]],
+    held: Reference | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The columns of TokenScores for each row of `hidden` (N, d), without `reference` the loss alone."""
-    # As above, columns are made before the loop.
-    kinds = COLUMNS if reference is not None else {"nll": torch.float32}
+    """The columns `kinds` of each row of `hidden` (N, d), by `work` on a few rows of logits at a time."""
+    # Made before the loop: small results kept between its large buffers would fragment the heap.
     columns = {k: torch.empty(len(hidden), dtype=v, device=hidden.device) for k, v in kinds.items()}
     for first in range(0, len(hidden), head.chunk):
         rows = slice(first, first + head.chunk)
-        raw = head.raw(hidden[rows], "variant").split(head.rows)
-        goals = targets[rows].split(head.rows)
+        inputs = [head.raw(hidden[rows], "variant"), targets[rows]]
+        if held is not None:
+            states = held.hidden.flatten(0, 1)[rows].to(hidden.device)
+            inputs += [head.raw(states, "reference"), held.top1.flatten()[rows].to(hidden.device)]
         places = {k: v[rows].split(head.rows) for k, v in columns.items()}
-        if reference is None:
-            for index, (z, goal) in enumerate(zip(raw, goals, strict=True)):
-                places["nll"][index].copy_(_nll(head, z, goal))
-            continue
-        held = reference.hidden.flatten(0, 1)[rows].to(hidden.device)
-        raw_held = head.raw(held, "reference").split(head.rows)
-        top1 = reference.top1.flatten()[rows].to(hidden.device).split(head.rows)
-        for index, pieces in enumerate(zip(raw, raw_held, goals, top1, strict=True)):
-            for name, values in _compare(head, *pieces).items():
+        for index, pieces in enumerate(zip(*(part.split(head.rows) for part in inputs), strict=True)):
+            for name, values in work(head, *pieces).items():
                 places[name][index].copy_(values)
     return columns
 
 
-def _nll(head: Head, raw: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    log_q = torch.log_softmax(head.finish(raw), dim=-1)
-    return -log_q.gather(1, targets[:, None])[:, 0]
+def _alone(
+    head: Head, raw: torch.Tensor, targets: torch.Tensor, *, best: bool = True
+) -> dict[str, torch.Tensor]:
+    log_p = torch.log_softmax(head.finish(raw), dim=-1)  # (rows, V)
+    loss = {"nll": -log_p.gather(1, targets[:, None])[:, 0]}
+    return loss | {"top1": log_p.argmax(dim=-1)} if best else loss
 
 
 def _compare(
-    head: Head, raw: torch.Tensor, raw_held: torch.Tensor, targets: torch.Tensor, top1: torch.Tensor
+    head: Head, raw: torch.Tensor, targets: torch.Tensor, raw_held: torch.Tensor, top1: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """One slice of rows of the variant (q) against the reference (p): KL(p ‖ q) = Σ_v p_v (ln p_v - ln q_v).
 
@@ -461,13 +449,9 @@ class Switch:
         "nf4_nearest" and the like are the format rounded to nearest, whatever `codes` holds.
         """
         if (name, fmt) not in self._packed:
-            base = fmt.removesuffix(NEAREST)
-            double = self.double_quant and base == "nf4"
-            chosen = self.codes.get((name, fmt))
-            if chosen is None:
-                made = quantize(self.original(name), base, double_quant=double)
-            else:
-                made = double_quantized(chosen) if double else chosen
+            stored = stored_as(fmt.removesuffix(NEAREST), self.double_quant)
+            chosen = None if fmt.endswith(NEAREST) else self.codes.get((name, stored))
+            made = quantize(self.original(name), stored) if chosen is None else chosen
             self._packed[name, fmt] = made.to("cpu")
         return self._packed[name, fmt]
 

@@ -74,7 +74,7 @@ from spi_utils.texts import NAMES, check_windows, load_text, make_windows, start
 Floats = NDArray[np.float64]
 Slopes = dict[str, NDArray[np.float32]]
 
-ENGINE = 3  # raise it when the numbers change: finished columns and pieces are then made again
+ENGINE = 4  # raise it when the numbers change: finished columns and pieces are then made again
 WINDOWS, LENGTH = 32, 256  # of the text that gradients are taken on
 HELD_OUT = 4  # one window for slopes to so many for rounding, on top of them
 YARDSTICK_WINDOWS = 8  # of the text that KL is measured on
@@ -370,7 +370,8 @@ class Work:
             weight = self.switch.original(name)
             for fmt in self.settings["formats"]:
                 if guidable(fmt, weight.shape[1]):
-                    chosen[name, fmt], damping = guided(weight, moments[name], fmt)
+                    parts = passing.parts[name]
+                    chosen[name, fmt], damping = guided(weight, moments[name], fmt, parts=parts)
                     key = "nearest levels" if damping is None else f"damping {damping:g}"
                     kinds[key] = kinds.get(key, 0) + 1
             del moments[name]
@@ -516,6 +517,8 @@ class BlockPass:
         """
         self.switch, self.model, self.head = switch, switch.model, Head(switch.model)
         self.half = next(self.model.parameters()).dtype == torch.float16
+        config = self.model.config.get_text_config()
+        self.parts = {name: fused_parts(name, len(switch.live(name)), config) for name in switch.layers}
         starts = [*range(0, split, batch), *range(split, len(windows), batch)]
         ends = [min(start + batch, split if start < split else len(windows)) for start in starts]
         self.ids = [windows[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -537,13 +540,17 @@ class BlockPass:
             print("sensitivity: this architecture can't be run block by block: the whole model is one block")
             self.blocks, self.layers = [], [list(switch.layers)]
 
-    def moments(self, block: int) -> dict[str, torch.Tensor]:
-        """H = Σ_t ‖g_t‖² x_t x_tᵀ of each of the block's layers, (in, in) float32, by name."""
-        found: dict[str, torch.Tensor] = {}
+    def moments(self, block: int) -> dict[str, list[torch.Tensor]]:
+        """H = Σ_t ‖g_t‖² x_t x_tᵀ, (in, in) float32, of each part of each of the block's layers, by name."""
+        found: dict[str, list[torch.Tensor]] = {}
         for k in self.guiding:
             for name, x, g in self._visit(block, k):
-                scaled = x.flatten(0, -2).float() * g.flatten(0, -2).norm(dim=1, keepdim=True)
-                found[name] = found[name].addmm_(scaled.T, scaled) if name in found else scaled.T @ scaled
+                inputs, parts = x.flatten(0, -2).float(), g.flatten(0, -2).split(self.parts[name], dim=1)
+                scaled = [inputs * part.norm(dim=1, keepdim=True) for part in parts]
+                held = found.setdefault(name, [torch.zeros((), device=x.device)] * len(parts))
+                found[name] = [
+                    h.addmm_(s.T, s) if h.dim() else s.T @ s for h, s in zip(held, scaled, strict=True)
+                ]
         return found
 
     def slopes(self, block: int, formats: Sequence[str]) -> Slopes:
@@ -722,6 +729,26 @@ def find_blocks(model: Any, layers: Sequence[str]) -> tuple[str, list[Any]]:
         return "", []
     name = names.most_common(1)[0][0]
     return name, list(model.get_submodule(name))
+
+
+def fused_parts(name: str, rows: int, config: Any) -> list[int]:
+    """The rows of each part of a fused projection (Phi's, Qwen3.5's, GPT-2's), whose gradients are unlike, so
+    that each has a second moment of its own. One part for any other layer."""
+    sizes = [rows]
+    match name.rpartition(".")[2]:
+        case "gate_up_proj":
+            sizes = [rows // 2] * 2
+        case "c_attn":
+            sizes = [rows // 3] * 3
+        case "qkv_proj":
+            heads = config.num_attention_heads
+            q = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+            sizes = [q, (rows - q) // 2, (rows - q) // 2]
+        case "in_proj_qkv":
+            k = config.linear_num_key_heads * config.linear_key_head_dim
+            sizes = [k, k, rows - 2 * k]
+    sound = min(sizes) > 0 and sum(sizes) == rows  # else another model's layer of that name
+    return sizes if sound else [rows]
 
 
 @contextlib.contextmanager

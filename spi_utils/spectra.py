@@ -12,15 +12,14 @@ other.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.linalg import cython_lapack, eigvalsh_tridiagonal
+from scipy.linalg import eigvalsh_tridiagonal
 
 from spi_utils.errors import AnalysisError
 
@@ -111,8 +110,7 @@ def analyze_matrix(
     """Singular values, every statistic and the status of one weight.
 
     Args:
-        weight: (rows, cols), floating point of any width, on the CPU or a CUDA device; the work happens
-        there.
+        weight: (rows, cols), floating point of any width, on the CPU or a CUDA device: it is worked on there.
         precision: "float64", "float32", or "auto": float64 on the CPU, float32 (TF32 off) on CUDA.
         min_tail: see `fit_power_law`.
         seed: of the Gaussian null and of the blocks drawn for FARMS.
@@ -123,89 +121,46 @@ def analyze_matrix(
     """
     matrix = checked(weight)
     precision = choose_precision(precision, matrix.device)
-    rows, cols = matrix.shape
     sigma, moments = decompose(matrix, precision=precision)
-    if not np.isfinite(moments.variance) or not np.isfinite(sigma).all():
-        return _failed(np.full(min(rows, cols), np.nan))
-    pooled = block_eigenvalues(matrix, precision=precision, seed=seed) if farms else np.empty(0)
-    return describe(sigma, moments, rows, cols, pooled=pooled, min_tail=min_tail, seed=seed)
-
-
-def describe(
-    sigma: np.ndarray,
-    moments: Moments,
-    rows: int,
-    cols: int,
-    *,
-    pooled: np.ndarray,
-    min_tail: int | None = None,
-    seed: int = 0,
-) -> LayerSpectrum:
-    """The statistics of known singular values: everything that follows the decomposition.
-
-    Args:
-        sigma: (M,) float64, descending.
-        moments: of the weight's entries.
-        rows: of the weight.
-        cols: of the weight.
-        pooled: the eigenvalues of the weight's blocks (`block_eigenvalues`), or none.
-        min_tail: see `fit_power_law`.
-        seed: of the Gaussian null.
-    """
+    if not np.isfinite(sigma).all() or sigma[0] == 0:
+        return LayerSpectrum(sigma, dict.fromkeys((*COLUMNS, *INPUTS), float("nan")), "failed")
+    rows, cols = matrix.shape
     fit = fit_power_law(sigma**2, min_tail)
     spectrum = Spectrum(sigma, fit, rows, cols, moments)
-    if sigma[0] == 0:
-        return _failed(sigma)
     values = {name: float(function(spectrum)) for name, function in (STATISTICS | INPUTS).items()}
     mean, deviation = gaussian_hill(rows, cols, seed=seed)
     values["alpha_excess"] = values["alpha_hill"] - mean
     values["alpha_excess_z"] = values["alpha_excess"] / deviation
-    values["alpha_farms"] = block_hill(pooled)
-    return LayerSpectrum(sigma, {name: values[name] for name in (*COLUMNS, *INPUTS)}, _status(spectrum))
-
-
-def _failed(sigma: np.ndarray) -> LayerSpectrum:
-    return LayerSpectrum(sigma, dict.fromkeys((*COLUMNS, *INPUTS), float("nan")), "failed")
-
-
-def _status(spectrum: Spectrum) -> str:
-    fit = spectrum.fit
+    pooled = block_eigenvalues(matrix, precision=precision, seed=seed) if farms else np.empty(0)
+    values["alpha_farms"] = hill_alpha(np.sort(pooled, axis=None)[::-1])
+    status = "poor_fit" if fit.ks > POOR_KS else "ok"
     if not np.isfinite(fit.alpha):
-        return "failed"
-    if np.count_nonzero(spectrum.eigenvalues > EIGENVALUE_FLOOR) < FEW_VALUES:
-        return "few_values"
-    if fit.tail < SHORT_TAIL:
-        return "short_tail"
-    return "poor_fit" if fit.ks > POOR_KS else "ok"
+        status = "failed"
+    elif np.count_nonzero(spectrum.eigenvalues > EIGENVALUE_FLOOR) < FEW_VALUES:
+        status = "few_values"
+    elif fit.tail < SHORT_TAIL:
+        status = "short_tail"
+    return LayerSpectrum(sigma, {name: values[name] for name in (*COLUMNS, *INPUTS)}, status)
 
 
 # --- the decomposition -----------------------------------------------------------------------------------
 
 
 # In float64 the eigenvalues of the Gram matrix give the same alpha as a float64 SVD to 1e-12, for a quarter
-# of the arithmetic. numpy's `matmul` sees the symmetric product and calls ?syrk; LAPACK's ?syevd comes from
-# scipy through ctypes, which frees Python's lock (numpy computes float32 eigenvalues in float64, scipy's
-# `eigh` keeps the lock, torch's MKL is slower on AMD): layers in threads of one process really run side by
-# side. Measured and left: ?syev and ?syevr (no faster), two-stage tridiagonalisation (4 to 10 times slower in
-# OpenBLAS' build), stacks of equal shapes, and BLAS threads instead of a layer a core.
-
-ROUTINES = {np.dtype(np.float64): "dsyevd", np.dtype(np.float32): "ssyevd"}
+# of the arithmetic. numpy's `matmul` sees the symmetric product and calls ?syrk; its `eigvalsh` is LAPACK's
+# dsyevd and frees Python's lock (scipy's `eigh` keeps it, torch's MKL is slower on AMD): layers in threads of
+# one process really run side by side. Measured and left: ?syev and ?syevr (no faster), two-stage
+# tridiagonalisation (4 to 10 times slower in OpenBLAS' build), BLAS threads instead of a layer a core.
 
 
 def checked(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
     """The weight as a floating-point matrix with entries, or an error that says what it is instead."""
-    matrix = (
-        torch.from_numpy(np.ascontiguousarray(weight)) if isinstance(weight, np.ndarray) else weight.detach()
-    )
-    found = f"shape {tuple(matrix.shape)}, {str(matrix.dtype).removeprefix('torch.')}"
-    if matrix.ndim != 2 or matrix.numel() == 0:
+    matrix = torch.from_numpy(weight) if isinstance(weight, np.ndarray) else weight.detach()
+    if matrix.ndim != 2 or matrix.numel() == 0 or matrix.dtype not in FLOATS:
         raise AnalysisError(
-            f"Expected a matrix with at least one entry, got {found}. Pass stacks slice by slice."
-        )
-    if matrix.dtype not in FLOATS:
-        raise AnalysisError(
-            f"Expected float16, bfloat16, float32 or float64 entries, got {found}. Integer and 8-bit codes "
-            "mean nothing without their scales: dequantize the checkpoint first."
+            "Expected a matrix with at least one entry in float16, bfloat16, float32 or float64, got shape "
+            f"{tuple(matrix.shape)}, {str(matrix.dtype).removeprefix('torch.')}. Pass stacks slice by slice, "
+            "and dequantize checkpoints first: codes mean nothing without their scales."
         )
     return matrix
 
@@ -244,23 +199,18 @@ def decompose(matrix: torch.Tensor, *, precision: str = "float64") -> tuple[np.n
 def _host_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarray, Moments]:
     """Ascending eigenvalues of the Gram matrix, summed over slices: the weight is never whole in float64."""
     tall, short = matrix.shape[0] >= matrix.shape[1], min(matrix.shape)
-    step = max(1, GRAM_ENTRIES // short)
     shift = float(matrix[0].double().mean())
-    gram = sums = None
-    for first in range(0, max(matrix.shape), step):
-        part = matrix[first : first + step] if tall else matrix[:, first : first + step]
+    gram, sums = np.zeros((short, short), precision), np.zeros(4)
+    for part in matrix.split(max(1, GRAM_ENTRIES // short), dim=0 if tall else 1):
         piece = part.to(getattr(torch, precision)).contiguous().numpy()
-        part_sums = _power_sums(piece.reshape(-1), shift)
+        sums += _power_sums(piece.reshape(-1), shift)
         # numpy sees that both factors are one array, and computes half of the symmetric product (syrk).
-        product = piece.T @ piece if tall else piece @ piece.T
-        sums = part_sums if sums is None else sums + part_sums
-        gram = product if gram is None else np.add(gram, product, out=gram)
-    assert gram is not None and sums is not None  # a checked matrix has entries
+        gram += piece.T @ piece if tall else piece @ piece.T
     if not (np.isfinite(gram).all() and np.isfinite(sums).all()):
         return np.full(short, np.nan), NO_MOMENTS
     low, high = torch.aminmax(matrix)
     moments = _moments(sums, shift, matrix.numel(), float(high) - float(low))
-    return symmetric_eigenvalues(gram).astype(np.float64), moments
+    return np.linalg.eigvalsh(gram).astype(np.float64), moments
 
 
 def _power_sums(entries: np.ndarray, shift: float) -> np.ndarray:
@@ -303,61 +253,6 @@ def _device_eigenvalues(matrix: torch.Tensor, precision: str) -> tuple[np.ndarra
     return packed[6:], _moments(packed[2:6], float(packed[0]), matrix.numel(), float(packed[1]))
 
 
-def symmetric_eigenvalues(matrix: np.ndarray) -> np.ndarray:
-    """Eigenvalues, ascending, of a symmetric C-contiguous matrix (n, n), or of a stack (b, n, n) of them.
-
-    Args:
-        matrix: float32 or float64; **overwritten**. Only one triangle is read.
-
-    Raises:
-        numpy.linalg.LinAlgError: no convergence.
-        ValueError: another dtype, shape or memory layout.
-    """
-    square = matrix.ndim in (2, 3) and matrix.shape[-1] == matrix.shape[-2]
-    if matrix.dtype not in ROUTINES or not square or not matrix.flags.c_contiguous:
-        raise ValueError(
-            f"expected C-contiguous float32 or float64 squares, got {matrix.dtype} {matrix.shape}"
-        )
-    if matrix.ndim == 3:
-        return np.array([symmetric_eigenvalues(one) for one in matrix], matrix.dtype).reshape(
-            matrix.shape[:2]
-        )
-    count = matrix.shape[0]
-    values = np.empty(count, matrix.dtype)
-    sizes = np.empty(1, matrix.dtype), np.empty(1, np.int32)
-    _syevd(matrix, values, *sizes, query=True)
-    _syevd(matrix, values, np.empty(int(sizes[0][0]), matrix.dtype), np.empty(int(sizes[1][0]), np.int32))
-    return values
-
-
-def _syevd(
-    matrix: np.ndarray, values: np.ndarray, work: np.ndarray, integers: np.ndarray, *, query: bool = False
-) -> None:
-    """One call of ?syevd for eigenvalues only; a query asks for the sizes of `work` and `integers`."""
-    order, info = ctypes.c_int(len(values)), ctypes.c_int(0)
-    room = [ctypes.c_int(-1 if query else len(array)) for array in (work, integers)]
-    _routine(ROUTINES[matrix.dtype])(
-        *(b"N", b"L", ctypes.byref(order), matrix.ctypes.data, ctypes.byref(order), values.ctypes.data),
-        *(work.ctypes.data, ctypes.byref(room[0]), integers.ctypes.data, ctypes.byref(room[1])),
-        ctypes.byref(info),
-    )
-    if info.value:
-        raise np.linalg.LinAlgError(f"{ROUTINES[matrix.dtype]} returned info = {info.value}")
-
-
-@cache
-def _routine(name: str) -> Callable[..., None]:
-    """A LAPACK routine as scipy hands it to Cython: a capsule whose name is the function's C signature."""
-    capsule = cython_lapack.__pyx_capi__[name]
-    api = ctypes.pythonapi
-    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
-    text, pointer = [ctypes.c_char_p], ctypes.c_void_p
-    return ctypes.CFUNCTYPE(None, *text * 2, *[pointer] * 9)(address)
-
-
 # --- three exponents -------------------------------------------------------------------------------------
 
 
@@ -372,8 +267,8 @@ def fit_power_law(eigenvalues: np.ndarray, min_tail: int | None = None) -> Power
     Args:
         eigenvalues: squared singular values in any order, 1-D.
         min_tail: fit at least that many eigenvalues (all, if there are fewer). WeightWatcher has no such
-        floor
-            and picks tails of 8…60 out of 2,560 on spectra without a heavy tail; with None neither have we.
+            floor and picks tails of 8…60 out of 2,560 on spectra without a heavy tail; with None neither
+            have we.
 
     Returns:
         The fit; NaN where fewer than two distinct eigenvalues exceed 1e-5.
@@ -382,17 +277,33 @@ def fit_power_law(eigenvalues: np.ndarray, min_tail: int | None = None) -> Power
     x = x[x > EIGENVALUE_FLOOR]
     if len(x) < 2 or x[0] == x[-1]:
         return NO_FIT
-    logs = np.log(x)
+    logs, few = np.log(x), len(x) < FEW_VALUES
     tails = len(x) - np.arange(len(x) - 1)
-    starts = _candidates(tails, min_tail)
-    exponents = _exponents(logs, tails)
-    usable = starts[np.isfinite(exponents[starts]) & (exponents[starts] > 0)]
-    if len(usable) == 0:
+    shortest = max(min_tail or 0, SMALL_TAIL if few else 0)
+    sums = np.cumsum(logs[::-1])[::-1][:-1] - tails * logs[:-1]
+    # Rounding leaves about 1e-15 where a tail of equal values sums to zero.
+    sums = np.where(logs[-1] > logs[:-1], sums, 0.0)
+    with np.errstate(divide="ignore"):
+        exponents = (tails - 1 if few else tails) / sums  # alpha_i - 1 for every start i
+    starts = np.flatnonzero(tails >= shortest) if tails[0] >= shortest else np.array([0])
+    starts = starts[np.isfinite(exponents[starts]) & (exponents[starts] > 0)]
+    if len(starts) == 0:
         return NO_FIT
-    start, distance = _smallest_distance(logs, exponents, usable)
-    exponent, tail = exponents[start], int(np.count_nonzero(x >= x[start]))
-    sigma = exponent / np.sqrt(tails[start])
-    return PowerLawFit(float(1 + exponent), float(x[start]), float(distance), tail, float(sigma))
+    # A maximum over some positions never exceeds the maximum over all: starts are visited in the order of
+    # their lower bounds until the bound passes the best full distance.
+    bounds = _lower_bounds(logs, exponents, starts)
+    best, distance = -1, np.inf
+    for row in np.argsort(bounds, kind="stable"):
+        if bounds[row] > distance:
+            break
+        start = int(starts[row])
+        steps = np.arange(len(x) - start) / (len(x) - start)
+        full = float(np.abs(-np.expm1(-exponents[start] * (logs[start:] - logs[start])) - steps).max())
+        if full < distance or (full == distance and start < best):
+            best, distance = start, full
+    exponent, tail = exponents[best], int(np.count_nonzero(x >= x[best]))
+    sigma = exponent / np.sqrt(tails[best])
+    return PowerLawFit(float(1 + exponent), float(x[best]), distance, tail, float(sigma))
 
 
 def hill_alpha(eigenvalues: np.ndarray, k: int | None = None) -> float:
@@ -433,44 +344,6 @@ def decay_alpha(singular_values: np.ndarray) -> float:
     rank = np.log(np.arange(2, len(sigma) + 2))
     rank = rank - rank.mean()
     return float(-(rank @ np.log(sigma)) / (rank @ rank))
-
-
-def _candidates(tails: np.ndarray, min_tail: int | None) -> np.ndarray:
-    """Indices where a tail may begin; the whole spectrum where no tail is long enough."""
-    shortest = min_tail or 0
-    if len(tails) + 1 < FEW_VALUES:
-        shortest = max(shortest, SMALL_TAIL)
-    starts = np.flatnonzero(tails >= shortest)
-    return starts if len(starts) else np.array([0])
-
-
-def _exponents(logs: np.ndarray, tails: np.ndarray) -> np.ndarray:
-    """alpha_i - 1 for every start i (infinite where all values of the tail are equal)."""
-    sums = np.cumsum(logs[::-1])[::-1][:-1] - tails * logs[:-1]
-    numerators = tails - 1 if len(logs) < FEW_VALUES else tails
-    # Rounding leaves about 1e-15 where a tail of equal values sums to zero.
-    sums = np.where(logs[-1] > logs[:-1], sums, 0.0)
-    with np.errstate(divide="ignore"):
-        return numerators / sums
-
-
-def _smallest_distance(logs: np.ndarray, exponents: np.ndarray, starts: np.ndarray) -> tuple[int, float]:
-    """The first start with the smallest KS distance, and that distance.
-
-    A maximum over some positions never exceeds the maximum over all: rows are visited in the order of their
-    lower bounds until the bound passes the best full distance.
-    """
-    bounds = _lower_bounds(logs, exponents, starts)
-    best, distance = -1, np.inf
-    for row in np.argsort(bounds, kind="stable"):
-        if bounds[row] > distance:
-            break
-        start = int(starts[row])
-        steps = np.arange(len(logs) - start) / (len(logs) - start)
-        full = float(np.abs(-np.expm1(-exponents[start] * (logs[start:] - logs[start])) - steps).max())
-        if full < distance or (full == distance and start < best):
-            best, distance = start, full
-    return best, distance
 
 
 def _lower_bounds(logs: np.ndarray, exponents: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -548,11 +421,6 @@ def choose_blocks(rows: int, cols: int, *, seed: int = 0) -> np.ndarray:
     return np.stack([chosen // max(across, 1), chosen % max(across, 1)], axis=1) * BLOCK
 
 
-def block_hill(eigenvalues: np.ndarray) -> float:
-    """Hill's alpha of the pooled eigenvalues of all blocks, any order; NaN where there are none."""
-    return hill_alpha(np.sort(eigenvalues, axis=None)[::-1])
-
-
 def block_eigenvalues(matrix: torch.Tensor, *, precision: str = "float64", seed: int = 0) -> np.ndarray:
     """Eigenvalues of the 128 × 128 blocks that FARMS pools (blocks, 128); empty where a side is under 128."""
     corners = choose_blocks(*matrix.shape, seed=seed)
@@ -561,7 +429,7 @@ def block_eigenvalues(matrix: torch.Tensor, *, precision: str = "float64", seed:
     blocks = torch.stack([matrix[row : row + BLOCK, col : col + BLOCK] for row, col in corners])
     # On the host whatever the device: a GPU spends most of such small solves in launching them.
     stack = blocks.cpu().to(getattr(torch, precision)).numpy()
-    values = symmetric_eigenvalues(stack @ stack.transpose(0, 2, 1)).astype(np.float64)
+    values = np.linalg.eigvalsh(stack @ stack.transpose(0, 2, 1)).astype(np.float64)
     return np.maximum(values, 0.0)
 
 

@@ -8,10 +8,12 @@ begins with the token that the model was trained to see first.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
+import platform
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +63,31 @@ def load_text(spec: str | Path = "auto") -> Text:
         EvaluationError: the text can't be fetched, found, read as UTF-8, or is empty.
     """
     if spec == "auto":
-        return _auto()
+        why = _hub_silence()
+        try:
+            if why is None:
+                return _wikitext()
+        except EvaluationError as error:
+            why = str(error)
+        text = load_text("pydoc")
+        return replace(text, source=f"{text.source}; WikiText-2 could not be fetched: {why}")
     if spec in _LOADERS:
         return _LOADERS[str(spec)]()
-    return _from_file(Path(spec))
+    path = Path(spec)
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(
+            f"{path} is not UTF-8: byte {error.start} (0x{error.object[error.start]:02x}) can't be decoded; "
+            f"convert it, e.g. iconv -f LATIN1 -t UTF-8 {path.name}."
+        ) from error
+    except OSError as error:
+        raise EvaluationError(
+            f"There is no text '{path}': expected auto, {', '.join(_LOADERS)}, or the path of a UTF-8 file."
+        ) from error
+    if not content.strip():
+        raise EvaluationError(f"{path} is empty: expected text to score.")
+    return _text(path.stem, f"the file {path.name}", content)
 
 
 def load_texts(spec: str | Path | Sequence[str | Path] = "auto", *, at_least: int = 1) -> list[Text]:
@@ -83,11 +106,9 @@ def load_texts(spec: str | Path | Sequence[str | Path] = "auto", *, at_least: in
     if not specs:
         raise EvaluationError("No text was named: texts is empty; give 'auto', a name or a file's path.")
     texts = {text.sha256: text for text in map(load_text, specs)}
-    if "auto" in specs:
-        for name in ("pydoc", "pycode"):
-            if len(texts) < at_least:
-                extra = load_text(name)
-                texts.setdefault(extra.sha256, extra)
+    for extra in map(load_text, ("pydoc", "pycode") if "auto" in specs else ()):
+        if len(texts) < at_least:
+            texts.setdefault(extra.sha256, extra)
     return list(texts.values())
 
 
@@ -106,21 +127,23 @@ def start_token(tokenizer: Any, config: Any, override: str | int | None = "auto"
     Raises:
         EvaluationError: `override` is no id of this model's vocabulary.
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _inner(config)
+    size = config.vocab_size
     if override is None or override == "none":
         return None
     if override != "auto":
-        return _checked_id(override, config)
+        if not str(override).isdecimal() or int(override) >= size:
+            raise EvaluationError(
+                f"start token {override!r} is not in the model's vocabulary; expected 'auto', 'none' or an "
+                f"id of 0…{size - 1}."
+            )
+        return int(override)
     separator = tokenizer.get_vocab().get("<|endoftext|>")
-    candidates = (
-        tokenizer.bos_token_id,
-        _first(getattr(config, "bos_token_id", None)),
-        separator,
-        _first(getattr(config, "eos_token_id", None)),
-        tokenizer.eos_token_id,
-    )
+    bos, eos = (getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos"))
+    candidates = [tokenizer.bos_token_id, bos, separator, eos, tokenizer.eos_token_id]
+    candidates = [next(iter(i), None) if isinstance(i, list | tuple) else i for i in candidates]
     # Some configurations carry another model's default id: one outside the vocabulary is no token.
-    return next((i for i in candidates if i is not None and 0 <= i < config.vocab_size), None)
+    return next((i for i in candidates if i is not None and 0 <= i < size), None)
 
 
 def make_windows(
@@ -146,14 +169,17 @@ def make_windows(
     import torch
 
     check_windows(n, length, start, config)
-    ids = tokenizer(_plain(text), add_special_tokens=False, verbose=False)["input_ids"]
-    _check_vocabulary(ids, tokenizer, config)
+    plain = text.text if isinstance(text, Text) else text
+    ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+    size = getattr(_inner(config), "vocab_size", None)
+    if size is not None and ids and max(ids) >= size:
+        raise EvaluationError(
+            f"The tokenizer ({len(tokenizer)} tokens) doesn't match the model: it makes id {max(ids)}, "
+            f"and the model's vocabulary ends at {size - 1}; load the tokenizer of this model."
+        )
     body = length - (start is not None)
-    rows = [ids[i : i + body] for i in _offsets(len(ids), n, body, _name(text))]
-    windows = torch.tensor(rows, dtype=torch.long)  # (n, body)
-    if start is None:
-        return windows
-    return torch.cat([torch.full((n, 1), start), windows], dim=1)
+    windows = torch.tensor([ids[i : i + body] for i in _offsets(len(ids), n, body)])  # (n, body)
+    return windows if start is None else torch.cat([torch.full((n, 1), start), windows], dim=1)
 
 
 def window_texts(text: Text | str, tokenizer: Any, n: int, length: int, start: int | None) -> list[str]:
@@ -167,24 +193,11 @@ def window_texts(text: Text | str, tokenizer: Any, n: int, length: int, start: i
             f"{type(tokenizer).__name__} can't map tokens to characters, as word and byte "
             "perplexity need; expected a fast tokenizer (a repository with tokenizer.json)."
         )
-    raw = _plain(text)
+    raw = text.text if isinstance(text, Text) else text
     encoded = tokenizer(raw, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
     body = length - (start is not None)
-    starts = _offsets(len(spans), n, body, _name(text))
-    return [raw[spans[i][0] : spans[i + body - 1][1]] for i in starts]
-
-
-def _auto() -> Text:
-    """WikiText-2 where the Hub answers, else CPython's own prose; the source says why."""
-    why = _hub_silence()
-    if why is None:
-        try:
-            return _wikitext()
-        except EvaluationError as error:
-            why = str(error)
-    text = _pydoc()
-    return Text(text.name, f"{text.source}; WikiText-2 could not be fetched: {why}", text.text, text.sha256)
+    return [raw[spans[i][0] : spans[i + body - 1][1]] for i in _offsets(len(spans), n, body)]
 
 
 def _hub_silence() -> str | None:
@@ -195,14 +208,12 @@ def _hub_silence() -> str | None:
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
     cached = try_to_load_from_cache(WIKITEXT_REPOSITORY, WIKITEXT_ARCHIVE, repo_type="dataset")
-    if isinstance(cached, str):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
-    except Exception as error:  # the HTTP library differs between versions, and so do its errors
-        return f"the Hub can't be reached ({type(error).__name__})"
+    if not isinstance(cached, str):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+        except Exception as error:  # the HTTP library differs between versions, and so do its errors
+            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub can't be reached"
+            return f"{offline} ({type(error).__name__})"
     return None
 
 
@@ -243,7 +254,6 @@ def join_rows(raw: str) -> str:
 
 
 def _pydoc() -> Text:
-    import platform
     from pydoc_data.topics import topics
 
     prose = "\n\n".join(topics[key] for key in sorted(topics))
@@ -251,60 +261,22 @@ def _pydoc() -> Text:
 
 
 def _pycode() -> Text:
-    import importlib.util
-    import platform
-
     files = [importlib.util.find_spec(name).origin for name in CODE_MODULES]  # type: ignore[union-attr]
     code = "\n\n".join(Path(str(file)).read_text(encoding="utf-8") for file in files)
     return _text("pycode", f"library modules of CPython {platform.python_version()}", code)
 
 
-_LOADERS = {"wikitext2": _wikitext, "pydoc": _pydoc, "pycode": _pycode}
+_LOADERS: dict[str, Callable[[], Text]] = {"wikitext2": _wikitext, "pydoc": _pydoc, "pycode": _pycode}
 NAMES = ("auto", *_LOADERS)
-
-
-def _from_file(path: Path) -> Text:
-    if not path.is_file():
-        raise EvaluationError(
-            f"There is no text '{path}': expected auto, {', '.join(_LOADERS)}, or the path of a UTF-8 file."
-        )
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{path} is not UTF-8: byte {error.start} (0x{error.object[error.start]:02x}) can't be decoded; "
-            f"convert it, e.g. iconv -f LATIN1 -t UTF-8 {path.name}."
-        ) from error
-    if not content.strip():
-        raise EvaluationError(f"{path} is empty: expected text to score.")
-    return _text(path.stem, f"the file {path.name}", content)
 
 
 def _text(name: str, source: str, text: str) -> Text:
     return Text(name, source, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 
-def _plain(text: Text | str) -> str:
-    return text.text if isinstance(text, Text) else text
-
-
-def _name(text: Text | str) -> str:
-    return f"'{text.name}'" if isinstance(text, Text) else "given"
-
-
-def _first(value: Any) -> int | None:
-    """Configurations hold an id, a list of ids, or nothing."""
-    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
-
-
-def _checked_id(value: str | int, config: Any) -> int:
-    text = str(value)
-    if not text.isdecimal() or int(text) >= config.vocab_size:
-        raise EvaluationError(
-            f"start token {value!r} is not in the model's vocabulary; expected 'auto', 'none' or an id of "
-            f"0…{config.vocab_size - 1}."
-        )
-    return int(text)
+def _inner(config: Any) -> Any:
+    """The text part of a configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def check_windows(n: int, length: int, start: int | None, config: Any) -> None:
@@ -316,29 +288,18 @@ def check_windows(n: int, length: int, start: int | None, config: Any) -> None:
     least = 2 if start is None else 3
     if n < 1 or length < least:
         raise EvaluationError(f"{n} windows of {length} tokens can't be scored: expected ≥ 1 of ≥ {least}.")
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = getattr(_inner(config), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise EvaluationError(
             f"Windows of {length} tokens are longer than this model's limit; choose a length ≤ {limit}."
         )
 
 
-def _check_vocabulary(ids: list[int], tokenizer: Any, config: Any) -> None:
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text_config, "vocab_size", None)
-    if size is not None and ids and max(ids) >= size:
-        raise EvaluationError(
-            f"The tokenizer ({len(tokenizer)} tokens) doesn't match the model: it makes id {max(ids)}, "
-            f"and the model's vocabulary ends at {size - 1}; load the tokenizer of this model."
-        )
-
-
-def _offsets(tokens: int, n: int, body: int, name: str) -> list[int]:
+def _offsets(tokens: int, n: int, body: int) -> list[int]:
     """First token of each window: disjoint, from the text's beginning to its end."""
     if tokens < n * body:
         raise EvaluationError(
-            f"The text {name} is too short: {tokens} tokens, and {n} windows need {n * body} text tokens; "
+            f"The text is too short: {tokens} tokens, and {n} windows need {n * body} text tokens; "
             f"ask for at most {tokens // body} windows of this length, or give a longer text."
         )
     stride = (tokens - body) / max(n - 1, 1)  # ≥ body because tokens ≥ n·body, so windows can't overlap

@@ -14,7 +14,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from spi_utils.errors import PlatformError
@@ -32,9 +32,6 @@ class Token:
 
     value: str = field(repr=False)
     source: str
-
-    def __str__(self) -> str:
-        return f"a token from {self.source}"
 
 
 _hidden: list[str] = []  # what `hide_token` took out of the environment
@@ -61,38 +58,30 @@ def hub_token() -> Token | None:
     if token is not None and not SHAPE.fullmatch(token.value):
         raise PlatformError(
             f"what stands in {token.source} is no Hub token: it holds a character that none has, such as a "
-            "line break, a blank or a quote. Copy the token alone from "
-            "https://huggingface.co/settings/tokens and set it again."
+            "line break or a quote. Copy it from https://huggingface.co/settings/tokens and set it again."
         )
     return token
 
 
 def _places() -> Iterator[tuple[str | None, str]]:
     """(what is there, what the place is called), each asked only if the ones before hold nothing."""
-    environment = f"the environment variable {TOKEN_NAME}"
-    yield os.environ.get(TOKEN_NAME), environment
-    yield from ((value, environment) for value in _hidden)
+    for value in (os.environ.get(TOKEN_NAME), *_hidden):
+        yield value, f"the environment variable {TOKEN_NAME}"
     where = platform_name()
-    if where == "kaggle":
-        yield _secret(
-            "Kaggle", lambda: importlib.import_module("kaggle_secrets").UserSecretsClient().get_secret
-        )
     # Only the notebook that the browser shows can ask Colab: in a stage run by 00_run_all the question would
     # hang, and huggingface_hub's own login asks there too.
     if where == "colab" and not interactive():
         return
-    if where == "colab":
-        yield _secret("Colab", lambda: importlib.import_module("google.colab.userdata").get)
+    if where != "local":
+        try:
+            if where == "kaggle":
+                secret = importlib.import_module("kaggle_secrets").UserSecretsClient().get_secret(TOKEN_NAME)
+            else:
+                secret = importlib.import_module("google.colab.userdata").get(TOKEN_NAME)
+            yield secret, f"{where.capitalize()}'s secrets"
+        except Exception as error:  # one that is missing or not shared with this notebook, in both services
+            print(f"{where.capitalize()} shares no secret {TOKEN_NAME} here ({type(error).__name__}).")
     yield _login(), "the Hub's login on this machine"
-
-
-def _secret(service: str, getter: Callable[[], Callable[[str], str | None]]) -> tuple[str | None, str]:
-    """A secret; one that is missing, or not shared with this notebook, is an exception in both services."""
-    try:
-        return getter()(TOKEN_NAME), f"{service}'s secrets"
-    except Exception as error:
-        print(f"{service} shares no secret {TOKEN_NAME} with this notebook ({type(error).__name__}).")
-        return None, f"{service}'s secrets"
 
 
 def _login() -> str | None:
@@ -133,7 +122,7 @@ def with_token(environment: Mapping[str, str]) -> dict[str, str]:
         PlatformError: as `hub_token`.
     """
     token = hub_token()
-    return {**without_token(environment), **({} if token is None else {TOKEN_NAME: token.value})}
+    return without_token(environment) | ({} if token is None else {TOKEN_NAME: token.value})
 
 
 def hide_token() -> None:

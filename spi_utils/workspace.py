@@ -7,11 +7,12 @@ so the later stages go on in a copy.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spi_utils.errors import RunError
-from spi_utils.models import BUNDLED_ID, ModelSource, chosen_model, resolve
+from spi_utils.models import ModelSource, chosen_model, model_id, resolve
 from spi_utils.platforms import ATTACHED
 from spi_utils.runs import (
     OWNER,
@@ -47,8 +48,7 @@ def begin_run(
     """
     source = resolve(model, revision or None, trust_remote_code=trust_remote_code)
     run = open_run(run_path(run_dir, source.slug), source.identity())
-    info = run_info(run)
-    if info.get("location") != source.location:
+    if run_info(run).get("location") != source.location:
         update_info(run, lambda held: held.update(location=source.location))
     return run, source
 
@@ -66,12 +66,15 @@ def find_run(run_dir: str, model: str = "auto", *, attached: Path = ATTACHED) ->
     Raises:
         RunError: no run there, one of another model, or several are attached; lists them then.
     """
-    name = _name(chosen_model(model))
+    name = model_id(chosen_model(model))
     run = Run(run_path(run_dir, slug(name)))
     if run.path.resolve().is_relative_to(attached.resolve()):
         run = _adopted(existing_run(run.path), attached)
     elif run_dir == "auto" and not run.info_json.exists():
-        every = _attached_runs(attached)
+        every = []
+        for path in sorted(attached.rglob("run.json")):
+            with suppress(RunError):  # something else of that name
+                every.append(existing_run(path.parent))
         fitting = [one for one in every if model == "auto" or _held_id(one) == name]
         if every and len(fitting) != 1:
             listed = "\n".join(f'  run_dir = "{one.path}"  # {_held_id(one)}' for one in fitting or every)
@@ -99,17 +102,6 @@ def continue_run(
     source = resolve(info.get("location", held["id"]), held["revision"], trust_remote_code=trust_remote_code)
     require_same_model(run, held, source.identity())
     return run, source
-
-
-def _attached_runs(attached: Path) -> list[Run]:
-    """The runs below a folder; a run.json of something else is none."""
-    found = []
-    for path in sorted(attached.rglob("run.json")):
-        try:
-            found.append(existing_run(path.parent))
-        except RunError:
-            continue
-    return found
 
 
 def _adopted(run: Run, attached: Path) -> Run:
@@ -141,13 +133,3 @@ def _adopted(run: Run, attached: Path) -> Run:
 
 def _held_id(run: Run) -> str:
     return str(run_info(run)["model"]["id"])
-
-
-def _name(model: str) -> str:
-    """The id that a run of `model` carries."""
-    if model == "bundled":
-        return BUNDLED_ID
-    path = Path(model).expanduser()
-    if model.endswith(".gguf"):
-        return path.stem
-    return path.resolve().name if path.is_dir() else model

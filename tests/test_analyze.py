@@ -1,5 +1,6 @@
 """The layer table: complete, resumable, the same on every backend."""
 
+import errno
 import os
 import shutil
 import signal
@@ -17,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spi_utils import formats as number_formats
+from spi_utils import runs, sensitivity
 from spi_utils.analyze import analyze
 from spi_utils.errors import AnalysisError, ModelError, PlanError, RunError
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.runs import LAYER_KEYS, open_run, read_layers, read_spectra, run_info
 from spi_utils.spectra import COLUMNS, analyze_matrix
+from tests.tiny import make_tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,25 +40,19 @@ def analysed(tiny, tmp_path_factory):
     return run_analysis(tmp_path_factory.mktemp("runs") / "llama", tiny("llama"))
 
 
-def test_every_parameter_is_in_the_table_once(analysed, tiny):
-    _, table = analysed
+def test_rows_columns_and_bytes(analysed, tiny):
+    run, table = analysed
     tensors = load_file(tiny("llama") / "model.safetensors")
     assert table["numel"].sum() == sum(tensor.numel() for tensor in tensors.values())
-    assert table["name"].is_unique
     assert list(table["name"]) == [layer.name for layer in list_layers(resolve(str(tiny("llama"))))]
     assert (table["status"] == "listed").sum() == 2  # the embedding (tied to the head), and the rest
-
-
-def test_columns_and_bytes(analysed):
-    run, table = analysed
     sizes = ["bytes_16bit", "bytes_nf4", "bytes_nf4_dq", "bytes_int8", "bytes_int4_g64"]
     bytes_and_errors = [*sizes, "error_nf4", "error_int8", "error_int4_g64"]
     assert list(table) == [*LAYER_KEYS, *COLUMNS, "alphaq", "swan", *bytes_and_errors]
-    planned = table[table["quantizable"]]
+    planned, rest = table[table["quantizable"]], table[~table["quantizable"]]
     rows, cols = map(int, planned.iloc[0][["rows", "cols"]])
     assert planned.iloc[0]["bytes_nf4"] == number_formats.layer_bytes("nf4", rows, cols)
     assert (table["bytes_16bit"] == 2 * table["numel"]).all()
-    rest = table[~table["quantizable"]]
     assert (rest["bytes_nf4"] == rest["bytes_16bit"]).all()
     assert planned[["swan", "alpha_hill", "error_nf4"]].notna().all().all()
     assert (planned["alphaq"].notna() == (planned[["rows", "cols"]].min(axis=1) >= 128)).all()
@@ -88,13 +85,11 @@ def test_a_second_run_reads_and_force_repeats(analysed, tiny, monkeypatch):
     assert stages["analyze"]["layers"] == len(table) and stages["spectra"]["seconds"] >= 0
 
 
-@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["qwen3_5_multimodal", "gemma3", "phi3"])
 def test_architectures(arch, tiny, tmp_path):
     _, table = run_analysis(tmp_path / arch, tiny(arch), formats=("nf4",))
     planned = table[table["quantizable"]]
-    assert len(planned) >= 8
-    assert planned["status"].isin(("ok", "short_tail", "poor_fit", "few_values")).all()
-    assert planned["alpha_hill"].notna().all()
+    assert len(planned) >= 8 and planned["alpha_hill"].notna().all()
 
 
 def test_conv1d_is_shown_as_a_linear_layer(tiny, tmp_path):
@@ -133,31 +128,21 @@ def test_layers_is_a_regular_expression_and_embeddings_are_on_request(tiny, tmp_
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"workers": 2}, pytest.param({"workers": 2, "backend": "loky"}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param({"backend": "loky"}, marks=pytest.mark.slow),
+        pytest.param({"backend": "dask"}, marks=pytest.mark.slow),
+    ],
 )
 def test_workers_change_no_bit(analysed, tiny, tmp_path, parameters):
     run, _ = analysed
-    other, _ = run_analysis(tmp_path / "run", tiny("llama"), **parameters)
-    assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
-    assert other.spectra.read_bytes() == run.spectra.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_dask_cluster_changes_no_bit(analysed, tiny, tmp_path):
-    pytest.importorskip("distributed")
-    run, _ = analysed
-    other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2, backend="dask")
-    assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
-    assert other.spectra.read_bytes() == run.spectra.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_scheduler_is_found_by_its_address(analysed, tiny, tmp_path):
-    distributed = pytest.importorskip("distributed")
-    run, _ = analysed
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        where = {"backend": "dask", "scheduler": cluster.scheduler_address, "workers": 2}
-        other, _ = run_analysis(tmp_path / "run", tiny("llama"), **where)
+    if parameters.get("backend") == "dask":  # a scheduler that is found by its address
+        distributed = pytest.importorskip("distributed")
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            where = {"scheduler": cluster.scheduler_address, "workers": 2}
+            other, _ = run_analysis(tmp_path / "run", tiny("llama"), **parameters, **where)
+    else:
+        other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2, **parameters)
     assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
     assert other.spectra.read_bytes() == run.spectra.read_bytes()
 
@@ -254,26 +239,6 @@ def test_a_truncated_shard_leaves_no_run_behind(broken, tmp_path):
     assert not run.layers_csv.exists() and not run.spectra.exists()
 
 
-def flip(file, position, bit):
-    raw = bytearray(file.read_bytes())
-    raw[position] ^= 1 << bit
-    file.write_bytes(raw)
-
-
-def test_a_flipped_bit_is_another_model_and_one_in_the_header_is_named(broken, tmp_path):
-    model = broken()
-    file = model / "model.safetensors"
-    source = resolve(str(model))
-    run = open_run(tmp_path / "run", source.identity())
-    header = int.from_bytes(file.read_bytes()[:8], "little")
-    flip(file, 8 + header + 5000, 3)  # a weight's mantissa: still a number, and nobody could see it
-    with pytest.raises(RunError, match=r"have changed since"):
-        open_run(run.path, resolve(str(model)).identity())
-    flip(file, 8 + 1, 6)  # the header's JSON
-    with pytest.raises(ModelError, match=r"model\.safetensors"):
-        analyze(open_run(tmp_path / "new", resolve(str(model)).identity()), resolve(str(model)), device="cpu")
-
-
 def test_a_flipped_bit_that_makes_an_infinity_fails_its_layer_alone(broken, tmp_path):
     def flipped(weight):
         bits = weight.view(torch.int16)
@@ -282,28 +247,6 @@ def test_a_flipped_bit_that_makes_an_infinity_fails_its_layer_alone(broken, tmp_
 
     _, table = run_analysis(tmp_path / "run", broken(self_attn__o_proj=flipped))
     assert list(table.loc[table["status"] == "failed", "name"]) == ["model.layers.1.self_attn.o_proj"]
-
-
-@pytest.mark.slow
-def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
-    """A file-size limit stands in for a full disk: pieces fit, the merged file doesn't."""
-    script = f"""
-        import resource, signal
-        from spi_utils.analyze import analyze
-        from spi_utils.models import resolve
-        from spi_utils.runs import open_run
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        source = resolve({str(tiny("llama"))!r})
-        run = open_run({str(tmp_path / "full")!r}, source.identity())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        analyze(run, source, device="cpu", sensitivity="none", workers=1)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "RunError: could not write" in result.stderr
-    assert not (tmp_path / "full" / "spectra.safetensors").exists()
-    run, _ = run_analysis(tmp_path / "full", tiny("llama"))
-    assert run_info(run)["stages"]["spectra"]["resumed_layers"] == 28
 
 
 @pytest.mark.parametrize(
@@ -321,23 +264,14 @@ def test_bad_settings(parameters, error, said, tiny, tmp_path):
         run_analysis(tmp_path / "run", tiny("llama"), **parameters)
 
 
-def test_the_run_of_another_model_is_refused(analysed, tiny):
-    run, _ = analysed
-    with pytest.raises(RunError, match="another `run_dir`"):
-        run_analysis(run.path, tiny("phi3"))
-
-
 # --- memory ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [2, 6])
-def test_memory_is_that_of_one_layer_whatever_their_number(layers, tmp_path):
+def test_memory_is_that_of_one_layer_whatever_their_number(tmp_path):
     """Peak resident memory over the process before, at most 3 × the largest layer's float64 working set."""
-    from tests.tiny import make_tiny
-
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
-    model = make_tiny("llama", tmp_path / "model", num_hidden_layers=layers, **sizes)
+    model = make_tiny("llama", tmp_path / "model", num_hidden_layers=3, **sizes)
     script = f"""
         from spi_utils.analyze import analyze
         from spi_utils.models import resolve, list_layers
@@ -347,11 +281,117 @@ def test_memory_is_that_of_one_layer_whatever_their_number(layers, tmp_path):
         settings = dict(device="cpu", sensitivity="none", workers=1)
         analyze(run, source, layers="layers.0.self_attn.k_proj", **settings)  # what imports and caches take
         before = peak_rss_bytes()
-        analyze(run, source, **settings)
+        analyze(run, source, layers="mlp", **settings)
         print(peak_rss_bytes() - before)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    # glibc gives freed arrays back at once, so that what is held is measured, not what malloc keeps for later
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     working_set = 8 * (4096 * 1024 + 1024 * 1024)  # the weight and its Gram matrix
     assert int(result.stdout.split()[-1]) <= 3 * working_set
+
+
+# --- what an analysis leaves -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", num_hidden_layers=1)
+
+
+def costed(path, model):
+    settings = {"sensitivity": "random", "windows": 2, "length": 16, "text": "pydoc", "formats": ("nf4",)}
+    return run_analysis(path, model, **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small):
+    return costed(tmp_path_factory.mktemp("whole") / "run", small)
+
+
+def edit_table(old, new):
+    return lambda run: run.layers_csv.write_text(run.layers_csv.read_text().replace(old, new, 1))
+
+
+def spoil(end):
+    return lambda run: run.spectra.write_bytes(run.spectra.read_bytes()[:-8] + end)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [edit_table(",128,", ",wide,"), edit_table(",128,", ",129,"), spoil(b""), spoil(b"12345678")],
+)
+def test_a_changed_analysis_is_refused_and_made_again_without_force(whole, small, tmp_path, damage):
+    run = runs.Run(shutil.copytree(whole.path, tmp_path / "run"))
+    damage(run)
+    with pytest.raises(RunError, match="Run notebook 01_analyze again"):
+        read_layers(run)
+        read_spectra(run)
+    costed(run.path, small)
+    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
+    assert run.spectra.read_bytes() == whole.spectra.read_bytes()
+
+
+def reshape(path):
+    if path.suffix == ".npy":
+        np.save(path, np.zeros((2, 8), np.int64))
+    elif path.suffix == ".npz":
+        np.savez(path, nf4=np.zeros((1, 1, 1), np.float32))
+    elif path.suffix == ".json":
+        path.write_text('{"kl": {"int8": 1.0}}')
+    else:
+        save_file({"a": torch.zeros(3)}, path, metadata={"rows": '{"a": ["ok", {}, {}]}'})
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:40]), reshape])
+def test_damaged_pieces_of_unfinished_work_are_made_again(
+    whole, small, tmp_path, monkeypatch, capsys, damage
+):
+    path, describe = tmp_path / "run", runs.describe_files
+
+    def killed_before(output):
+        def kill(run, outputs):
+            if output in outputs:
+                raise KeyboardInterrupt
+            return describe(run, outputs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs, "describe_files", kill)
+            costed(path, small)
+
+    killed_before("spectra.safetensors")
+    damage(sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1])
+    killed_before("layers.csv")
+    for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
+        if piece.suffix in (".npy", ".npz", ".json"):
+            damage(piece)
+    run = costed(path, small)
+    assert "damaged" in capsys.readouterr().out
+    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
+    assert run.spectra.read_bytes() == whole.spectra.read_bytes()
+
+
+def test_columns_of_an_older_formula_are_made_again(whole, small, tmp_path, monkeypatch):
+    shutil.copytree(whole.path, tmp_path / "run")
+    monkeypatch.setattr(sensitivity, "ENGINE", sensitivity.ENGINE + 1)
+    before, after = (run_info(run)["stages"] for run in (whole, costed(tmp_path / "run", small)))
+    assert after["analyze"]["fingerprint"] != before["analyze"]["fingerprint"]
+    assert after["spectra"] == before["spectra"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_during_an_analysis_loses_nothing(whole, small, tmp_path, monkeypatch, call):
+    real, left = getattr(os, call), iter(range(6))
+
+    def until_full(*given, **named):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="Free some space"):
+        patch.setattr(os, call, until_full)
+        costed(tmp_path / "run", small)
+    run = costed(tmp_path / "run", small)
+    assert run_info(run)["stages"]["spectra"]["resumed_layers"] > 0
+    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()

@@ -75,8 +75,8 @@ def test_guided_rounding_costs_what_it_costs_in_float64_on_the_cpu(device, fmt):
         error = dequantize(packed).cpu().double() - w.double()
         return float(((error @ h.double()) * error).sum())
 
-    here, used = guided(w.to(device), h.to(device), fmt)
-    there, same = guided(w, h, fmt)
+    here, used = guided(w.to(device), [h.to(device)], fmt)
+    there, same = guided(w, [h], fmt)
     nearest = cost(quantize(w, fmt))
     assert used == same and cost(here) < 0.7 * nearest
     assert cost(here) == pytest.approx(cost(there), rel=0.02)

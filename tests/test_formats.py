@@ -47,12 +47,6 @@ def assert_as_bitsandbytes(weight, double_quant=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 128), (33, 40), (7, 9), (1, 1), (3, 64), (1, 65), (300, 1031)])
-def test_nf4_is_bitsandbytes_bit_for_bit(dtype, shape):
-    assert_as_bitsandbytes(gaussian(*shape, dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_on_every_16_bit_pattern_and_around_every_midpoint(dtype):
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
     every = every[every.isfinite()].float().sort().values  # neighbours share a block: many ratios to absmax
@@ -91,18 +85,16 @@ def test_double_quantization_is_bitsandbytes_whatever_the_threads(threads):
 
 
 def test_many_callers_at_once_get_the_same_codes_and_leave_the_threads_alone():
-    weight = gaussian(700, 1031, torch.float16)  # three parts
+    weight, before = gaussian(700, 1031, torch.float16), torch.get_num_threads()  # three parts
     expected = quantize(weight, "nf4").codes
-    before = torch.get_num_threads()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: quantize(weight, "nf4").codes, range(8)))
-    assert all(torch.equal(codes, expected) for codes in found)
-    assert torch.get_num_threads() == before
+    assert all(torch.equal(codes, expected) for codes in found) and torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("out", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (10, 9), (96, 96), (128, 32), (64, 160)])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 41), (7, 9), (1, 1), (1, 65), (128, 32), (300, 1031)])
 def test_dequantized_values_are_bitsandbytes_own(shape, out, double_quant):
     packed, codes, state = assert_as_bitsandbytes(gaussian(*shape, torch.float16), double_quant)
     scales = state.absmax
@@ -141,14 +133,6 @@ def test_int8_is_absmax_per_row_with_a_scale_in_the_storage_dtype(dtype):
     # float32 may round a value that lies on a half the other way; nothing else may differ
     assert (packed.codes.double() != expected).sum() <= 3
     assert dequantize(packed)[5].abs().max() == 0
-
-
-def test_int8_is_bitsandbytes_vectorwise_quantization_but_for_the_scales_rounding():
-    weight = gaussian(64, 96, torch.float32)
-    packed = quantize(weight, "int8")
-    codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
-    assert (packed.codes.int() - codes.int()).abs().max() <= 1
-    assert torch.allclose(packed.scales * 127, scales, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fmt", ["int8", *INT4])
@@ -207,17 +191,10 @@ def test_absmax_scales_span_the_range_in_fifteen_steps():
     assert torch.equal(dequantize(quantize(grid, "int4_g64_asym")), grid)
 
 
-def test_groups_must_divide_the_columns():
-    assert fits("int4_g64", 576) and not fits("int4_g128", 576) and fits("nf4", 577)
-    with pytest.raises(AnalysisError, match="128 doesn't divide the 576 columns"):
-        quantize(gaussian(4, 576), "int4_g128")
-
-
 def test_16bit_is_the_weight_and_a_copy():
     weight = gaussian(4, 6, torch.bfloat16)
     values = dequantize(quantize(weight, "16bit"), torch.bfloat16)
-    assert torch.equal(values, weight)
-    assert values.data_ptr() != weight.data_ptr()
+    assert torch.equal(values, weight) and values.data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
@@ -231,24 +208,18 @@ def test_relative_error_by_parts_is_that_of_the_whole(fmt):
 def test_relative_errors_have_their_known_sizes():
     weight = gaussian(512, 512)
     assert 0.09 < relative_error(weight, "nf4") < 0.095  # METHOD: about .092 for a Gaussian matrix
-    peak = weight.abs().amax(1, keepdim=True).double()
-    rounding = (peak / 127 / math.sqrt(12)).expand_as(weight).norm() / weight.double().norm()
-    assert relative_error(weight, "int8") == pytest.approx(rounding.item(), rel=0.02)
-    assert relative_error(weight, "16bit") == 0
-    assert relative_error(torch.zeros(3, 5), "nf4") == 0
+    assert relative_error(weight, "16bit") == relative_error(torch.zeros(3, 5), "nf4") == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2560, 32), (64, 64), (7, 9), (320, 1000)])
-def test_nf4_bytes_are_those_bitsandbytes_saves(shape, dtype):
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_bytes_are_those_bitsandbytes_saves(shape, dtype, double):
     weight = gaussian(*shape, getattr(torch, dtype))
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    tensors = [codes, *state.as_dict(packed=True).values()]
-    assert layer_bytes("nf4", *shape, dtype=dtype) == sum(t.nbytes for t in tensors)
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    tensors = [codes, *state.as_dict(packed=True).values()]
-    double = layer_bytes("nf4", *shape, double_quant=True, dtype=dtype)
-    assert abs(double - sum(t.nbytes for t in tensors)) <= 10
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
+    held = sum(t.nbytes for t in [codes, *state.as_dict(packed=True).values()])
+    found = layer_bytes("nf4", *shape, double_quant=double, dtype=dtype)
+    assert abs(found - held) <= (10 if double else 0)
 
 
 def test_bytes_of_the_other_formats_and_nominal_bits():
@@ -260,12 +231,6 @@ def test_bytes_of_the_other_formats_and_nominal_bits():
     assert double == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)  # 4.127
 
 
-def test_writers():
-    assert {name for name, row in FORMATS.items() if "bitsandbytes" in row.writers} == {"16bit", "nf4"}
-    mixed = {name for name, row in FORMATS.items() if "compressed-tensors" in row.writers}
-    assert mixed == {"16bit", "int8", *INT4}
-
-
 def test_numbers_need_no_torch():
     code = (
         "import sys, json; from spi_utils.formats import FORMATS, layer_bytes;"
@@ -274,7 +239,7 @@ def test_numbers_need_no_torch():
     size, has_torch, names = json.loads(subprocess.check_output([sys.executable, "-c", code]))
     assert size == layer_bytes("nf4", 64, 64)
     assert not has_torch
-    assert names == sorted(["16bit", "int8", "nf4", *INT4])
+    assert names == sorted(["16bit", "int8", "nf4", "nf4_dq", *INT4])
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "int4_g32", "int4_g32_asym"])
@@ -287,12 +252,21 @@ def test_weights_that_are_not_finite_are_refused(fmt, bad, where):
         quantize(weight, fmt)
 
 
-def test_wrong_weights_and_names_are_refused():
-    with pytest.raises(AnalysisError, match="2-D"):
-        quantize(torch.zeros(4), "nf4")
-    with pytest.raises(AnalysisError, match="2-D"):
-        relative_error(torch.zeros(0, 4), "nf4")
-    with pytest.raises(AnalysisError, match="float64"):
-        quantize(torch.zeros(4, 4, dtype=torch.float64), "nf4")
-    with pytest.raises(PlanError, match="nf4"):
-        layer_bytes("nf5", 4, 4)
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: quantize(torch.zeros(4), "nf4"), AnalysisError, "2-D"),
+        (lambda: relative_error(torch.zeros(0, 4), "nf4"), AnalysisError, "2-D"),
+        (lambda: quantize(torch.zeros(4, 4, dtype=torch.float64), "nf4"), AnalysisError, "float64"),
+        (
+            lambda: quantize(gaussian(4, 576), "int4_g128"),
+            AnalysisError,
+            "128 doesn't divide the 576 columns",
+        ),
+        (lambda: layer_bytes("nf5", 4, 4), PlanError, "nf4"),
+    ],
+)
+def test_wrong_weights_and_names_are_refused(call, error, said):
+    assert fits("int4_g64", 576) and not fits("int4_g128", 576) and fits("nf4", 577)
+    with pytest.raises(error, match=said):
+        call()

@@ -1,9 +1,13 @@
+"""Models: read as transformers reads them, damage named, the Hub's moods answered."""
+
+import hashlib
 import json
 import shutil
 import struct
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from threading import Thread
 
 import pytest
@@ -11,40 +15,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spi_utils import models
-from spi_utils.errors import ModelError, RunError
-from spi_utils.workspace import begin_run, continue_run
-from tests.tiny import ARCHITECTURES
+from spi_utils.errors import ModelError
+from tests.tiny import ARCHITECTURES, make_tiny
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_weights_read_one_by_one_equal_transformers_own_load(tiny, arch):
+def test_weights_and_layers_are_those_of_transformers_own_load(tiny, arch):
     source = models.resolve(str(tiny(arch)))
     model = models.load_model(source, device="cpu", dtype=torch.float16)
-    state = model.state_dict()
+    state, modules = model.state_dict(), dict(model.named_modules())
     with models.open_weights(source) as weights:
-        for name in weights.names:
-            assert torch.equal(weights.read(name), state[name]), name
-            assert weights.shape(name) == tuple(state[name].shape)
-        untold = set(state) - set(weights.names)
-    assert untold <= {"lm_head.weight"}
-    assert all(state[name].data_ptr() == model.get_input_embeddings().weight.data_ptr() for name in untold)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_layers_add_up_to_the_models_parameters(tiny, arch):
-    source = models.resolve(str(tiny(arch)))
+        for name, shape in weights.shapes.items():
+            assert torch.equal(weights.read(name), state[name]) and shape == tuple(state[name].shape), name
+        assert set(state) - set(weights.shapes) <= {"lm_head.weight"}  # tied
     layers = models.list_layers(source)
-    model = models.load_model(source, device="cpu", dtype=torch.float16)
     assert sum(layer.numel for layer in layers) == sum(p.numel() for p in model.parameters())
     assert [layer.role for layer in layers].count("other") == 1 and layers[-1].role == "other"
-    modules = dict(model.named_modules())
     for layer in layers:
-        if layer.role == "linear":
-            assert tuple(modules[layer.name].weight.shape) == (layer.rows, layer.cols)
-        if layer.role == "conv1d":
-            assert tuple(modules[layer.name].weight.shape) == (layer.cols, layer.rows)
-        if layer.role in {"embedding", "head", "experts", "other"}:
-            assert not layer.quantizable
+        sizes = {"linear": (layer.rows, layer.cols), "conv1d": (layer.cols, layer.rows)}.get(layer.role)
+        assert layer.quantizable == (sizes is not None)
+        assert sizes is None or tuple(modules[layer.name].weight.shape) == sizes
 
 
 def test_types_depths_and_roles(tiny):
@@ -63,84 +53,95 @@ def test_types_depths_and_roles(tiny):
     assert untied["lm_head"].role == "head" and untied["model.embed_tokens"].depth == -1
 
 
-def test_float32_sources_are_stored_as_bfloat16_and_bfloat16_stays(tmp_path):
-    from tests.tiny import make_tiny
-
-    for dtype, stored in (("float32", "bfloat16"), ("bfloat16", "bfloat16")):
-        directory = make_tiny("llama", tmp_path / dtype, dtype=dtype)
-        source = models.resolve(str(directory))
-        assert source.storage_dtype == stored
-        name = "model.layers.0.mlp.down_proj.weight"
-        raw = load_file(directory / "model.safetensors")[name]
-        with models.open_weights(source) as weights:
-            assert torch.equal(weights.read(name), raw.to(getattr(torch, stored)))
-            assert torch.equal(weights.read_source(name), raw)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_sources_are_stored_as_bfloat16_and_bfloat16_stays(tmp_path, dtype):
+    source = models.resolve(str(make_tiny("llama", tmp_path / dtype, dtype=dtype)))
+    assert source.storage_dtype == "bfloat16"
+    name = "model.layers.0.mlp.down_proj.weight"
+    raw = load_file(source.directory / "model.safetensors")[name]
+    with models.open_weights(source) as weights:
+        assert torch.equal(weights.read(name), raw.bfloat16()) and torch.equal(weights.read_source(name), raw)
 
 
-def test_the_identity_follows_the_weights(tiny, tmp_path):
-    first = models.resolve(str(tiny("llama")))
-    copy = shutil.copytree(tiny("llama"), tmp_path / "copy")
-    assert models.resolve(str(copy)).sha256 == first.sha256
-    data = bytearray((copy / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
-    assert models.resolve(str(copy)).sha256 != first.sha256
-    assert set(first.identity()) == {"id", "kind", "revision", "sha256", "files_sha256", "storage_dtype"}
+def test_a_large_tensor_is_read_in_pieces(tiny, monkeypatch):
+    path, name = tiny("llama") / "model.safetensors", "model.embed_tokens.weight"
+    monkeypatch.setattr(models, "PIECE", 128 * 7)
+    assert torch.equal(models.read_tensor(path, name, (320, 128)), load_file(path)[name])
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "chat_template.jinja"])
-def test_the_identity_follows_configuration_and_tokenizer(tiny, tmp_path, file):
-    copy = shutil.copytree(tiny("llama"), tmp_path / "copy")
-    first = models.resolve(str(copy))
+# --- identity ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny("llama"), tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_the_identity_follows_weights_configuration_and_tokenizer(copy, file):
+    first = models.resolve(str(copy)).identity()
+    assert set(first) == {"id", "kind", "revision", "sha256", "files_sha256", "storage_dtype"}
     (copy / "notes.md").write_text("of no weight")
-    assert models.resolve(str(copy)).identity() == first.identity()
-    with (copy / file).open("a") as held:
-        held.write("\n")
-    changed = models.resolve(str(copy))
-    assert changed.sha256 == first.sha256 and changed.files_sha256 != first.files_sha256
+    assert models.resolve(str(copy)).identity() == first
+    if file.endswith("safetensors"):
+        flip(copy / file, -1, 0)
+    else:
+        with (copy / file).open("a") as held:
+            held.write("\n")
+    changed = models.resolve(str(copy)).identity()
+    differing = "sha256" if file.endswith("safetensors") else "files_sha256"
+    assert {name for name in first if first[name] != changed[name]} == {differing}
 
 
-def test_a_run_is_refused_once_its_models_configuration_has_changed(tiny, tmp_path):
-    copy = shutil.copytree(tiny("llama"), tmp_path / "copy")
-    begin_run(str(tmp_path / "run"), str(copy))
-    continue_run(str(tmp_path / "run"))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
-    for again in (
-        lambda: begin_run(str(tmp_path / "run"), str(copy)),
-        lambda: continue_run(str(tmp_path / "run")),
-    ):
-        with pytest.raises(RunError, match="configuration, tokenizer or code"):
-            again()
+def test_a_file_that_is_called_like_a_hash_is_hashed_all_the_same(copy):
+    """Only the Hub's cache names a file by its content; a folder of one's own may call it anything."""
+    (copy / "model.safetensors").rename(copy / ("a" * 64))
+    (copy / "model.safetensors").symlink_to("a" * 64)
+    held = hashlib.sha256((copy / ("a" * 64)).read_bytes()).hexdigest()
+    expected = hashlib.sha256(f"model.safetensors {held}\n".encode()).hexdigest()
+    assert models.resolve(str(copy)).sha256 == expected
 
 
 # --- bad input -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def broken(tiny, tmp_path):
-    return shutil.copytree(tiny("llama"), tmp_path / "broken")
+def flip(path, place, bit):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
 
 
-def edit_config(directory, **values):
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def config(**values):
+    def change(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
 
 
-def shard_missing(directory):
-    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copy(directory / "model.safetensors", directory / "model-1.safetensors")
+def text(file, content):
+    return lambda directory: (directory / file).write_text(content)
 
 
-def truncate(directory):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def mapped(value):
+    return text(models.INDEX, json.dumps({"weight_map": value}))
 
 
-def damage_head(directory):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:20] + b"\xff" * 8 + path.read_bytes()[28:])
+def bytes_of(change):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def tensors(change):
+    def damage(directory):
+        save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors")
+
+    return damage
 
 
 def to_pickle(directory):
@@ -148,44 +149,57 @@ def to_pickle(directory):
     torch.save({}, directory / "pytorch_model.bin")
 
 
-def drop_tensor(directory):
-    tensors = load_file(directory / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, directory / "model.safetensors")
-
-
-def to_float8(directory):
-    tensors = load_file(directory / "model.safetensors")
-    save_file({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, directory / "model.safetensors")
+UP = "model.layers.2.mlp.up_proj.weight"
+UNREADABLE = "make a causal language model from its config.json"
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (shard_missing, r"shard model-2\.safetensors is missing"),
-        (truncate, "truncated, or its head is damaged"),
-        (damage_head, "truncated, or its head is damaged"),
+        (mapped({"a": "model.safetensors", "b": "m-2.safetensors"}), r"shard m-2\.safetensors is missing"),
+        (mapped([]), "not an index"),
+        (mapped({"a": 5}), "not an index"),
+        (mapped({"a": "../elsewhere.safetensors"}), "not an index of this folder"),
+        (mapped({"a": "/etc/passwd"}), "not an index of this folder"),
+        (text(models.INDEX, "[]"), "expected a JSON object"),
+        (text(models.INDEX, "{}"), "not an index"),
+        (bytes_of(lambda raw: raw[:-100]), "truncated, or its head is damaged"),
+        (bytes_of(lambda raw: raw[:20] + b"\xff" * 8 + raw[28:]), "truncated, or its head is damaged"),
         (to_pickle, "only pickle weights"),
-        (drop_tensor, r"no file holds 'model\.layers\.2\.mlp\.up_proj\.weight'"),
-        (to_float8, "already quantized or no number"),
-        (lambda d: (d / "config.json").unlink(), "no config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "truncated or not JSON"),
-        (
-            lambda d: edit_config(d, intermediate_size=64),
-            r"has shape \(256, 128\), but config.json asks for \(64, 128\)",
-        ),
-        (lambda d: edit_config(d, model_type="llama9"), "can't read its config.json"),
-        (lambda d: edit_config(d, model_type="vit", architectures=["ViTModel"]), "no causal language model"),
-        (
-            lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}),
-            r"already quantized \(gptq\)",
-        ),
+        (tensors(lambda held: {k: v for k, v in held.items() if k != UP}), f"no file holds '{UP}'"),
+        (tensors(lambda held: {k: v.to(torch.float8_e4m3fn) for k, v in held.items()}), "already quantized"),
+        (lambda d: (d / "config.json").unlink(), r"config\.json: there is no"),
+        (text("config.json", "{"), "truncated or not JSON"),
+        (text("config.json", '"llama"'), "config.json: expected a JSON object"),
+        (config(intermediate_size=64), r"shape \(256, 128\), but config.json asks for \(64, 128\)"),
+        (config(vocab_size="many"), UNREADABLE),
+        (config(hidden_size=None), UNREADABLE),
+        (config(model_type="llama9"), UNREADABLE),
+        (config(model_type="vit", architectures=["ViTModel"]), UNREADABLE),
+        (config(quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
+        (config(quantization_config="awq"), r"already quantized \(awq\)"),
     ],
 )
-def test_damage_is_named(broken, damage, message):
-    damage(broken)
-    with pytest.raises(ModelError, match=message), models.open_weights(models.resolve(str(broken))):
+def test_damage_is_named(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ModelError, match=message), models.open_weights(models.resolve(str(copy))):
         raise AssertionError("opened")
+
+
+def test_a_flip_in_a_header_is_a_clear_error_wherever_it_is(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"layer.weight": torch.ones(4, 6, dtype=torch.float16), "b": torch.ones(3)}, path)
+    length, seen = struct.unpack("<Q", path.read_bytes()[:8])[0], 0
+    for place in range(8 + length):
+        flip(path, place, place % 7)
+        try:
+            for name, (_, shape) in models.read_header(path).items():
+                models.read_tensor(path, name, shape)
+        except ModelError as error:
+            assert str(path) in str(error)
+            seen += 1
+        flip(path, place, place % 7)
+    assert seen > length / 3  # most flips are seen; one in a name is another name
 
 
 @pytest.mark.parametrize("name", ["nowhere/to/be", "/no/such/folder", "model.gguf", "justaname"])
@@ -194,32 +208,27 @@ def test_an_unknown_name_is_refused_before_any_request(name):
         models.resolve(name)
 
 
-def test_a_model_without_linear_layers(tiny, monkeypatch):
-    monkeypatch.setattr(models, "_matrices", lambda model, tied: iter(()))
-    with pytest.raises(ModelError, match="no linear layer"):
-        models.list_layers(models.resolve(str(tiny("llama"))))
-
-
 # --- devices ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+    "capability, device, dtype",
+    [
+        ((6, 0), "cpu", torch.float32),  # a P100 is passed over
+        ((7, 5), "cuda:0", torch.float16),
+        ((8, 0), "cuda:0", torch.bfloat16),
+    ],
 )
-def test_compute_dtype_goes_by_capability_not_by_emulation(monkeypatch, capability, dtype):
+def test_device_and_compute_dtype_go_by_capability(monkeypatch, capability, device, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
-    assert models.resolve_device("auto") == torch.device("cuda:0")
-    assert models.resolve_dtype("auto", torch.device("cuda:0")) is dtype
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # by emulation, on a T4
+    assert models.resolve_device("auto") == torch.device(device)
+    assert models.resolve_dtype("auto", torch.device(device)) is dtype
 
 
-def test_a_p100_is_passed_over_and_wrong_names_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
-    assert models.resolve_device("auto") == torch.device("cpu")
+def test_wrong_devices_and_types_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.resolve_dtype("auto", torch.device("cpu")) is torch.float32
     for call in (
         lambda: models.resolve_device("cuda"),
         lambda: models.resolve_device("tpu9"),
@@ -249,27 +258,45 @@ def test_the_bundled_model_equals_transformers_own_dequantization(bundled):
     assert (bundled.directory / "LICENSE").exists()
 
 
-def test_a_damaged_gguf_is_named(tmp_path):
+def test_a_damaged_gguf_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
     path = tmp_path / "half.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\0" * 40)
     with pytest.raises(ModelError, match="not a GGUF model"):
-        models.resolve(str(path), cache_dir=tmp_path)
+        models.resolve(str(path))
     assert [p.name for p in tmp_path.rglob(".converting-*")] == []
+
+
+def test_of_two_conversions_at_once_the_first_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+
+    def convert(path, work):
+        (work / "config.json").write_text("ours")
+        versions = f"{version('transformers')}-{version('gguf')}-{models.CONVERTER}"
+        target = work.parents[1] / f"{'a' * 16}-{versions}"
+        target.mkdir()  # another process ends first
+        (target / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(models, "_convert_into", convert)
+    made = models.convert_gguf(tmp_path / "m.gguf", "a" * 64)
+    assert (made / "config.json").read_text() == "theirs" and list(made.parent.iterdir()) == [made]
+    monkeypatch.setattr(models, "CONVERTER", models.CONVERTER + 1)  # another converter, another folder
+    assert models.convert_gguf(tmp_path / "m.gguf", "a" * 64) != made
 
 
 # --- the Hub, played by a local server -------------------------------------------------------------------
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers each repository name with the status that it carries: owner/status-404, owner/status-429 …"""
+    """Answers each repository name with the status that it carries: owner/status-404; 000 hangs up."""
 
     def do_GET(self):
         status = int(self.path.split("status-")[1][:3])
+        if status == 0:
+            return
         self.send_response(status)
-        if status == 403:
-            self.send_header("X-Error-Code", "GatedRepo")
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+        if status in (403, 404):
+            self.send_header("X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}[status])
         if status == 429:
             self.send_header("Retry-After", "0" if self.server.asked else "1")
             self.server.asked += 1
@@ -282,65 +309,40 @@ class Hub(BaseHTTPRequestHandler):
 
 
 FETCH = """
+import sys
 from spi_utils.errors import ModelError
 from spi_utils.models import download
-import sys
-try:
-    download(sys.argv[1])
-except ModelError as error:
-    print(error)
+for repo in sys.argv[1:]:
+    try:
+        download(repo)
+    except ModelError as error:
+        print(error)
 """
+SAID = {
+    "a/status-404": ["knows no such model"],
+    "a/status-403": ["is gated"],
+    "a/status-503": ["answered 503"],
+    "a/status-000": ["can't be reached"],
+    # a limited address waits as long as the Hub asks, and then says so
+    "a/status-429": ["waiting 1 s, then try 2", "waiting 0 s, then try 3", "asks to wait 0 s more"],
+}
 
 
-@pytest.fixture(scope="module")
-def hub():
+@pytest.mark.slow
+def test_hub_errors_say_what_to_do(tmp_path):
+    """In a process of its own, from a local server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked = 0  # how often it limited the client
     Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path), "PATH": "/usr/bin"}
+    command = [sys.executable, "-c", FETCH, *SAID]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     server.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "repo, message",
-    [
-        ("a/status-404", "knows no such model"),
-        ("a/status-403", "is gated"),
-        ("a/status-503", "answered 503"),
-        ("a/status-000", "can't be reached"),
-    ],
-)
-def test_hub_errors_say_what_to_do(hub, repo, message, tmp_path):
-    found = fetch(repo, "http://127.0.0.1:9" if repo.endswith("000") else hub, tmp_path)
-    assert message in found.stdout, found.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_a_limited_address_waits_as_long_as_the_hub_asks_and_then_says_so(hub, tmp_path):
-    found = fetch("a/status-429", hub, tmp_path)
-    *waits, error = found.stdout.splitlines()
-    assert ["waiting 1 s, then try 2" in waits[0], "waiting 0 s, then try 3" in waits[1]] == [True, True]
-    assert "a/status-429: the Hub limits requests from this address (429)" in error
-    assert "It asks to wait 0 s more, or give a token" in error and len(waits) == 2, found.stderr[-2000:]
-
-
-def fetch(repo, endpoint, tmp_path):
-    """`download` in a process of its own, from the local server."""
-    environment = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path),
-        "PATH": "/usr/bin",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", FETCH, repo],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    words = [word for said in SAID.values() for word in said]
+    lines = found.stdout.splitlines()
+    assert len(lines) == len(words), found.stdout + found.stderr[-2000:]
+    assert all(word in line for word, line in zip(words, lines, strict=True)), lines
 
 
 @pytest.mark.parametrize(

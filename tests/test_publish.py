@@ -1,21 +1,31 @@
+"""What may leave this machine: the very file that was proved and measured, and nothing private with it."""
+
 import base64
 import json
+import os
 import re
 import shutil
-from dataclasses import replace
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
-from spi_utils import card, tokens
+from spi_utils import notebook as book
 from spi_utils import publish as publishing
+from spi_utils import quantize, speed, tokens
 from spi_utils.__main__ import main
-from spi_utils.errors import PublishError, RunError
-from spi_utils.publish import Published, Rehearsal, publish, quantized_modules
-from spi_utils.runs import Run, write_json
-from tests.finished_run import KEPT, make_finished_run
+from spi_utils.errors import PlatformError, PublishError, RunError
+from spi_utils.models import resolve
+from spi_utils.publish import publish
+from spi_utils.runs import Run, sha256_file, write_json
+from tests.finished_run import KEPT, STOCK, checkpoint_hash, make_finished_run
+from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "Q7" * 17
+MINE = {"allow_license": "mit"}
 
 
 @pytest.fixture(scope="module")
@@ -29,311 +39,349 @@ def run(original, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
+def nobody(monkeypatch):
     """No token of the machine's user, and no connection, in any test of this file."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(tokens, "_login", lambda: None)
-    monkeypatch.setattr(card, "_hub_card", lambda model, revision: {})
+    monkeypatch.setattr(tokens, "_hidden", [])
 
 
-def edit(path, **changes):
-    write_json(path, {**json.loads(path.read_text()), **changes})
+def edit(path, change):
+    held = json.loads(path.read_text())
+    change(held)
+    write_json(path, held)
 
 
-def closed(rehearsal):
-    return {gate.name: gate.found for gate in rehearsal.gates if not gate.passed}
+def edit_evaluation(run, change):
+    """Change evaluation.json, and the record of it: as if the evaluation had found that."""
+    edit(run.evaluation_json, change)
+    entry = {"bytes": run.evaluation_json.stat().st_size, "sha256": sha256_file(run.evaluation_json)}
+    edit(run.info_json, lambda info: info["stages"]["evaluate"]["outputs"].update({"evaluation.json": entry}))
+
+
+def closed(run):
+    return {gate.name: gate.found for gate in publish(run, **MINE).gates if not gate.passed}
 
 
 # --- the rehearsal ---------------------------------------------------------------------------------------
 
 
-def test_a_rehearsal_writes_the_card_and_the_list_and_sends_nothing(run):
-    done = publish(run, allow_license="mit")
-    assert isinstance(done, Rehearsal) and not isinstance(done, Published)
-    assert done.ready and closed(done) == {}
-    manifest = json.loads((run.publish / "manifest.json").read_text())
-    assert manifest["files"]["model.safetensors"] == (run.model_dir / "model.safetensors").stat().st_size
-    assert manifest["total_bytes"] == sum(manifest["files"].values())
-    assert {
-        "README.md",
-        "plan.json",
-        "layers.csv",
-        "evaluation.json",
-        "environment.json",
-        "generate.py",
-    } <= set(manifest["files"])
-    assert {"config.json", "tokenizer.json", "figures/plan_map.png"} <= set(manifest["files"])
-    assert "Rehearsal: nothing was sent." in str(done)
-
-
-def test_two_rehearsals_give_the_same_bytes(run):
-    publish(run, allow_license="mit")
+def test_a_rehearsal_writes_card_record_and_list_the_same_each_time_and_sends_nothing(run):
+    done = publish(run, **MINE)
     first = {path.name: path.read_bytes() for path in run.publish.iterdir()}
-    publish(run, allow_license="mit", force=True)
-    assert {path.name: path.read_bytes() for path in run.publish.iterdir()} == first
-
-
-def test_a_rehearsal_is_recognised_until_something_changes(run):
-    first = publish(run, allow_license="mit")
-    stamp = first.card.stat().st_mtime_ns
-    again = publish(run, allow_license="mit")
-    assert again == first and again.card.stat().st_mtime_ns == stamp
-    assert publish(run, allow_license="mit", force=True).card.stat().st_mtime_ns > stamp
-    (run.figures / "plan_map.png").write_bytes(b"another picture")
-    changed = publish(run, allow_license="mit")
-    assert changed.total_bytes == first.total_bytes - 67 + 15
-    assert publish(run, allow_license="cc0-1.0").licence.id == "cc0-1.0"
-
-
-def test_what_is_smaller_and_better_is_named(run):
-    text = publish(run, allow_license="mit").card.read_text()
-    assert "nearer to the base: chosen by Fisher information, equal bytes; 8-bit everywhere." in text
-    evaluation = json.loads(run.evaluation_json.read_text())
-    evaluation["variants"]["int8"]["bytes"] = evaluation["variants"]["fisher"]["bytes"] = 4_000_000
-    edit(run.evaluation_json, variants=evaluation["variants"])
-    assert "nearer to the base" not in publish(run, allow_license="mit").card.read_text()
-
-
-def test_the_yaml_says_what_the_hub_asks_for(run):
-    (run.model_dir / "README.md").write_text("---\nlanguage: en\nlicense: gemma\n---\nbase\n")
-    text = publish(run, repo_id="me/small", allow_license="mit").card.read_text()
-    data = yaml.safe_load(text.split("---")[1])
-    assert data["language"] == ["en"]
-    assert data["base_model"] == "someone/tiny-llama"
-    assert data["base_model_relation"] == "quantized"
-    assert (data["library_name"], data["pipeline_tag"], data["license"]) == (
-        "transformers",
-        "text-generation",
-        "mit",
-    )
-    assert data["datasets"] == ["Salesforce/wikitext"]
-    metrics = {m["type"]: m["value"] for m in data["model-index"][0]["results"][0]["metrics"]}
-    measured = json.loads(run.evaluation_json.read_text())["variants"]["plan"]
-    assert metrics["perplexity"] == pytest.approx(measured["perplexity"], abs=1e-5)
-    assert metrics["kl_divergence"] == pytest.approx(measured["kl_mean"], abs=1e-5)
-
-
-def test_the_card_holds_the_measured_numbers(run):
-    text = publish(run, repo_id="me/small", allow_license="mit").card.read_text()
-    variants = json.loads(run.evaluation_json.read_text())["variants"]
-    own = variants["plan"]
-    row = next(line for line in text.splitlines() if line.startswith("| **this model**"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2] == f"{own['perplexity']:.3f}"
-    ends = [float(number) for number in re.findall(r"[+-]\d+\.\d+", cells[3])]
-    assert ends == pytest.approx([own["delta"]["mean"], own["delta"]["low"], own["delta"]["high"]], abs=5e-5)
-    mean = sum(variants[f"random_{seed}"]["kl_mean"] for seed in range(5)) / 5
-    chance = next(line for line in text.splitlines() if line.startswith("| random layers"))
-    assert f"| {mean:.4f} |" in chance
-    said = " ".join(text.split())
-    assert "-0.0620 (-0.0850 … -0.0410) nats a token: **the choice of layers matters.**" in said
-    assert "| layers by type | 16bit | nf4 |" in text
-    assert f"| `{KEPT}` | 4 | 0 |" in text and "| `q_proj` | 0 | 4 |" in text
-    assert (
-        'from_pretrained("me/small"' in text
-        and "![Which layers stay in 16-bit.](figures/plan_map.png)" in text
-    )
-
-
-def test_the_preview_holds_its_pictures(run):
-    preview = publish(run, allow_license="mit").preview()
-    assert preview.lstrip().startswith("# ") and "license:" not in preview
-    data = re.search(r"!\[Which layers stay in 16-bit\.\]\(data:image/png;base64,([^)]+)\)", preview)
-    assert base64.b64decode(data[1]) == (run.figures / "plan_map.png").read_bytes()
-
-
-def test_the_parameter_count_is_the_architectures(run):
-    embedding, norm, width, hidden = 320 * 128, 128, 128, 256
-    block = width * width * 2 + 2 * width * 64 + 3 * width * hidden + 2 * norm  # q, o; k, v; MLP; two norms
-    text = publish(run, allow_license="mit").card.read_text()
-    assert f"| Parameters | {embedding + 4 * block + norm:,} (" in text  # the head is tied to the embedding
-
-
-def test_a_card_without_random_controls_claims_nothing(run):
-    evaluation = json.loads(run.evaluation_json.read_text())
-    kept = {key: value for key, value in evaluation["variants"].items() if not key.startswith("random")}
-    del kept["plan"]["vs_random"]
-    edit(run.evaluation_json, variants=kept)
-    text = publish(run, allow_license="mit").card.read_text()
-    assert "nothing here says that the choice matters" in text and "random layers" not in text
-
-
-def test_an_interval_without_an_end_is_said(run):
-    evaluation = json.loads(run.evaluation_json.read_text())
-    evaluation["variants"]["plan"]["delta"]["low"] = None
-    edit(run.evaluation_json, variants=evaluation["variants"])
-    assert "(unbounded …" in publish(run, allow_license="mit").card.read_text()
-
-
-def test_a_local_model_names_no_folder_of_this_machine(tmp_path):
-    run = make_finished_run(tmp_path, kind="local", model_id=str(tmp_path / "source"))
-    done = publish(run, allow_license="mit")
-    assert str(tmp_path) not in done.card.read_text() and "base_model" not in done.card.read_text()
-    assert done.repo_id == "your-name/source-SPI-nf4-16bit-11.6bpw"
-
-
-def test_the_environment_record_holds_the_hashes_of_every_other_file(run):
-    done = publish(run, allow_license="mit")
-    record = json.loads((run.publish / "environment.json").read_text())
+    assert done.ready and "Rehearsal: nothing was sent." in str(done)
+    manifest = json.loads(first["manifest.json"])
+    assert manifest["files"] == {name: path.stat().st_size for name, path in done.files.items()}
+    assert manifest["total_bytes"] == sum(manifest["files"].values()) and manifest["ready"]
+    tables = {"README.md", "plan.json", "layers.csv", "evaluation.json", "environment.json", "config.json"}
+    assert tables | {"generate.py", "model.safetensors", "figures/plan_map.png"} <= set(done.files)
+    record = json.loads(first["environment.json"])
     assert set(record["files"]) == set(done.files) - {"README.md", "environment.json"}
     assert set(record["stages"]) == {"analyze", "quantize", "evaluate"}
     assert "python" in record["stages"]["evaluate"]
+    preview = done.preview()
+    assert preview.lstrip().startswith("# ") and "license:" not in preview
+    picture = re.search(r"!\[Which layers stay in 16-bit\.\]\(data:image/png;base64,([^)]+)\)", preview)
+    assert base64.b64decode(picture[1]) == (run.figures / "plan_map.png").read_bytes()
+    publish(run, **MINE)
+    assert {path.name: path.read_bytes() for path in run.publish.iterdir()} == first
+
+
+def test_the_card_holds_the_measured_numbers(run):
+    text = publish(run, repo_id="me/small", **MINE).card.read_text()
+    variants = json.loads(run.evaluation_json.read_text())["variants"]
+    own = variants["plan"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
+    ]
+    table = {cells[0]: cells[1:] for cells in rows}
+    assert table["**this model**"][1] == f"{own['perplexity']:.3f}"
+    ends = [float(number) for number in re.findall(r"[+-]\d+\.\d+", table["**this model**"][2])]
+    assert ends == pytest.approx([own["delta"]["mean"], own["delta"]["low"], own["delta"]["high"]], abs=5e-5)
+    assert table["this model, **stock as loaded**: float16 on cpu, transformers 5"] == ["0.1213"]
+    assert table["this model, **float32 from the file's tensors**"] == ["0.1207"]
+    assert table["layers by type"] == ["16bit", "nf4"] and table[f"`{KEPT}`"] == ["4", "0"]
+    embedding, norm, width, hidden = 320 * 128, 128, 128, 256
+    block = width * width * 2 + 2 * width * 64 + 3 * width * hidden + 2 * norm  # q, o; k, v; MLP; two norms
+    assert table["Parameters"][0].startswith(f"{embedding + 4 * block + norm:,} (")  # the head is tied
+    assert "differs by -0.0620 (-0.0850 … -0.0410) nats a token" in " ".join(text.split())
+    assert 'from_pretrained("me/small"' in text and "](figures/plan_map.png)" in text
+    data = yaml.safe_load(text.split("---")[1])
+    assert data["base_model"] == "someone/tiny-llama" and data["base_model_relation"] == "quantized"
+    assert data["library_name"] == "transformers" and data["datasets"] == ["Salesforce/wikitext"]
+    metrics = {m["type"]: m["value"] for m in data["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["perplexity"] == pytest.approx(own["perplexity"], abs=1e-5)
+    assert metrics["kl_divergence"] == pytest.approx(own["kl_mean"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("change", "words"),
     [
-        (-0.02, 0.03, "these windows cannot tell the choice from chance."),
-        (0.01, 0.03, "the choice is worse than chance."),
+        (lambda held: held["variants"]["plan"].pop("vs_random"), "nothing here says that the choice matters"),
+        (lambda held: held["variants"]["plan"]["delta"].update(low=None), "(unbounded …"),
+        (
+            lambda held: held.update(
+                stock={**STOCK, "agrees": None, "kl": None, "reason": "9 GB are missing"}
+            ),
+            "it was not scored** (9 GB are missing)",
+        ),
     ],
 )
-def test_the_verdict_is_the_intervals(run, low, high, words):
-    evaluation = json.loads(run.evaluation_json.read_text())
-    evaluation["variants"]["plan"]["vs_random"]["kl"] |= {"mean": (low + high) / 2, "low": low, "high": high}
-    edit(run.evaluation_json, variants=evaluation["variants"])
-    assert words in publish(run, allow_license="mit").card.read_text()
+def test_what_was_not_measured_is_said(run, change, words):
+    edit_evaluation(run, change)
+    done = publish(run, **MINE)
+    assert done.ready and words in done.card.read_text()
+    assert ("WARNING stock score" in str(done)) is ("9 GB" in words)
+
+
+def test_a_local_run_publishes_no_path_in_card_record_or_manifest(tmp_path):
+    run = make_finished_run(tmp_path, kind="local", model_id="My own größtes--model.")
+    edit(run.info_json, lambda info: info.update(location=str(tmp_path / "source")))
+    done = publish(run, **MINE)
+    assert done.ready and done.repo_id == "your-name/My-own-gr-tes-model-SPI-nf4-16bit-11.6bpw"
+    weights = run.model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])  # the reader's error may name the file
+    (run.model_dir / "LICENSE").write_text(f"one line\nand {tmp_path / 'source'}")
+    found = closed(run)
+    assert "truncated" in found["plan"] and "line 2 of LICENSE names a folder" in found["local paths"]
+    assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())
+
+
+LEFT_OVER = (
+    *("figures/.quality_by_bytes.svg.0a1b2c3d.svg", "figures/plan_map.png~", "model/.DS_Store"),
+    *("model/.model.safetensors.0a1b2c3d.safetensors", "model/.cache/huggingface/config.json.metadata"),
+    *("model/model.safetensors.incomplete", "model/tokenizer.json.tmp", "model/.ipynb_checkpoints/a.py"),
+)
+
+
+def test_what_a_kill_or_an_editor_left_is_never_listed(run):
+    before = publish(run, **MINE)
+    for name in LEFT_OVER:
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("half a file")
+    done = publish(run, **MINE)
+    assert done.ready and done.files == before.files
 
 
 # --- gates -----------------------------------------------------------------------------------------------
 
 
-def test_the_quantized_modules_are_read_from_the_file(run):
-    held = quantized_modules(run.model_dir)
-    assert len(held) == 24 and not any(name.endswith(KEPT) for name in held)
-
-
-def test_a_truncated_checkpoint_closes_the_gate(run):
+def flip(run):
+    """Other weights, evaluated as they are: they are not what quantize wrote."""
     path = run.model_dir / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(PublishError, match=r"BLOCKED plan: .*model\.safetensors: truncated"):
-        publish(run, allow_license="mit", dry_run=False, repo_id="a/b")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    edit_evaluation(run, lambda held: held.update(checkpoint_sha256=checkpoint_hash(run.model_dir)))
 
 
-def change_checkpoint(run):
-    path = run.model_dir / "model.safetensors"
-    body = bytearray(path.read_bytes())
-    body[-1] ^= 1
-    path.write_bytes(body)
+def add(name, data=b"weights of another kind"):
+    def act(run):
+        (run.model_dir / name).parent.mkdir(exist_ok=True)
+        (run.model_dir / name).write_bytes(data)
+
+    return act
 
 
-def drop_stage(run):
-    info = json.loads(run.info_json.read_text())
-    del info["stages"]["evaluate"]
-    write_json(run.info_json, info)
+def swap_format(run):
+    formats = json.loads(run.plan_json.read_text())["formats"] | {"model.layers.0.self_attn.q_proj": "16bit"}
+    kept = [name for name, fmt in formats.items() if fmt == "16bit"]
+    edit(run.plan_json, lambda plan: plan.update(formats=formats, protected=kept))
 
 
-def shrink_plan(run):
-    edit(run.plan_json, bytes={"total": 500_000})
+def of_plan(**changes):
+    return lambda run: edit(run.plan_json, lambda plan: plan.update(changes))
 
 
-def swap_plan(run):
-    plan = json.loads(run.plan_json.read_text())
-    formats = {**plan["formats"], "model.layers.0.self_attn.q_proj": "16bit"}
-    edit(run.plan_json, formats=formats, protected=[name for name in formats if formats[name] == "16bit"])
+def of_evaluation(**changes):
+    return lambda run: edit_evaluation(run, lambda held: held.update(changes))
 
 
-def touch_plan(run):
-    edit(run.plan_json, reason="Another reason.")
+def of_proof(proof):
+    return lambda run: edit(run.info_json, lambda info: info["stages"]["quantize"].update(proof=proof))
 
 
-def leave_token(run):
-    (run.model_dir / "generate.py").write_text(f"token = '{TOKEN}'\n")
+def scored(**changes):
+    return of_evaluation(stock=STOCK | changes)
 
 
-def drop_script(run):
-    (run.model_dir / "generate.py").unlink()
+SECRETS = (TOKEN, "ghp_" + "a1" * 18, "sk-" + "b2" * 20)
+QUANTIZE_WROTE = "what quantize writes is missing or was changed; run notebook 03_quantize"
 
 
 @pytest.mark.parametrize(
     ("spoil", "gate", "words"),
     [
-        (change_checkpoint, "evaluation", "04_evaluate"),
-        (drop_stage, "stages", "evaluate has not finished; run notebook 04_evaluate"),
-        (shrink_plan, "size", "planned (+23.99%); allowed is ±64,000 bytes"),
-        (swap_plan, "plan", "the first layers.0.self_attn.q_proj"),
-        (touch_plan, "evaluation", "plan.json changed after it"),
-        (leave_token, "secrets", "generate.py holds what looks like an access token"),
-        (drop_script, "checkpoint", "model/ lacks generate.py; run notebook 03_quantize"),
+        (flip, "stages", QUANTIZE_WROTE),
+        (add("model-2.safetensors"), "stages", "model/model-2.safetensors was not written by quantize"),
+        (add("nested/pytorch_model.bin"), "stages", "nested/pytorch_model.bin was not written"),
+        (
+            lambda run: edit(run.info_json, lambda info: info["stages"]["quantize"].pop("outputs")),
+            "stages",
+            QUANTIZE_WROTE,
+        ),
+        (
+            lambda run: edit(run.info_json, lambda info: info["stages"].pop("evaluate")),
+            "stages",
+            "what evaluate writes is missing or was changed; run notebook 04_evaluate",
+        ),
+        (lambda run: (run.model_dir / "generate.py").unlink(), "checkpoint", "lacks generate.py"),
+        (swap_format, "plan", "the first layers.0.self_attn.q_proj"),
+        (of_plan(bytes={"total": 500_000}), "size", "allowed is ±64,000 bytes"),
+        (of_plan(reason="Another."), "evaluation", "plan.json changed after it"),
+        (of_evaluation(checkpoint_sha256="0" * 64), "evaluation", "of checkpoint 000000000000"),
+        (of_evaluation(hashes={}), "evaluation", "04_evaluate"),
+        (of_proof(None), "proof by use", "03_quantize"),
+        (of_proof({"finite": True}), "proof by use", "03_quantize"),
+        (of_evaluation(stock={}), "stock score", "was not scored as stock transformers load it"),
+        (scored(agrees=False), "stock score", "04_evaluate"),
+        (scored(agrees=None), "stock score", "04_evaluate"),  # with no reason
+        (scored(agrees="yes"), "stock score", "04_evaluate"),
+        (scored(kl=0.2), "stock score", "KL 0.2000 as loaded"),
+        (scored(kl=None), "stock score", "KL nan as loaded"),
+        *(
+            (
+                add(name, b"\xff\x00 words " + secret.encode()),
+                "secrets",
+                f"{name} holds what looks like an access",
+            )
+            for name, secret in zip(("LICENSE", "tokenizer.model", "deep/a.yaml"), SECRETS, strict=True)
+        ),
+        (add("own.py", b"#\n'/home/somebody/base'"), "local paths", "line 2 of own.py names a folder"),
     ],
 )
 def test_a_spoiled_run_is_refused_and_the_rehearsal_says_why(run, monkeypatch, spoil, gate, words):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(publishing, "owner_of", lambda *_: "me")
     monkeypatch.setattr(publishing, "send", lambda *_, **__: pytest.fail("something was sent"))
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
     spoil(run)
-    found = closed(publish(run, allow_license="mit"))
-    assert words in found[gate]
-    with pytest.raises(PublishError, match="Nothing was sent") as refused:
-        publish(run, dry_run=False, allow_license="mit")
-    assert words in str(refused.value)
+    found = closed(run)
+    assert words in found[gate] and not any(secret in str(found) for secret in SECRETS)
+    with pytest.raises(PublishError, match="Nothing was sent"):
+        publish(run, dry_run=False, **MINE)
 
 
-def test_a_missing_evaluation_names_its_notebook(run):
+def test_what_can_not_be_read_names_the_notebook_to_run_again(run):
+    edit_evaluation(run, lambda held: held.update(variants=[]))
+    with pytest.raises(RunError, match=r"evaluation\.json: .*04_evaluate again"):
+        publish(run)
     run.evaluation_json.unlink()
     with pytest.raises(RunError, match="04_evaluate"):
         publish(run)
 
 
-# --- licence ---------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_licence_closes_the_gate(run):
-    found = closed(publish(run))
+def test_an_unknown_licence_closes_the_gate_until_it_is_stated(run):
+    found = {gate.name: gate.found for gate in publish(run).gates if not gate.passed}
     assert set(found) == {"licence"} and "allow_license" in found["licence"]
+    for stated, written in {
+        "mit": {"license": "mit"},
+        "foo-1.0": {"license": "other", "license_name": "foo-1.0", "license_link": "LICENSE"},
+    }.items():
+        done = publish(run, allow_license=stated)
+        data = yaml.safe_load(done.card.read_text().split("---")[1])
+        assert done.ready and {k: v for k, v in data.items() if k.startswith("license")} == written
 
 
-def test_a_stated_licence_opens_it_and_the_card_says_who_stated_it(run):
-    text = publish(run, allow_license="cc-by-4.0").card.read_text()
-    assert "license: cc-by-4.0" in text and "The publisher stated this" in text
+IMPOSSIBLE = (
+    "a b/c d",
+    "",
+    "a/b/c",
+    "/b",
+    "a/b\n",
+    "a/..",
+    "a/b--c",
+    "-a/b",
+    "a/b.git",
+    "a/ü",
+    "a/" + "b" * 96,
+)
 
 
-@pytest.mark.parametrize("name", ["cc-by-nd-4.0", "cc-by-nc-nd-4.0"])
-def test_a_licence_without_derivatives_is_refused_until_overridden(run, name):
-    (run.model_dir / "README.md").write_text(f"---\nlicense: {name}\n---\nbase\n")
-    assert "forbids passing on changed weights" in closed(publish(run))["licence"]
-    stated = publish(run, allow_license=name)
-    assert stated.ready and f"the base says {name}" in stated.card.read_text()
-
-
-def test_the_bases_own_files_tell_the_licence(run):
-    (run.model_dir / "LICENSE").write_text("\n   Apache License\n   Version 2.0, January 2004\n")
-    done = publish(run)
-    assert done.ready and done.licence.id == "apache-2.0" and not done.licence.stated
-    (run.model_dir / "README.md").write_text("---\nlicense: mit\n---\nbase\n")
-    assert publish(run).licence.id == "mit"  # the card comes before the file's words
-    assert done.files["README.md"] == run.publish / "README.md"  # the base's card isn't ours
-
-
-def test_a_named_licence_beside_other_counts_with_its_conditions(run):
-    (run.model_dir / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\n---\nbase\n")
-    done = publish(run)
-    assert done.ready and "Built with Llama" in done.card.read_text()
-    (run.model_dir / "README.md").write_text("---\nlicense: other\n---\nbase\n")
-    assert not publish(run).ready
-
-
-# --- without a token -------------------------------------------------------------------------------------
-
-
-def test_without_a_token_the_run_stays_local_with_the_command_to_publish_it(run):
-    done = publish(run, dry_run=False, private=False, allow_license="mit")
-    assert not isinstance(done, Published) and done.note.startswith("Saved locally, not published")
-    name = "tiny-llama-SPI-nf4-16bit-11.6bpw"
-    command = f'python -m spi_utils publish "{run.path}" --repo-id {name} --public --allow-license mit'
-    assert command in done.note
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_name_that_the_hub_can_not_have_is_refused_before_anything_else(tmp_path, name):
+    with pytest.raises(PublishError, match="expected `name` or `owner/name`") as refused:
+        publish(tmp_path / "there is no run here", repo_id=name)
+    assert repr(name) in str(refused.value)
 
 
 def test_the_command_line_rehearses_and_refuses(run, capsys):
-    assert main(["publish", str(run.path), "--dry-run", "--allow-license", "mit"]) == 0
-    assert "private repository your-name/tiny-llama-SPI-nf4-16bit-11.6bpw" in capsys.readouterr().out
-    assert main(["publish", str(run.path)]) == 1
-    assert "BLOCKED licence" in capsys.readouterr().err
+    command = ["publish", str(run.path), "--dry-run", "--allow-license", "mit", "--repo-id"]
+    assert main([*command, "Some_model.v1"]) == 0
+    assert "private repository your-name/Some_model.v1" in capsys.readouterr().out
+    assert main(["publish", str(run.path), "--dry-run", "--public"]) == 0
+    assert "public repository your-name/tiny-llama-SPI-nf4-16bit-11.6bpw" in capsys.readouterr().out
     assert main(["publish", str(run.path / "nowhere")]) == 1
     assert "01_analyze" in capsys.readouterr().err
 
 
-def test_a_token_is_never_shown():
-    token = tokens.Token(TOKEN, "the environment")
-    assert (
-        TOKEN not in repr(token) and TOKEN not in str(token) and TOKEN not in repr(replace(token, source="x"))
+# --- the token -------------------------------------------------------------------------------------------
+
+REPORT = """
+import json, os, sys
+names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+json.dump({name: os.environ.get(name) for name in names}, open(sys.argv[-1], "w"))
+"""
+
+
+def test_the_environment_of_a_stage_holds_a_token_only_where_it_publishes(monkeypatch, tmp_path):
+    """Through the very subprocess calls, with a stand-in for papermill that notes what it was given."""
+    (tmp_path / "papermill.py").write_text(REPORT.replace("sys.argv[-1]", repr(str(tmp_path / "held"))))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
+    held = {}
+    for name in ("03_quantize", "05_publish", "00_run_all"):
+        book.execute(name, tmp_path / "out.ipynb", {})
+        held[name] = json.loads((tmp_path / "held").read_text())
+    own = {name for name, found in held.items() if found["HF_TOKEN"] is not None}
+    assert own == {"05_publish", "00_run_all"} and held["05_publish"]["HF_TOKEN"] == TOKEN
+    assert all(found["HUGGING_FACE_HUB_TOKEN"] is None for found in held.values())
+
+
+@pytest.mark.parametrize("process", ["fresh check", "speed"])
+def test_a_process_that_loads_the_model_afresh_holds_no_token(monkeypatch, tmp_path, process):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    given = {}
+
+    def note(command, **options):
+        given.update(options["env"])
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("subprocess.run", note)
+    with pytest.raises(RuntimeError, match="far enough"):
+        if process == "speed":
+            speed.measure_in_subprocess(tmp_path, device="cpu", dtype="float32")
+        else:
+            quantize.ask({"model": "m"})
+    assert given["PATH"] == os.environ["PATH"] and TOKEN not in given.values()
+
+
+def test_a_models_own_code_finds_no_token_in_its_process_and_publishing_still_does(tmp_path, monkeypatch):
+    folder = make_tiny("llama", tmp_path / "m", num_hidden_layers=1)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit(folder / "config.json", lambda held: held.update(model_type="own", auto_map=names))
+    (folder / "own.py").write_text(
+        "import json, os\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(dict(os.environ)))\n"
     )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    resolve(str(folder), trust_remote_code=True)
+    assert TOKEN not in (tmp_path / "seen").read_text()
+    assert tokens.hub_token().value == TOKEN and tokens.with_token({})["HF_TOKEN"] == TOKEN
+
+
+def test_a_token_is_never_shown_and_a_secret_that_can_be_none_is_refused(monkeypatch):
+    token = tokens.Token(TOKEN, "the environment")
+    assert TOKEN not in repr(token) and TOKEN not in str(token)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    client = types.SimpleNamespace(get_secret=lambda name: "hf_ab\0cd")
+    secrets = types.SimpleNamespace(UserSecretsClient=lambda: client)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
+    with pytest.raises(PlatformError, match="Kaggle's secrets is no Hub token") as caught:
+        tokens.hub_token()
+    assert "hf_ab" not in str(caught.value)

@@ -74,7 +74,7 @@ def test_scores_by_hand_on_a_vocabulary_of_three():
     head = scoring.Head(Toy().requires_grad_(False))
     hidden = torch.tensor([[0.0, 1.0]])  # the variant sees q
     reference = scoring.Reference(torch.tensor([[[1.0, 0.0]]]), -p[:1].log()[None], torch.tensor([[0]]))
-    got = scoring._variant_rows(head, hidden, torch.tensor([0]), reference)
+    got = scoring._rows(head, hidden, torch.tensor([0]), scoring.COLUMNS, scoring._compare, reference)
     assert got["nll"].item() == pytest.approx(math.log(4))
     assert got["kl"].item() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
     assert got["dp"].item() == pytest.approx(-0.25)

@@ -131,12 +131,21 @@ def test_whole_sequences_estimate_the_exact_second_order_divergence(switch):
         assert error[layer] < 0.15 * expected  # so the line above can fail
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, tmp_path):
-    """Against autograd's own gradients of the sampled log-likelihood, position by position."""
+@pytest.mark.parametrize(
+    ("arch", "name", "parts"),
+    [
+        ("llama", "model.layers.1.mlp.down_proj", 1),
+        ("gpt2", "transformer.h.1.mlp.c_proj", 1),
+        ("gpt2", "transformer.h.1.attn.c_attn", 3),
+        ("phi3", "model.layers.1.self_attn.qkv_proj", 3),
+        ("phi3", "model.layers.1.mlp.gate_up_proj", 2),
+        ("qwen3_5", "model.layers.1.linear_attn.in_proj_qkv", 3),
+    ],
+)
+def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, name, parts, tmp_path):
+    """Against autograd's own gradients of the sampled log-likelihood, by position and part."""
     model = load(arch, tmp_path)
     switch = make_switch(model)
-    name = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[arch]
     passing = BlockPass(switch, WINDOWS, 2, 0, split=3)
     found = {}
     for block in (3, 2, 1):
@@ -153,10 +162,15 @@ def test_second_moments_are_inputs_weighted_by_their_outputs_gradients(arch, tmp
     log_p = torch.log_softmax(model(input_ids=WINDOWS).logits.flatten(0, 1), -1)
     log_p.gather(1, labels_of(log_p.detach().exp(), WINDOWS).reshape(-1, 1)).sum().backward()
     handle.remove()
-    expected = torch.zeros_like(found[name])
-    for x, g in zip(kept["x"].flatten(0, 1), kept["y"].grad.flatten(0, 1), strict=True):
-        expected += g.square().sum() * torch.outer(x, x)
-    assert torch.allclose(found[name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert len(found[name]) == parts
+    gradients = kept["y"].grad.flatten(0, 1)
+    sizes = [len(part) for part in switch.original(name).split(passing.parts[name])]
+    assert sum(sizes) == gradients.shape[1]
+    for moment, part in zip(found[name], gradients.split(sizes, dim=1), strict=True):
+        expected = torch.zeros_like(moment)
+        for x, g in zip(kept["x"].flatten(0, 1), part, strict=True):
+            expected += g.square().sum() * torch.outer(x, x)
+        assert torch.allclose(moment, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
 def test_label_gradients_have_the_covariance_of_the_fisher_information():

@@ -14,7 +14,6 @@ from spi_utils.spectra import (
     alphaq,
     analyze_matrix,
     block_eigenvalues,
-    block_hill,
     choose_blocks,
     decay_alpha,
     decompose,
@@ -22,7 +21,6 @@ from spi_utils.spectra import (
     gaussian_hill,
     hill_alpha,
     swan,
-    symmetric_eigenvalues,
 )
 
 
@@ -55,38 +53,24 @@ def brute_force_fit(values: np.ndarray, min_tail: int = 0) -> tuple[float, float
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64), (1, 7), (7, 1), (1, 1)])
-@pytest.mark.parametrize("entries", [1 << 23, 500])
-def test_singular_values_equal_a_float64_svd(shape, entries, monkeypatch):
+@pytest.mark.parametrize("entries, offset", [(1 << 23, 0.5), (500, 1e3)])
+def test_singular_values_equal_a_float64_svd(shape, entries, offset, monkeypatch):
     monkeypatch.setattr(decomposition, "GRAM_ENTRIES", entries)  # 500: many slices, the last one ragged
-    weight = gaussian(*shape) + 0.5
+    weight = gaussian(*shape) + offset
     sigma, moments = decompose(weight)
     # a Gram matrix resolves σ down to about 1e-8 of the largest
-    np.testing.assert_allclose(sigma, scipy.linalg.svdvals(weight.numpy()), rtol=1e-10, atol=1e-9 * sigma[0])
+    np.testing.assert_allclose(sigma, scipy.linalg.svdvals(weight.numpy()), rtol=1e-10, atol=1e-8 * sigma[0])
     flat = weight.numpy().ravel()
     assert moments.mean == pytest.approx(flat.mean(), rel=1e-12)
-    assert moments.variance == pytest.approx(flat.var(), rel=1e-10, abs=1e-12)
+    assert moments.variance == pytest.approx(flat.var(), rel=1e-9, abs=1e-9)
     assert moments.span == pytest.approx(np.ptp(flat), rel=1e-12)
     if flat.size > 1:
-        assert moments.kurtosis == pytest.approx(scipy.stats.kurtosis(flat), rel=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrow_weights_are_decomposed_exactly_as_stored(dtype):
-    weight = gaussian(50, 80, dtype=dtype)
-    sigma, _ = decompose(weight)
-    np.testing.assert_allclose(sigma, scipy.linalg.svdvals(weight.double().numpy()), rtol=1e-11)
-
-
-def test_kurtosis_survives_a_mean_far_from_zero():
-    weight = gaussian(60, 60) + 1e4
-    _, moments = decompose(weight)
-    assert moments.kurtosis == pytest.approx(scipy.stats.kurtosis(weight.numpy().ravel()), rel=1e-6)
+        assert moments.kurtosis == pytest.approx(scipy.stats.kurtosis(flat), rel=1e-6)
 
 
 def test_float32_is_close_to_float64():
     weight = gaussian(300, 500, dtype=torch.float16)
-    exact = analyze_matrix(weight, precision="float64").statistics
-    fast = analyze_matrix(weight, precision="float32").statistics
+    exact, fast = (analyze_matrix(weight, precision=p).statistics for p in ("float64", "float32"))
     for column in ("alpha_hill", "alpha_decay", "effective_rank", "stable_rank", "alpha_farms", "kurtosis"):
         assert fast[column] == pytest.approx(exact[column], rel=1e-3), column
 
@@ -111,27 +95,10 @@ def test_the_device_path_gives_the_host_numbers(precision):
         assert getattr(moments, name) == pytest.approx(getattr(same, name), rel=1e-3), name
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (77, 77), (3, 40, 40)])
-def test_lapack_called_directly_gives_numpys_eigenvalues(dtype, shape):
-    half = np.random.default_rng(0).standard_normal(shape)
-    symmetric = (half + half.swapaxes(-1, -2)).astype(dtype)
-    got = symmetric_eigenvalues(symmetric.copy())
-    assert got.dtype == dtype
-    tolerance = 1e-12 if dtype == np.float64 else 1e-4
-    np.testing.assert_allclose(got, np.linalg.eigvalsh(symmetric.astype(np.float64)), atol=tolerance)
-
-
-@pytest.mark.parametrize("matrix", [np.eye(3, 4), np.ones((2, 2), int), np.eye(4)[::2, ::2], np.ones(3)])
-def test_lapack_refuses_what_it_would_misread(matrix):
-    with pytest.raises(ValueError, match="expected C-contiguous"):
-        symmetric_eigenvalues(matrix)
-
-
 # --- the power-law fit -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["gaussian", "pareto", "lognormal", "ties"])
 def test_fit_finds_the_best_of_all_starts(kind, seed):
     rng = np.random.default_rng(seed)
@@ -148,14 +115,6 @@ def test_fit_finds_the_best_of_all_starts(kind, seed):
     assert (fit.alpha, fit.xmin) == pytest.approx((alpha, xmin), rel=1e-10)
     assert fit.tail == np.count_nonzero(values >= xmin)
     assert fit.sigma == pytest.approx((alpha - 1) / np.sqrt(fit.tail), rel=0.3 if kind == "ties" else 1e-10)
-
-
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0, 5.0])
-def test_fit_recovers_a_pareto_exponent_within_its_standard_error(alpha):
-    uniform = np.random.default_rng(1).random(5000)
-    fit = fit_power_law((1 - uniform) ** (-1 / (alpha - 1)))
-    assert abs(fit.alpha - alpha) < 4 * fit.sigma
-    assert fit.sigma == pytest.approx((fit.alpha - 1) / np.sqrt(fit.tail))
 
 
 def test_the_floor_lengthens_the_tail_and_stays_the_best_above_it():
@@ -187,12 +146,6 @@ def test_hill_by_hand():
     assert np.isnan(hill_alpha(np.ones(40)))
 
 
-def test_hill_on_a_pareto_sample():
-    uniform = np.random.default_rng(2).random(20000)
-    values = np.sort((1 - uniform) ** (-1 / 1.5))[::-1]  # exponent 2.5
-    assert hill_alpha(values) == pytest.approx(2.5, abs=4 * 1.5 / np.sqrt(2000))
-
-
 @pytest.mark.parametrize("a", [0.25, 0.5, 1.0, 2.0])
 def test_rank_decay_and_the_tail_exponent_are_one_law(a):
     sigma = np.arange(1.0, 2001.0) ** -a
@@ -215,32 +168,30 @@ def test_nuclear_rank_of_the_preprints_spectra(sigma, expected):
 
 def test_exponential_decay():
     sigma = np.exp(-0.05 * np.arange(200))
-    got = analyze_matrix(with_singular_values(sigma, 300, 200), farms=False)
+    got = analyze_matrix(with_singular_values(sigma, 300, 200), farms=False).statistics
     energy = sigma**2 / (sigma**2).sum()
-    assert got.statistics["effective_rank"] == pytest.approx(np.exp(scipy.stats.entropy(energy)), rel=1e-9)
-    assert got.statistics["stable_rank"] == pytest.approx((1 - np.exp(-20)) / (1 - np.exp(-0.1)), rel=1e-9)
-    assert got.statistics["log_spectral_norm"] == pytest.approx(0, abs=1e-9)
-    assert got.statistics["log_frobenius_norm"] == pytest.approx(np.log10((sigma**2).sum()), rel=1e-9)
-    assert got.statistics["top_share"] == pytest.approx(energy[:20].sum(), rel=1e-9)
+    expected = {
+        "effective_rank": np.exp(scipy.stats.entropy(energy)),
+        "stable_rank": (1 - np.exp(-20)) / (1 - np.exp(-0.1)),
+        "log_spectral_norm": 0,
+        "log_frobenius_norm": np.log10((sigma**2).sum()),
+        "top_share": energy[:20].sum(),
+    }
+    assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_identity_has_full_rank_and_no_exponent():
-    got = analyze_matrix(torch.eye(150))
+@pytest.mark.parametrize(
+    ("weight", "rank", "count"),
+    [(torch.eye(150), 150, 135), (with_singular_values(np.array([3.0]), 64, 200), 1, 1)],
+)
+def test_a_flat_spectrum_and_rank_one_have_ranks_and_no_exponent(weight, rank, count):
+    got = analyze_matrix(weight)
     assert got.status == "failed"
-    assert got.statistics["effective_rank_rel"] == pytest.approx(1)
-    assert got.statistics["stable_rank"] == pytest.approx(150)
-    assert got.statistics["nuclear_rank_90"] == 135
-    assert np.isnan(got.statistics["alpha_pl"]) and np.isnan(got.statistics["alpha_hill"])
-
-
-def test_rank_one():
-    got = analyze_matrix(with_singular_values(np.array([3.0]), 64, 200))
-    assert got.status == "failed"
-    assert got.statistics["stable_rank"] == pytest.approx(1)
-    assert got.statistics["effective_rank"] == pytest.approx(1)
-    assert got.statistics["nuclear_rank_90"] == 1
-    assert np.count_nonzero(got.singular_values) == 1
-    assert np.isnan(got.statistics["alpha_hill"]) and np.isnan(got.statistics["alpha_decay"])
+    assert got.statistics["effective_rank"] == pytest.approx(rank)
+    assert got.statistics["stable_rank"] == pytest.approx(rank)
+    assert got.statistics["nuclear_rank_90"] == count
+    assert np.count_nonzero(got.singular_values) == rank
+    assert np.isnan([got.statistics[name] for name in ("alpha_pl", "alpha_hill")]).all()
 
 
 def test_marchenko_pastur_holds_noise_and_lets_a_spike_out():
@@ -255,9 +206,8 @@ def test_marchenko_pastur_holds_noise_and_lets_a_spike_out():
 
 
 def test_log_alpha_norm_of_a_steep_tail_does_not_overflow():
-    weight = 1e30 * gaussian(100, 120)
-    got = analyze_matrix(weight, farms=False).statistics
-    assert got["alpha_pl"] > 5.5 and np.isfinite(got["log_alpha_norm"])
+    got = analyze_matrix(1e30 * gaussian(100, 120), farms=False).statistics
+    assert got["alpha_pl"] > 5.5
     assert got["alpha_weighted"] <= got["log_alpha_norm"] <= got["alpha_weighted"] + np.log10(100)
 
 
@@ -287,10 +237,9 @@ def test_gaussian_null_of_the_methods_figures():
 
 
 def test_excess_of_a_gaussian_matrix_is_noise_and_seeded():
-    got = analyze_matrix(gaussian(256, 384, seed=9), seed=1).statistics
-    assert abs(got["alpha_excess_z"]) < 4
+    got, again = (analyze_matrix(gaussian(256, 384, seed=9), seed=1).statistics for _ in range(2))
+    assert abs(got["alpha_excess_z"]) < 4 and again == got
     assert got["alpha_excess"] == got["alpha_hill"] - gaussian_hill(256, 384, seed=1)[0]
-    assert analyze_matrix(gaussian(256, 384, seed=9), seed=1).statistics == got
 
 
 def test_farms_pools_the_blocks_of_the_grid():
@@ -313,7 +262,7 @@ def test_farms_draws_blocks_where_there_are_many_and_none_where_a_side_is_short(
     assert (choose_blocks(2560, 3840, seed=1) == choose_blocks(2560, 3840, seed=1)).all()
     assert (choose_blocks(2560, 3840, seed=1) != choose_blocks(2560, 3840, seed=2)).any()
     assert choose_blocks(2560, 3840).max(axis=0).tolist() <= [2560 - 128, 3840 - 128]
-    assert np.isnan(block_hill(block_eigenvalues(gaussian(127, 500))))
+    assert np.isnan(analyze_matrix(gaussian(127, 500)).statistics["alpha_farms"])
 
 
 # --- bad input -------------------------------------------------------------------------------------------
@@ -325,14 +274,9 @@ def test_a_single_bad_entry_fails_the_layer(bad, dtype):
     weight = gaussian(140, 150, dtype=dtype)
     weight[77, 3] = bad
     got = analyze_matrix(weight)
-    assert got.status == "failed"
-    assert np.isnan(got.singular_values).all() and len(got.singular_values) == 140
-    assert all(np.isnan(value) for value in got.statistics.values())
-
-
-def test_all_zero_fails():
-    got = analyze_matrix(torch.zeros(130, 140))
-    assert got.status == "failed" and np.isnan(got.statistics["alpha_hill"])
+    assert got.status == "failed" and len(got.singular_values) == 140
+    assert np.isnan([*got.singular_values, *got.statistics.values()]).all()
+    assert analyze_matrix(torch.zeros(130, 140)).status == "failed"
 
 
 def test_a_row_vector_and_small_matrices_are_not_dropped():
@@ -355,8 +299,7 @@ def test_status_tells_a_short_tail_from_a_poor_fit_and_a_good_one():
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (torch.zeros(3, 4, 5), "shape (3, 4, 5)"),
-        (torch.zeros(7), "shape (7,)"),
+        (torch.zeros(3, 4, 5), r"shape \(3, 4, 5\)"),
         (torch.zeros(0, 4), "at least one entry"),
         (torch.zeros(4, 4, dtype=torch.int8), "int8"),
         (torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "dequantize"),
@@ -364,12 +307,8 @@ def test_status_tells_a_short_tail_from_a_poor_fit_and_a_good_one():
     ],
 )
 def test_what_is_no_matrix_of_numbers_is_refused(weight, said):
-    with pytest.raises(AnalysisError) as caught:
+    with pytest.raises(AnalysisError, match=said):
         analyze_matrix(weight)
-    assert said in str(caught.value)
-
-
-def test_unknown_precision():
     with pytest.raises(AnalysisError, match="float16"):
         analyze_matrix(torch.ones(4, 4), precision="float16")
 

@@ -6,20 +6,18 @@ parametrization differs.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from spi_utils.compactness import nuclear_init_, trace_norm_penalty
 from spi_utils.errors import AnalysisError
-from spi_utils.lab.network import Factored, Network, Shape, initialize, matrices
+from spi_utils.lab.network import Network, Shape, initialize, matrices
 
 DECAY = 0.2  # σ_k ~ e^(-0.2k), the preprint's compact spectrum
-PENALTIES = ("", "trace", "spectral", "frobenius")
 
 
 @dataclass(frozen=True)
@@ -44,38 +42,25 @@ class Arm:
     coefficient: float = 0.0
     rank: int = 0
 
-    def __post_init__(self) -> None:
-        if self.penalty not in PENALTIES:
-            raise AnalysisError(f"arm {self.name!r}: penalty {self.penalty!r} is none of {PENALTIES}.")
-        if not (math.isfinite(self.coefficient) and self.coefficient >= 0):
-            raise AnalysisError(f"arm {self.name!r}: coefficient {self.coefficient!r}; expected 0 or more.")
-        if self.rank and self.nuclear:
-            raise AnalysisError(
-                f"arm {self.name!r}: nuclear initialization fills whole matrices, not factors."
-            )
-
 
 STANDARD = Arm("standard", "standard + weight decay", "standard")
 NUCLEAR = Arm("nuclear", "nuclear initialization", nuclear=True)
 
 
-def trace_arm(coefficient: float) -> Arm:
+def trace_arm(c: float) -> Arm:
     """Trace-norm regularization with this coefficient."""
-    name = f"trace_{coefficient:g}"
-    return Arm(name, f"trace norm, c = {coefficient:g}", penalty="trace", coefficient=coefficient)
+    return Arm(f"trace_{c:g}", f"trace norm, c = {c:g}", penalty="trace", coefficient=c)
 
 
-def both_arm(coefficient: float) -> Arm:
+def both_arm(c: float) -> Arm:
     """Nuclear initialization and trace-norm regularization."""
-    label = f"both, c = {coefficient:g}"
-    return Arm("both", label, nuclear=True, penalty="trace", coefficient=coefficient)
+    return Arm("both", f"both, c = {c:g}", nuclear=True, penalty="trace", coefficient=c)
 
 
-def control_arm(penalty: str, coefficient: float) -> Arm:
+def control_arm(penalty: str, c: float) -> Arm:
     """A penalty on σ_1² or on ‖W‖_F²: smaller norms without the preference for few directions."""
     title = {"spectral": "spectral norm", "frobenius": "Frobenius norm"}[penalty]
-    label = f"{title}, c = {coefficient:g}"
-    return Arm(penalty, label, "control", penalty=penalty, coefficient=coefficient)
+    return Arm(penalty, f"{title}, c = {c:g}", "control", penalty=penalty, coefficient=c)
 
 
 def low_rank_arm(rank: int) -> Arm:
@@ -87,7 +72,7 @@ def make_network(arm: Arm, shape: Shape, symbols: int, generator: torch.Generato
     """An initialized network of this arm; the same generator state gives the same start but for the arm."""
     if arm.rank > shape.width:
         raise AnalysisError(f"arm {arm.name!r}: rank {arm.rank} is above the width {shape.width}.")
-    network = Network(shape, symbols, arm.rank or None)
+    network = Network(shape, symbols, arm.rank)
     initialize(network, generator)
     if arm.nuclear:
         for _, layer in matrices(network):
@@ -95,40 +80,27 @@ def make_network(arm: Arm, shape: Shape, symbols: int, generator: torch.Generato
     return network
 
 
-class Penalty:
-    """An arm's penalty on a network's matrices; keeps the power iteration's vectors between steps."""
+def make_penalty(arm: Arm, network: Network, generator: torch.Generator) -> Callable[[], Tensor | float]:
+    """An arm's penalty at a network's matrices as they are when it is called.
 
-    def __init__(self, arm: Arm, network: Network, generator: torch.Generator) -> None:
-        self.arm = arm
-        self.layers = [layer for _, layer in matrices(network)]
-        shapes = [_shape(layer) for layer in self.layers]
-        self.vectors = [torch.randn(cols, generator=generator) for _, cols in shapes]
+    σ_1 comes from one step of power iteration a call, from vectors that are kept between the calls.
+    """
+    layers = [layer for _, layer in matrices(network)]
+    c, vectors = arm.coefficient, [torch.randn(x.weight.shape[1], generator=generator) for x in layers]
 
-    def __call__(self) -> Tensor | float:
-        """The penalty at the weights as they are."""
-        arm = self.arm
-        if not arm.penalty or not arm.coefficient:
-            return 0.0
-        weights = [layer.weight for layer in self.layers]
-        if arm.penalty == "trace":
-            return trace_norm_penalty(weights, arm.coefficient)
-        if arm.penalty == "frobenius":
-            return arm.coefficient * torch.stack([weight.square().sum() for weight in weights]).sum()
-        return arm.coefficient * torch.stack(top_singular_values(weights, self.vectors)).square().sum()
+    def spectral() -> Tensor:
+        found = []
+        for i, weight in enumerate(layer.weight for layer in layers):
+            with torch.no_grad():
+                left = normalize(weight @ vectors[i], dim=0)
+                vectors[i] = normalize(weight.T @ left, dim=0)
+            found.append(left @ weight @ vectors[i])
+        return c * torch.stack(found).square().sum()
 
-
-def top_singular_values(weights: Sequence[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-    """σ_1 of every weight by one step of power iteration from `vectors`, which are updated in place."""
-    found = []
-    for i, weight in enumerate(weights):
-        with torch.no_grad():
-            left = torch.nn.functional.normalize(weight @ vectors[i], dim=0)
-            vectors[i] = torch.nn.functional.normalize(weight.T @ left, dim=0)
-        found.append(left @ weight @ vectors[i])
-    return found
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, Factored):
-        return layer.left.shape[0], layer.right.shape[1]
-    return layer.weight.shape[0], layer.weight.shape[1]
+    kinds: dict[str, Callable[[], Tensor | float]] = {
+        "": lambda: 0.0,
+        "trace": lambda: trace_norm_penalty([layer.weight for layer in layers], c),
+        "frobenius": lambda: c * torch.stack([layer.weight.square().sum() for layer in layers]).sum(),
+        "spectral": spectral,
+    }
+    return kinds[arm.penalty]

@@ -1,4 +1,8 @@
-"""Runs of the trained experiment: one arm and seed -> its numbers; many of them, resumable; and the tuning.
+"""The trained experiment: one arm and seed -> its numbers; many of them, resumable.
+
+What low precision costs a network: perturb its matrices, score held-out characters, put them back. Damage is
+KL(16-bit ‖ perturbed) and Δloss in nats a character, both on the judge windows. The number formats share
+NF4's blocks of 64 entries and their absmax, so that they differ in their levels alone.
 
 A finished run is a small JSON file whose name holds a fingerprint of everything that it depends on: arm,
 seed, recipe, sizes and text. What is there is never run again.
@@ -7,36 +11,131 @@ seed, recipe, sizes and text. What is there is never run again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from spi_utils.errors import AnalysisError
-from spi_utils.lab.arms import Arm, control_arm, low_rank_arm
-from spi_utils.lab.damage import (
-    FORMATS,
-    Judge,
-    formats_damage,
-    layer_damage,
-    layer_statistics,
-    noise_damage,
-    plan_damage,
-)
-from spi_utils.lab.network import Corpus, Shape, load_corpus
-from spi_utils.lab.training import Recipe, Snapshot, train
+from spi_utils.formats import dequantize, quantize
+from spi_utils.lab.arms import Arm
+from spi_utils.lab.network import Network, Shape, load_corpus, matrices, token_losses
+from spi_utils.lab.training import Recipe, train
 from spi_utils.progress import progress, spread
 from spi_utils.runs import fingerprint, read_json, write_json
+from spi_utils.spectra import analyze_matrix
 
 SCHEMA = 1
-TUNING_SEED = 1000  # no seed of the experiment
-FROBENIUS_GRID = (3e-4, 6e-4, 1e-3)
-SPECTRAL_GRID = (1e-2, 3e-2, 1e-1)
-RANK_GRID = (20, 28, 36)
+GROUP = 64  # entries that share a scale, as in NF4
+FORMATS = ("nf4", "int4", "int3")
+NOISE_DRAWS = 4
+RANDOM_PLANS = 4
+STATISTICS = (
+    *("alpha_hill", "alpha_pl", "alpha_decay", "alpha_excess", "effective_rank_rel"),
+    *("nuclear_rank_90_rel", "stable_rank", "log_frobenius_norm", "log_spectral_norm"),
+)
 
 Result = dict[str, Any]
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+
+def rounded(weight: Tensor, fmt: str) -> Tensor:
+    """The float32 matrix that `fmt` ("nf4", "int4", "int3") makes of a matrix of float16 values.
+
+    int4, int3: blocks of 64 entries in row-major order, absmax / 7 or / 3 as step, round half to even: levels
+    −7…7 and −3…3.
+    """
+    if fmt == "nf4":
+        # As one row, which is the same blocks: bitsandbytes 0.50.2's CPU kernel takes wrong scales for rows
+        # whose width isn't a multiple of 64 (relative error .28 instead of .09 at 96 × 96).
+        return dequantize(quantize(weight.reshape(1, -1), "nf4")).view(weight.shape)
+    largest = 2 ** (int(fmt.removeprefix("int")) - 1) - 1
+    flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % GROUP)).view(-1, GROUP)
+    step = flat.abs().amax(dim=1, keepdim=True) / largest
+    codes = torch.round(flat / step.clamp(min=torch.finfo(flat.dtype).tiny))
+    return (codes * step).flatten()[: weight.numel()].view(weight.shape)
+
+
+class Judge:
+    """One network, its reference output on the judge windows, and its whole weights to come back to."""
+
+    def __init__(self, network: Network, windows: Tensor) -> None:
+        self.network, self.windows = network, windows
+        self.layers = dict(matrices(network))
+        self.weights = {name: layer.weight.clone() for name, layer in self.layers.items()}
+        self.logs, self.losses = token_losses(network, windows)
+
+    def damage(self, change: str | Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> dict:
+        """{"kl", "dloss"} with the named matrices (all by default) in a format, or changed by a function."""
+        chosen = list(self.layers if names is None else names)
+        act = partial(rounded, fmt=change) if isinstance(change, str) else change
+        for name in chosen:
+            self.layers[name].weight.copy_(act(self.weights[name]))
+        logs, losses = token_losses(self.network, self.windows)
+        for name in chosen:
+            self.layers[name].weight.copy_(self.weights[name])
+        kl = (self.logs.exp() * (self.logs - logs)).sum(dim=-1, dtype=torch.float64).mean()
+        return {"kl": float(kl), "dloss": float((losses - self.losses).double().mean())}
+
+
+def noise_damage(judge: Judge, seed: int) -> dict:
+    """Mean damage of Gaussian noise with the Frobenius norm of NF4's error, matrix by matrix."""
+    generator = torch.Generator().manual_seed(20_000 + seed)
+
+    def noisy(weight: Tensor) -> Tensor:
+        noise = torch.randn(weight.shape, generator=generator)
+        return weight + noise * ((rounded(weight, "nf4") - weight).norm() / noise.norm())
+
+    draws = [judge.damage(noisy) for _ in range(NOISE_DRAWS)]
+    return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+
+
+def layer_statistics(network: Network) -> dict[str, dict[str, Any]]:
+    """For each matrix: the pipeline's spectral statistics, NF4's relative error, and σ (M,) descending."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in matrices(network):
+        spectrum = analyze_matrix(layer.weight, farms=False, seed=0)
+        error = (rounded(layer.weight, "nf4") - layer.weight).norm() / layer.weight.norm()
+        found[name] = {key: spectrum.statistics[key] for key in STATISTICS}
+        found[name] |= {"nf4_error": float(error), "sigma": spectrum.singular_values}
+    return found
+
+
+def plan_damage(judge: Judge, statistics: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, float]:
+    """KL of hybrids that keep half of the weights in 16-bit and the rest in int3, chosen by a threshold.
+
+    Keys: "high" and "low" protect that end of α (Hill), "flat" and "compact" that end of the effective rank,
+    "random" is the mean over a few draws. Layers are taken in order while they fit.
+    """
+
+    def plan_kl(order: Iterable[str]) -> float:
+        left, low = sum(weight.numel() for weight in judge.weights.values()) / 2, []
+        for name in order:
+            size = judge.weights[name].numel()
+            if size <= left:
+                left -= size
+            else:
+                low.append(name)
+        return float(judge.damage("int3", low)["kl"])
+
+    ends = {"high": ("alpha_hill", -1), "low": ("alpha_hill", 1)}
+    ends |= {"flat": ("effective_rank_rel", -1), "compact": ("effective_rank_rel", 1)}
+    kept = {
+        end: plan_kl(sorted(statistics, key=lambda name: way * statistics[name][key]))
+        for end, (key, way) in ends.items()
+    }
+    rng = np.random.default_rng(30_000 + seed)
+    draws = [plan_kl(rng.permutation(list(statistics))) for _ in range(RANDOM_PLANS)]
+    return {**kept, "random": float(np.mean(draws))}
+
+
+# --- runs ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,38 +159,32 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
     for snapshot in train(arm, seed, setting.recipe, setting.shape, corpus):
         judge = Judge(snapshot.network, corpus.judge)
         statistics = layer_statistics(snapshot.network)
-        found["levels"].append(_level(snapshot, judge, statistics))
+        sigma = np.array([row.pop("sigma") for row in statistics.values()])  # (matrices, M)
+        layers = {
+            name: {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in row.items()}
+            for name, row in statistics.items()
+        }
+        level = {
+            **{"level": snapshot.level, "step": snapshot.step, "loss": snapshot.loss},
+            "judge_loss": float(judge.losses.double().mean()),
+            "damage": {fmt: judge.damage(fmt) for fmt in FORMATS},
+            "layers": layers,
+            # Mean over the matrices of σ_k/σ_1: the spectrum's shape.
+            "shape": [round(float(value), 5) for value in (sigma / sigma[:, :1]).mean(axis=0)],
+        }
+        found["levels"].append(level)
         if snapshot.level == setting.recipe.levels[-1]:
             found["reached"] = True
             found["final"] = {
                 "noise": noise_damage(judge, seed),
-                "layers": {fmt: layer_damage(judge, fmt) for fmt in ("nf4", "int3")},
+                "layers": {
+                    fmt: {name: judge.damage(fmt, [name])["kl"] for name in judge.layers}
+                    for fmt in ("nf4", "int3")
+                },
                 "plans": plan_damage(judge, statistics, seed),
                 "weights": {name: weight.numel() for name, weight in judge.weights.items()},
             }
     return found
-
-
-def _level(snapshot: Snapshot, judge: Judge, statistics: dict[str, dict[str, Any]]) -> Result:
-    sigma = np.array([row["sigma"] for row in statistics.values()])  # (matrices, M)
-    layers = {
-        name: {key: _plain(value) for key, value in row.items() if key != "sigma"}
-        for name, row in statistics.items()
-    }
-    return {
-        "level": snapshot.level,
-        "step": snapshot.step,
-        "loss": snapshot.loss,
-        "judge_loss": float(judge.losses.double().mean()),
-        "damage": formats_damage(judge, FORMATS),
-        "layers": layers,
-        # Mean over the matrices of σ_k/σ_1: the spectrum's shape.
-        "shape": [round(float(value), 5) for value in (sigma / sigma[:, :1]).mean(axis=0)],
-    }
-
-
-def _plain(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def run_all(
@@ -101,83 +194,20 @@ def run_all(
 
     Args:
         workers: processes; None is one a core. The numbers don't depend on it.
-
-    Raises:
-        AnalysisError: two arms with one name.
     """
-    if len({arm.name for arm in arms}) != len(arms):
-        raise AnalysisError(f"Two arms share a name: {sorted(arm.name for arm in arms)}.")
     corpus = load_corpus(setting.shape.context, setting.level_windows, setting.judge_windows)
-    jobs = [(arm, seed, _path(folder, arm, seed, setting, corpus)) for seed in seeds for arm in arms]
-    missing = [(arm, seed, setting, path) for arm, seed, path in jobs if not path.exists()]
-    done = len(jobs) - len(missing)
-    finished: Iterator[None] = spread(_run_and_keep, missing, workers=workers, backend="loky")
-    for _ in progress(finished, len(jobs), "runs", done=done):
+    jobs = []
+    for seed in seeds:
+        for arm in arms:
+            known = {"arm": asdict(arm), "seed": seed, "setting": asdict(setting), "text": corpus.sha256}
+            path = folder / f"{arm.name}-{seed}-{fingerprint(known)[:12]}.json"
+            jobs.append((arm, seed, setting, path))
+    missing = [job for job in jobs if not job[3].exists()]
+    finished = spread(_run_and_keep, missing, workers=workers, backend="loky")
+    for _ in progress(finished, len(jobs), "runs", done=len(jobs) - len(missing)):
         pass
-    return [read_json(path, SCHEMA, "run of the lab") for _, _, path in jobs]
+    return [read_json(path, SCHEMA, "run of the lab") for _, _, _, path in jobs]
 
 
 def _run_and_keep(arm: Arm, seed: int, setting: Setting, path: Path) -> None:
     write_json(path, run_arm(arm, seed, setting))
-
-
-def _path(folder: Path, arm: Arm, seed: int, setting: Setting, corpus: Corpus) -> Path:
-    key = fingerprint({"arm": asdict(arm), "seed": seed, "setting": asdict(setting), "text": corpus.sha256})
-    return folder / f"{arm.name}-{seed}-{key[:12]}.json"
-
-
-# --- controls of equal loss and of equal effective rank ---------------------------------------------------
-
-
-def last(result: Result) -> Result:
-    """A run's numbers at the last level."""
-    return result["levels"][-1]
-
-
-def layer_mean(level: Result, statistic: str) -> float:
-    """Mean of a statistic over the matrices that have it."""
-    values = [row[statistic] for row in level["layers"].values() if row[statistic] is not None]
-    return float(np.mean(values)) if values else math.nan
-
-
-def tune_controls(
-    reference: Arm, setting: Setting, folder: Path, *, workers: int | None = None
-) -> tuple[list[Arm], list[dict[str, Any]]]:
-    """The control arms that match `reference` on a seed of their own, and the table they were chosen from.
-
-    Spectral and Frobenius penalties: the coefficient that reaches the last level in the number of steps
-    nearest to the reference's, so that their loss is equal after equal training. Low rank: the rank whose
-    effective rank at the last level is nearest (both as ratios).
-    """
-    grid = {
-        "frobenius": [control_arm("frobenius", c) for c in FROBENIUS_GRID],
-        "spectral": [control_arm("spectral", c) for c in SPECTRAL_GRID],
-        "low_rank": [low_rank_arm(rank) for rank in RANK_GRID],
-    }
-    (target,) = run_all([reference], [TUNING_SEED], setting, folder, workers=workers)
-    chosen, table = [], [_tuning_row(target)]
-    for name, arms in grid.items():
-        # One call an arm: the grid's arms share a name, their files don't.
-        runs = [run_all([arm], [TUNING_SEED], setting, folder, workers=workers)[0] for arm in arms]
-        key = "effective_rank_rel" if name == "low_rank" else "step"
-        rows = [_tuning_row(run) for run in runs]
-        gaps = [abs(math.log(row[key] / table[0][key])) if row["reached"] else math.inf for row in rows]
-        if math.isinf(min(gaps)):
-            raise AnalysisError(
-                f"No {name} control reached loss {setting.recipe.levels[-1]} in {setting.recipe.limit} "
-                "steps; "
-                "raise the limit or the last level."
-            )
-        chosen.append(arms[int(np.argmin(gaps))])
-        table += rows
-    return chosen, table
-
-
-def _tuning_row(result: Result) -> dict[str, Any]:
-    level = last(result)
-    return {
-        "arm": result["arm"]["label"],
-        "reached": result["reached"],
-        "step": level["step"],
-        "effective_rank_rel": layer_mean(level, "effective_rank_rel"),
-    }

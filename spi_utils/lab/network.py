@@ -19,7 +19,8 @@ from spi_utils.texts import load_text
 
 PIECE = 4096  # characters; every HELD-th piece of the text is held out
 HELD = 8
-MATRICES = ("q", "k", "v", "o", "up", "down")
+# (rows, cols) of each matrix, in widths
+MATRICES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "up": (4, 1), "down": (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,20 @@ def load_corpus(context: int, level: int = 40, judge: int = 64) -> Corpus:
         EvaluationError: the held-out part is too short for so many windows.
     """
     text = load_text("pydoc")
-    symbols = sorted(set(text.text))
-    table = {symbol: i for i, symbol in enumerate(symbols)}
-    ids = torch.tensor([table[symbol] for symbol in text.text])
-    pieces = ids.split(PIECE)
-    held = torch.cat([piece for i, piece in enumerate(pieces) if i % HELD == HELD - 1])
+    table = {symbol: i for i, symbol in enumerate(sorted(set(text.text)))}
+    pieces = torch.tensor([table[symbol] for symbol in text.text]).split(PIECE)
+    held = torch.cat(pieces[HELD - 1 :: HELD])
     train = torch.cat([piece for i, piece in enumerate(pieces) if i % HELD != HELD - 1])
     windows = held[: len(held) // (context + 1) * (context + 1)].view(-1, context + 1)
     wanted = level + judge
     if len(windows) < wanted:
         raise EvaluationError(
-            f"The held-out text has {len(windows)} windows of {context} characters, and {wanted} are "
-            "asked for; ask "
-            "for fewer or shorter ones."
+            f"The held-out text has {len(windows)} windows of {context} characters, and {wanted} are asked "
+            "for; ask for fewer or shorter ones."
         )
     chosen = windows[torch.linspace(0, len(windows) - 1, wanted).long()]
     order = torch.randperm(wanted, generator=torch.Generator().manual_seed(0))
-    return Corpus(train, chosen[order[:level]], chosen[order[level:]], len(symbols), text.sha256)
+    return Corpus(train, chosen[order[:level]], chosen[order[level:]], len(table), text.sha256)
 
 
 class Factored(nn.Module):
@@ -93,38 +91,31 @@ class Factored(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP, each behind an RMS norm and beside a residual."""
 
-    def __init__(self, shape: Shape, rank: int | None) -> None:
+    def __init__(self, shape: Shape, rank: int) -> None:
         super().__init__()
-        width = shape.width
         self.heads = shape.heads
-        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.q: Any
-        self.k: Any
-        self.v: Any
-        self.o: Any
-        self.up: Any
-        self.down: Any
-        for name in MATRICES:
-            rows, cols = _size(name, width)
-            layer = nn.Linear(cols, rows, bias=False) if rank is None else Factored(cols, rows, rank)
-            self.add_module(name, layer)
+        self.norms = nn.ModuleList([nn.RMSNorm(shape.width), nn.RMSNorm(shape.width)])
+        self.layers = nn.ModuleDict()
+        for name, (tall, wide) in MATRICES.items():
+            rows, cols = tall * shape.width, wide * shape.width
+            self.layers[name] = Factored(cols, rows, rank) if rank else nn.Linear(cols, rows, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, width) -> (B, T, width)."""
         batch, length, width = x.shape
-        y = self.norms[0](x)
+        layers, y = self.layers, self.norms[0](x)
         split = (batch, length, self.heads, width // self.heads)
-        q, k, v = (layer(y).view(split).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layers[name](y).view(split).transpose(1, 2) for name in ("q", "k", "v"))
         q, k = rotated(q), rotated(k)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, head width)
-        x = x + self.o(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
+        x = x + layers["o"](mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + layers["down"](functional.gelu(layers["up"](self.norms[1](x))))
 
 
 class Network(nn.Module):
-    """The transformer; `rank` makes every matrix a product of that rank."""
+    """The transformer; a `rank` above 0 makes every matrix a product of that rank."""
 
-    def __init__(self, shape: Shape, symbols: int, rank: int | None = None) -> None:
+    def __init__(self, shape: Shape, symbols: int, rank: int = 0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(symbols, shape.width)
         self.blocks = nn.ModuleList([Block(shape, rank) for _ in range(shape.depth)])
@@ -151,32 +142,22 @@ def rotated(x: Tensor) -> Tensor:
 def matrices(network: Network) -> Iterator[tuple[str, Any]]:
     """("0.q", its nn.Linear or Factored), … for every matrix that the lab looks at."""
     for depth, block in enumerate(network.blocks):
-        for name in MATRICES:
-            yield f"{depth}.{name}", getattr(block, name)
+        for name, layer in block.layers.items():  # type: ignore[operator, union-attr]
+            yield f"{depth}.{name}", layer
 
 
 @torch.no_grad()
 def initialize(network: Network, generator: torch.Generator) -> None:
     """Independent Gaussian entries of variance 1/cols; a product gets that variance through its factors."""
-    nn.init.normal_(
-        network.embedding.weight, std=network.embedding.weight.shape[1] ** -0.5, generator=generator
-    )
+    factors = [network.embedding.weight]
     for _, layer in matrices(network):
-        if isinstance(layer, Factored):
-            rank, cols = layer.right.shape
-            nn.init.normal_(layer.right, std=cols**-0.5, generator=generator)
-            nn.init.normal_(layer.left, std=rank**-0.5, generator=generator)
-        else:
-            nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5, generator=generator)
+        factors += [layer.right, layer.left] if isinstance(layer, Factored) else [layer.weight]
+    for factor in factors:
+        nn.init.normal_(factor, std=factor.shape[1] ** -0.5, generator=generator)
 
 
+@torch.no_grad()
 def token_losses(network: Network, windows: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (windows, T, symbols) and losses (windows, T) in nats a character."""
-    with torch.no_grad():
-        logs = functional.log_softmax(network(windows[:, :-1]), dim=-1)
+    logs = functional.log_softmax(network(windows[:, :-1]), dim=-1)
     return logs, -logs.gather(2, windows[:, 1:, None])[..., 0]
-
-
-def _size(name: str, width: int) -> tuple[int, int]:
-    """(rows, cols) of a matrix."""
-    return {"up": (4 * width, width), "down": (width, 4 * width)}.get(name, (width, width))

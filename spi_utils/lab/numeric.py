@@ -7,6 +7,7 @@ quantized; and what is left of a product of t such matrices in float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spi_utils.compactness import rank_of_mass
-from spi_utils.errors import AnalysisError
 
 Floats = NDArray[np.float64]
 
@@ -29,8 +29,6 @@ FLOOR = float(np.finfo(np.float32).tiny)
 
 def spectra(n: int = DIMENSION) -> dict[str, Floats]:
     """{"flat": k^-½, "compact": e^(-0.2k)}, k = 1…n, descending."""
-    if n < 2:
-        raise AnalysisError(f"n={n}: a spectrum needs two singular values at least.")
     k = np.arange(1, n + 1, dtype=np.float64)
     return {"flat": k**-0.5, "compact": np.exp(-0.2 * k)}
 
@@ -41,16 +39,9 @@ def mass_table(n: int = DIMENSION, share: float = 0.9) -> pd.DataFrame:
     for name, sigma in spectra(n).items():
         before, least = (rank_of_mass(sigma, share, count=count) for count in ("before", "at_least"))
         held = np.cumsum(sigma) / sigma.sum()
-        rows.append(
-            {
-                "spectrum": name,
-                "strictly before": before,
-                "they hold": float(held[before - 1]) if before else 0.0,
-                "at least": least,
-                "these hold": float(held[least - 1]),
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((name, before, held[before - 1] if before else 0.0, least, held[least - 1]))
+    titles = ["spectrum", "strictly before", "they hold", "at least", "these hold"]
+    return pd.DataFrame(rows, columns=titles)
 
 
 # --- distinguishable after quantization ------------------------------------------------------------------
@@ -69,7 +60,12 @@ STEPS: dict[str, Callable[[int], int]] = {
     "2^(b−1) − 1": lambda bits: 2 ** (bits - 1) - 1,
     "2^b − 2": lambda bits: 2**bits - 2,
 }
-COUNTS = ("not zero", "different codes", "apart from the next")
+# (all codes, how many of them count) -> how many are distinguishable
+COUNTS: dict[str, Callable[[Floats, int], int]] = {
+    "not zero": lambda codes, size: int((codes[:size] > 0).sum()),
+    "different codes": lambda codes, size: len(np.unique(codes[:size][codes[:size] > 0])),
+    "apart from the next": lambda codes, size: int((np.diff(codes[: size + 1]) != 0).sum()),
+}
 
 
 def quantizer_grid(n: int = DIMENSION, bits: range = range(2, 11)) -> pd.DataFrame:
@@ -82,37 +78,18 @@ def quantizer_grid(n: int = DIMENSION, bits: range = range(2, 11)) -> pd.DataFra
     sigmas = spectra(n)
     held = {name: rank_of_mass(sigma, count="before") for name, sigma in sigmas.items()}
     rows = []
-    for key, codes in _codes(sigmas, bits):
-        for count in COUNTS:
-            for among in ("all", "held"):
-                sizes = dict.fromkeys(sigmas, n) if among == "all" else held
-                row: dict[str, Any] = {**key, "count": count, "among": among}
-                for name in sigmas:
-                    found = _count(codes[name], sizes[name], count)
-                    row |= {name: found, f"{name}/n": found / n, f"{name}/held": found / held[name]}
-                rows.append(row)
+    for width, scaling, steps in itertools.product(bits, SCALINGS, STEPS):
+        scaled = {name: SCALINGS[scaling](s) * STEPS[steps](width) for name, s in sigmas.items()}
+        # Rounding to 9 digits first: k^-½ meets halves exactly (36^-½ · 3), and only exactly.
+        codes = {name: np.floor(np.round(s, 9) + 0.5) for name, s in scaled.items()}
+        for count, among in itertools.product(COUNTS, ("all", "held")):
+            row: dict[str, Any] = {"bits": width, "scaling": scaling, "steps": steps}
+            row |= {"count": count, "among": among}
+            for name in sigmas:
+                found = COUNTS[count](codes[name], n if among == "all" else held[name])
+                row |= {name: found, f"{name}/n": found / n, f"{name}/held": found / held[name]}
+            rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _codes(sigmas: dict[str, Floats], bits: range) -> Iterator[tuple[dict[str, Any], dict[str, Floats]]]:
-    for width in bits:
-        for scaling, scale in SCALINGS.items():
-            for title, steps in STEPS.items():
-                key = {"bits": width, "scaling": scaling, "steps": title}
-                # Rounding to 9 digits first: k^-½ meets halves exactly (36^-½ · 3), and only exactly.
-                yield (
-                    key,
-                    {n: np.floor(np.round(scale(s) * steps(width), 9) + 0.5) for n, s in sigmas.items()},
-                )
-
-
-def _count(codes: Floats, size: int, count: str) -> int:
-    head = codes[:size]
-    if count == "not zero":
-        return int((head > 0).sum())
-    if count == "different codes":
-        return len(np.unique(head[head > 0]))
-    return int((np.diff(codes[: size + 1]) != 0).sum())
 
 
 def stated_shares(grid: pd.DataFrame) -> pd.DataFrame:
@@ -135,10 +112,9 @@ def comparison(grid: pd.DataFrame) -> pd.DataFrame:
     in how many of the grid's quantizers it does."""
     rows = []
     for (count, scaling), part in grid[grid["among"] == "all"].groupby(["count", "scaling"], sort=False):
-        wins = {base: (part[f"compact/{base}"] > part[f"flat/{base}"]).mean() for base in ("n", "held")}
-        rows.append({"count": count, "scaling": scaling, "compact wins, of n": wins["n"],
-                     "compact wins, of the held": wins["held"]})  # fmt: skip
-    return pd.DataFrame(rows)
+        wins = [(part[f"compact/{base}"] > part[f"flat/{base}"]).mean() for base in ("n", "held")]
+        rows.append((count, scaling, *wins))
+    return pd.DataFrame(rows, columns=["count", "scaling", "compact wins, of n", "compact wins, of the held"])
 
 
 # --- depth -----------------------------------------------------------------------------------------------
@@ -169,35 +145,33 @@ def depth_table(depth: int = DEPTH, n: int = DIMENSION, seed: int = 0) -> tuple[
         product without normalisation} for the figure.
     """
     rows, curves = [], {}
-    for name, sigma in spectra(n).items():
-        for bases in BASES:
-            logs = product_logs(sigma, bases, depth, seed)
-            curves[name, bases] = logs
-            apart = (logs > logs[:, :1] - 24 * math.log(2)).sum(axis=1)
-            for title, norm in NORMALISATIONS.items():
-                scale = norm(sigma)
-                exact = (logs[-1].max() - depth * math.log(scale)) / math.log(10)
-                outcome = float32_outcome(sigma / scale, bases, depth, seed, exact)
-                rows.append(
-                    {
-                        "spectrum": name,
-                        "bases": bases,
-                        "normalisation": title,
-                        "log10_norm": exact,
-                        "float32": outcome,
-                        "directions": int(apart[-1]),
-                        "directions_10": int(apart[min(10, depth) - 1]),
-                    }
-                )
-    return pd.DataFrame(rows), curves
+    for (name, sigma), bases in itertools.product(spectra(n).items(), BASES):
+        logs = product_logs(sigma, bases, depth, seed)
+        curves[name, bases] = logs
+        apart = (logs > logs[:, :1] - 24 * math.log(2)).sum(axis=1)
+        for title, norm in NORMALISATIONS.items():
+            scale = norm(sigma)
+            exact = (logs[-1].max() - depth * math.log(scale)) / math.log(10)
+            outcome = float32_outcome(sigma / scale, bases, depth, seed, exact)
+            rows.append((name, bases, title, exact, outcome, apart[-1], apart[min(10, depth) - 1]))
+    titles = ["spectrum", "bases", "normalisation", "log10_norm", "float32", "directions", "directions_10"]
+    return pd.DataFrame(rows, columns=titles), curves
+
+
+def collapsed(table: pd.DataFrame) -> tuple[int, int, int, int]:
+    """Of a depth table's pairs of bases and normalisation: all; those in which both spectra, only the flat
+    one, only the compact one reach the float floor."""
+    floor = table.assign(floor=table["float32"].str.startswith("floor"))
+    wide = floor.pivot(index=["bases", "normalisation"], columns="spectrum", values="floor").astype(bool)
+    flat, compact = wide["flat"], wide["compact"]
+    both, alone, other = (flat & compact).sum(), (flat & ~compact).sum(), (compact & ~flat).sum()
+    return len(wide), int(both), int(alone), int(other)
 
 
 def layers(sigma: Floats, bases: str, seed: int) -> Iterator[Floats]:
     """Endless matrices of these singular values: one diagonal, one U diag(σ) Vᵀ, or a new pair each time."""
     rng = np.random.default_rng(seed)
     n = len(sigma)
-    if bases not in BASES:
-        raise AnalysisError(f"bases={bases!r}: expected one of {', '.join(map(repr, BASES))}.")
     fixed = np.diag(sigma) if bases == "diagonal" else _haar(n, rng) @ (sigma[:, None] * _haar(n, rng))
     while True:
         yield fixed

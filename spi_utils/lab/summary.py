@@ -7,205 +7,191 @@ damage is compared as logarithms, paired by seed, so that exp(mean) is a ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.stats import t
 
-from spi_utils.lab.correlations import (
-    DAMAGES,
-    across_training,
-    correlations,
-    damage,
-    over_seeds,
-    t_estimate,
-)
-from spi_utils.lab.experiment import Result, last, layer_mean
-from spi_utils.lab.network import MATRICES
+from spi_utils.errors import EvaluationError
+from spi_utils.lab.experiment import FORMATS, STATISTICS, Result
 from spi_utils.stats import Estimate, holm_family
 
 COMPACTNESS = "nuclear_rank_90_rel"  # the preprint's: the share of singular values that hold 90 % of Σσ
-MIN_SEEDS = 3  # below, an interval's own error is too large for a verdict
+DAMAGES = (*FORMATS, "noise")
+ALONE = ("nf4", "int3")  # formats in which each matrix was judged alone
+PREDICTORS = [*STATISTICS, "nf4_error"]
 
 
-def by_arm(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    """{arm: {seed: run}} of the runs that reached the last level, arms in the order of the results."""
-    found: dict[str, dict[int, Result]] = {}
-    for result in results:
-        runs = found.setdefault(result["arm"]["name"], {})
-        if result["reached"]:
-            runs[result["seed"]] = result
-    return found
+def t_estimate(values: Iterable[float]) -> Estimate:
+    """Mean, standard error, 95 % Student interval and p of "the mean is 0" over seeds; unbounded below two.
+
+    Raises:
+        EvaluationError: no value, or one that isn't finite.
+    """
+    x = np.array(list(values), dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise EvaluationError(f"{len(x)} seeds, all finite: expected at least one; got {x.tolist()}.")
+    mean, count = float(x.mean()), len(x)
+    if count < 2:
+        return Estimate(mean, math.inf, -math.inf, math.inf, 1.0, count)
+    se = float(x.std(ddof=1) / math.sqrt(count))
+    half = float(t.ppf(0.975, count - 1)) * se
+    p = float(2 * t.sf(abs(mean) / se, count - 1)) if se else float(mean == 0)
+    return Estimate(mean, se, mean - half, mean + half, p, count)
 
 
-def compactness(result: Result) -> float:
-    """Mean over the matrices of the share of singular values that hold 90 % of Σσ; low is compact."""
-    return layer_mean(last(result), COMPACTNESS)
+def over_seeds(values: pd.Series) -> dict[str, Any] | None:
+    """Estimate over seeds of each seed's mean; None without a value, and seeds without one are left out."""
+    means = values.groupby(level="seed").mean().dropna()
+    return t_estimate(means).as_dict() if len(means) else None
 
 
-def log_ratio(
-    runs: Mapping[int, Result], base: Mapping[int, Result], value: Callable[[Result], float]
-) -> Estimate | None:
-    """Estimate of ln(value/base's value) over the seeds that both have; None without any."""
-    shared = sorted(set(runs) & set(base))
-    if not shared:
-        return None
-    return t_estimate(math.log(value(runs[seed]) / value(base[seed])) for seed in shared)
+def log_ratio(one: pd.Series, base: pd.Series) -> Estimate | None:
+    """Estimate of ln(one/base) over the seeds that both have, by which they are indexed; None without any."""
+    found = (one / base).map(math.log, na_action="ignore").dropna()
+    return t_estimate(found) if len(found) else None
 
 
-def arm_table(results: Sequence[Result], base: str = "standard") -> list[dict[str, Any]]:
-    """A row an arm: training, spectra, damage, and all of it against the arm `base` (with Holm's p)."""
-    arms = by_arm(results)
-    adjusted = {kind: _against(arms, base, kind) for kind in DAMAGES}
-    rows = []
-    for name, runs in arms.items():
-        arm = next(one["arm"] for one in results if one["arm"]["name"] == name)
-        tried = sum(one["arm"]["name"] == name for one in results)
-        row: dict[str, Any] = {key: arm[key] for key in ("name", "label", "kind")}
-        row |= {"runs": tried, "reached": len(runs)}
-        if runs:
-            row |= _arm_numbers(list(runs.values()))
-            found = log_ratio(runs, arms[base], compactness)
-            row["compactness_ratio"] = found.as_dict() if found and name != base else None
-            row["damage_ratio"] = {k: found[name].as_dict() for k, found in adjusted.items() if name in found}
+def rank_correlation(rows: pd.DataFrame, x: str, y: str, same_type: bool = False) -> float:
+    """Spearman's ρ over the rows that have both; NaN below four or without spread.
+
+    With `same_type` both are taken relative to the mean of the matrix' type (q, k, …) first.
+    """
+    pairs = rows.dropna(subset=[x, y])
+    values = pairs[[x, y]]
+    if same_type:
+        values = values - values.groupby(pairs["type"]).transform("mean")
+    if len(values) < 4 or values.nunique().min() < 2:
+        return math.nan
+    return float(values[x].corr(values[y], method="spearman"))
+
+
+def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs that reached the last level, as two tables by arm and seed.
+
+    A row a level: KL and Δloss by kind of damage, means of the statistics over the matrices, and at the last
+    level the plans' KL. A row a level and matrix: its type and statistics, and at the last level its KL in a
+    format alone (`alone …`) and the logarithm of that a weight (`cost …`). The untrained level is infinite.
+    """
+    levels, layers = [], []
+    for run in (run for run in results if run["reached"]):
+        for level in run["levels"]:
+            row = {"arm": run["arm"]["name"], "seed": run["seed"]}
+            row["level"] = math.inf if level["level"] is None else level["level"]
+            own = {key: level[key] for key in ("step", "loss", "judge_loss")}
+            final: dict[str, Any] = run["final"] if level is run["levels"][-1] else {}
+            hurt = level["damage"] | ({"noise": final["noise"]} if final else {})
+            own |= {f"{key} {kind}": one[key] for kind, one in hurt.items() for key in ("kl", "dloss")}
+            levels.append(row | own | (final["plans"] if final else {}) | {"shape": np.array(level["shape"])})
+            for name, statistics in level["layers"].items():
+                layer = row | {"type": name.split(".")[1]} | statistics
+                for kind in ALONE if final else ():
+                    cost = final["layers"][kind][name]
+                    weight = math.log(max(cost, 1e-12) / final["weights"][name])
+                    layer |= {f"alone {kind}": cost, f"cost {kind}": weight}
+                layers.append(layer)
+    keys = ["arm", "seed", "level"]
+    by_layer = pd.DataFrame(layers).astype(dict.fromkeys(PREDICTORS, float))
+    means = by_layer.groupby(keys)[PREDICTORS].mean()
+    by_level = pd.DataFrame(levels).join(means, on=keys)
+    return by_level.set_index(["arm", "seed"]), by_layer.set_index(["arm", "seed"])
+
+
+def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row an arm: training, spectra, damage, and all of it against the standard arm (with Holm's p)."""
+    held = {str(name): rows.droplevel("arm") for name, rows in last.groupby("arm", sort=False)}
+    nothing = last.iloc[:0].droplevel("arm")
+    base = held.get("standard", nothing)
+    adjusted: dict[str, dict[str, Estimate]] = {}
+    for kind in DAMAGES:  # Holm's family is the arms
+        found = {k: log_ratio(v[f"kl {kind}"], base[f"kl {kind}"]) for k, v in held.items()}
+        adjusted[kind] = holm_family({k: one for k, one in found.items() if one and k != "standard"})
+    table = []
+    for name in dict.fromkeys(one["arm"]["name"] for one in results):
+        tried = [one["arm"] for one in results if one["arm"]["name"] == name]
+        row: dict[str, Any] = {key: tried[0][key] for key in ("name", "label", "kind")}
+        runs = held.get(name, nothing)
+        row |= {"runs": len(tried), "reached": len(runs)}
+        if len(runs):
+            row |= {key: float(runs[key].mean()) for key in ("step", "loss", "judge_loss")}
+            for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error"):
+                row[key] = t_estimate(runs[key]).as_dict()
+            for key in ("kl", "dloss"):
+                row[key] = {kind: t_estimate(runs[f"{key} {kind}"]).as_dict() for kind in DAMAGES}
+            ratio = log_ratio(runs[COMPACTNESS], base[COMPACTNESS])
+            row["compactness_ratio"] = ratio.as_dict() if ratio and name != "standard" else None
+            row["damage_ratio"] = {k: one[name].as_dict() for k, one in adjusted.items() if name in one}
             row["points"] = [
-                {"seed": seed, COMPACTNESS: compactness(one), "kl": {k: damage(one, k) for k in DAMAGES}}
-                for seed, one in runs.items()
+                {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in DAMAGES}}
+                for seed, one in runs.iterrows()
             ]
-        rows.append(row)
-    return rows
+        table.append(row)
+    return table
 
 
-def _against(arms: Mapping[str, Mapping[int, Result]], base: str, kind: str) -> dict[str, Estimate]:
-    """ln(arm / base) of one damage for every other arm; Holm's family is the arms."""
-    found = {
-        name: log_ratio(runs, arms[base], partial(damage, kind=kind))
-        for name, runs in arms.items()
-        if name != base
+def correlations(levels: pd.DataFrame, last: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
+    """{view: {statistic: {format: Spearman's ρ with the damage, over seeds}}}, four views: over the arms of
+    a seed, the levels of a run, the matrices of a run, and these relative to their type."""
+    views = {
+        "across models": (last, ["seed"], "kl"),
+        "across training": (levels[np.isfinite(levels["level"])], ["arm", "seed"], "kl"),
+        "within a model": (layers, ["arm", "seed"], "cost"),
+        "within a type": (layers, ["arm", "seed"], "cost"),
     }
-    return holm_family({name: one for name, one in found.items() if one is not None})
-
-
-def _arm_numbers(runs: Sequence[Result]) -> dict[str, Any]:
-    return {
-        "step": float(np.mean([last(one)["step"] for one in runs])),
-        "loss": float(np.mean([last(one)["loss"] for one in runs])),
-        "judge_loss": float(np.mean([last(one)["judge_loss"] for one in runs])),
-        **{
-            key: t_estimate(layer_mean(last(one), key) for one in runs).as_dict()
-            for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error")
-        },
-        "kl": {kind: t_estimate(damage(one, kind) for one in runs).as_dict() for kind in DAMAGES},
-        "dloss": {kind: t_estimate(damage(one, kind, "dloss") for one in runs).as_dict() for kind in DAMAGES},
-    }
-
-
-def alpha_through_training(results: Sequence[Result], kind: str = "nf4") -> dict[str, dict[str, Any] | None]:
-    """For each arm: ρ between α (Hill) and damage over the levels of a run, over seeds."""
-    found = {}
-    for name, runs in by_arm(results).items():
-        one = over_seeds({seed: [across_training(run, "alpha_hill", kind)] for seed, run in runs.items()})
-        found[name] = one.as_dict() if one else None
+    found: dict[str, Any] = {}
+    for view, (rows, by, what) in views.items():
+        groups = rows.groupby(level=by)
+        for key in PREDICTORS:
+            one = {
+                kind: groups.apply(rank_correlation, key, f"{what} {kind}", view == "within a type")
+                for kind in ALONE
+            }
+            found.setdefault(view, {})[key] = {kind: over_seeds(values) for kind, values in one.items()}
     return found
 
 
-def plan_table(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+def plan_table(last: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """ln of ratios of KL: a threshold's plan to random plans, and the two ends of α; by arm and over all."""
-
-    def ratio(run: Result, key: str, base: str) -> float:
-        plans = run["final"]["plans"]
-        return math.log(max(plans[key], 1e-9) / max(plans[base], 1e-9))
-
     pairs = [("high", "low"), *((key, "random") for key in ("high", "low", "flat", "compact"))]
-    arms = by_arm(results)
-    groups = {name: {seed: [run] for seed, run in runs.items()} for name, runs in arms.items() if runs}
-    seeds = sorted({seed for runs in arms.values() for seed in runs})
-    groups["all arms"] = {seed: [runs[seed] for runs in arms.values() if seed in runs] for seed in seeds}
-    return {
-        name: {
-            f"{key}/{base}": found.as_dict() if found else None
-            for key, base in pairs
-            for found in [
-                over_seeds({s: [ratio(run, key, base) for run in runs] for s, runs in held.items()})
-            ]
-        }
-        for name, held in groups.items()
-    }
+    ratios = pd.DataFrame({f"{a}/{b}": np.log(last[a].clip(1e-9) / last[b].clip(1e-9)) for a, b in pairs})
+    groups = [*ratios.groupby("arm", sort=False), ("all arms", ratios)]
+    return {str(name): {str(pair): over_seeds(rows[pair]) for pair in ratios} for name, rows in groups}
 
 
-def layer_costs(results: Sequence[Result], kind: str = "nf4") -> list[dict[str, Any]]:
-    """For each arm: mean KL of one matrix of each type alone in `kind`, the sum of all, all at once."""
-    rows = []
-    for name, runs in by_arm(results).items():
-        alone = [one["final"]["layers"][kind] for one in runs.values()]
-        if not alone:
-            continue
-        row: dict[str, Any] = {"arm": name}
-        for title in MATRICES:
-            row[title] = float(
-                np.mean([v for one in alone for k, v in one.items() if k.endswith("." + title)])
-            )
-        row["sum of all matrices alone"] = float(np.mean([sum(one.values()) for one in alone]))
-        row["all at once"] = float(np.mean([damage(one, kind) for one in runs.values()]))
-        rows.append(row)
-    return rows
+def layer_costs(last: pd.DataFrame, layers: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each arm: mean KL in NF4 of one matrix of each type alone, the sum of all, all at once."""
+    alone = layers.groupby(["arm", "type"], sort=False)["alone nf4"].mean().unstack(sort=False)
+    alone["sum of all matrices alone"] = (
+        layers.groupby(["arm", "seed"])["alone nf4"].sum().groupby("arm").mean()
+    )
+    alone["all at once"] = last.groupby("arm")["kl nf4"].mean()
+    rows: Any = alone.reset_index().to_dict("records")
+    return list(rows)
 
 
-def through_training(results: Sequence[Result]) -> list[dict[str, Any]]:
+def through_training(levels: pd.DataFrame, layers: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for each arm, level and matrix type: mean α, effective rank, compactness; the arm's damage."""
-    rows = []
-    for name, runs in by_arm(results).items():
-        for i, level in enumerate(next(iter(runs.values()))["levels"] if runs else []):
-            levels = [run["levels"][i] for run in runs.values()]
-            for kind in MATRICES:
-                row: dict[str, Any] = {"arm": name, "level": level["level"], "type": kind}
-                for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS):
-                    row[key] = _type_mean(levels, kind, key)
-                row["kl_nf4"] = float(f"{np.mean([one['damage']['nf4']['kl'] for one in levels]):.4g}")
-                rows.append(row)
-    return rows
-
-
-def _type_mean(levels: Sequence[Result], kind: str, key: str) -> float | None:
-    found = [
-        row[key] for level in levels for name, row in level["layers"].items() if name.endswith("." + kind)
+    keys = ["alpha_hill", "effective_rank_rel", COMPACTNESS]
+    rows = layers.groupby(["arm", "level", "type"], sort=False)[keys].mean()
+    rows = rows.join(levels.groupby(["arm", "level"])["kl nf4"].mean().rename("kl_nf4"))
+    return [
+        {str(key): _digits(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows.reset_index().to_dict("records")
     ]
-    held = [value for value in found if value is not None]
-    return float(f"{np.mean(held):.4g}") if held else None
 
 
-def shapes(results: Sequence[Result], points: int = 24) -> dict[str, Any]:
+def shapes(levels: pd.DataFrame, points: int = 24) -> dict[str, Any]:
     """Mean over matrices and seeds of σ_k/σ_1 at `points` ranks k, for every arm and level; for a figure."""
-    size = len(results[0]["levels"][0]["shape"])
+    size = len(levels["shape"].iloc[0])
     ranks = np.unique(np.linspace(0, size - 1, points).round().astype(int))
     found: dict[str, Any] = {"size": size, "ranks": [int(k) + 1 for k in ranks], "arms": {}}
-    for name, runs in by_arm(results).items():
-        found["arms"][name] = [
-            {
-                "level": levels[0]["level"],
-                "sigma": [
-                    float(f"{x:.4g}") for x in np.mean([one["shape"] for one in levels], axis=0)[ranks]
-                ],
-                COMPACTNESS: float(np.mean([layer_mean(one, COMPACTNESS) for one in levels])),
-            }
-            for levels in zip(*(run["levels"] for run in runs.values()), strict=True)
-        ]
-    return found
-
-
-def matched(results: Sequence[Result], reference: str) -> dict[str, dict[str, Any]]:
-    """ln(reference arm / control) of compactness and of each damage, paired by seed, for every control."""
-    arms = by_arm(results)
-    controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control"}
-    found: dict[str, dict[str, Any]] = {}
-    for name in sorted(controls & {name for name, runs in arms.items() if runs}):
-        values: dict[str, Callable[[Result], float]] = {
-            "compactness": compactness,
-            **{kind: partial(damage, kind=kind) for kind in DAMAGES},
-        }
-        ratios = {key: log_ratio(arms[reference], arms[name], value) for key, value in values.items()}
-        found[name] = {key: one.as_dict() if one else None for key, one in ratios.items()}
+    groups: Any = levels.groupby(["arm", "level"], sort=False)
+    for (name, level), rows in groups:
+        sigma = [_digits(x, 4) for x in np.mean(list(rows["shape"]), axis=0)[ranks]]
+        one = {"level": _digits(level, 4), "sigma": sigma, COMPACTNESS: float(rows[COMPACTNESS].mean())}
+        found["arms"].setdefault(name, []).append(one)
     return found
 
 
@@ -216,22 +202,44 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
         results: runs of `run_all`, the arm "standard" among them.
         reference: the arm that the controls were tuned to.
         notes: what else shall stand in it, first.
+
+    Raises:
+        EvaluationError: no run reached the last level.
     """
-    found = {
+    if not any(one["reached"] for one in results):
+        raise EvaluationError("No run reached the last level: raise it, or train longer.")
+    levels, layers = tabled(results)
+    last, own = levels.dropna(subset=["high"]), layers.dropna(subset=["alone nf4"])
+    controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control" and one["reached"]}
+    # ln(reference arm / control) of compactness and of each damage, paired by seed
+    columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in DAMAGES}}
+    matched: dict[str, Any] = {}
+    for name in sorted(controls):
+        ours, theirs = (last.xs(arm, level="arm") for arm in (reference, name))
+        found = {key: log_ratio(ours[of], theirs[of]) for key, of in columns.items()}
+        matched[name] = {key: one.as_dict() if one else None for key, one in found.items()}
+    trained = levels[np.isfinite(levels["level"])].groupby(level=["arm", "seed"], sort=False)
+    alpha = trained.apply(rank_correlation, "alpha_hill", "kl nf4").groupby(level="arm", sort=False)
+    summary = {
         "schema": 1,
         **notes,
         "reference": reference,
         "seeds": sorted({result["seed"] for result in results}),
-        "arms": arm_table(results),
-        "matched": matched(results, reference),
-        "correlations": correlations(results),
-        "alpha_through_training": alpha_through_training(results),
-        "plans": plan_table(results),
-        "layer_costs": layer_costs(results),
-        "through_training": through_training(results),
-        "shapes": shapes(results),
+        "arms": arm_table(results, last),
+        "matched": matched,
+        "correlations": correlations(levels, last, own),
+        "alpha_through_training": {name: over_seeds(values) for name, values in alpha},
+        "plans": plan_table(last),
+        "layer_costs": layer_costs(last, own),
+        "through_training": through_training(levels, layers),
+        "shapes": shapes(levels),
     }
-    return _short(found)
+    return _short(summary)
+
+
+def _digits(value: float, digits: int) -> float | None:
+    """A number with so many digits, as JSON holds it: None where there is none."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _short(value: Any) -> Any:

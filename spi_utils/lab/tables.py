@@ -16,7 +16,6 @@ from spi_utils.lab.summary import COMPACTNESS
 from spi_utils.lab.verdicts import interval, ratio
 from spi_utils.runs import read_json
 
-SCHEMA = 1
 FILE = "compactness.json"
 Summary = Mapping[str, Any]
 
@@ -27,16 +26,12 @@ def full_grid() -> dict[str, Any]:
     Raises:
         RunError: neither the checkout nor the installed package holds it.
     """
-    folders = [Path(__file__).resolve().parents[2] / "docs"]
-    if importlib.util.find_spec("spi_utils.docs") is not None:
-        folders.append(Path(str(importlib.resources.files("spi_utils.docs"))))
-    found = next((folder / FILE for folder in folders if (folder / FILE).exists()), folders[0] / FILE)
-    if not found.exists():
-        raise RunError(
-            f"{found}: the full grid's summary is missing. Run python -m benchmarks.compactness --json "
-            f"{found}."
-        )
-    return read_json(found, SCHEMA, "summary of the lab")
+    path = Path(__file__).resolve().parents[2] / "docs" / FILE
+    if not path.exists() and importlib.util.find_spec("spi_utils.docs") is not None:
+        path = Path(str(importlib.resources.files("spi_utils.docs"))) / FILE
+    if not path.exists():
+        raise RunError(f"{path} is missing: run python -m benchmarks.compactness --json {path}.")
+    return read_json(path, 1, "summary of the lab")
 
 
 def arm_frame(summary: Summary) -> pd.DataFrame:
@@ -45,16 +40,13 @@ def arm_frame(summary: Summary) -> pd.DataFrame:
     for arm in summary["arms"]:
         row: dict[str, Any] = {"arm": arm["label"], "reached": f"{arm['reached']} of {arm['runs']}"}
         if arm["reached"]:
-            row |= {
-                "steps": round(arm["step"]),
-                "α (Hill)": f"{arm['alpha_hill']['mean']:.2f}",
-                "effective rank": f"{arm['effective_rank_rel']['mean']:.0%}",
-                "90 % of Σσ in": f"{arm[COMPACTNESS]['mean']:.0%}",
-            }
+            row["steps"] = round(arm["step"])
+            row["α (Hill)"] = f"{arm['alpha_hill']['mean']:.2f}"
+            row["effective rank"] = f"{arm['effective_rank_rel']['mean']:.0%}"
+            row["90 % of Σσ in"] = f"{arm[COMPACTNESS]['mean']:.0%}"
             row |= {f"KL {kind}": f"{one['mean']:.4f}" for kind, one in arm["kl"].items()}
             row["Δloss nf4"] = f"{arm['dloss']['nf4']['mean']:+.4f}"
-            against = arm["damage_ratio"]
-            row |= {f"{k} / standard": ratio(against[k]) if k in against else "" for k in ("nf4", "int3")}
+            row |= {f"{kind} / standard": ratio(arm["damage_ratio"].get(kind)) for kind in ("nf4", "int3")}
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -68,20 +60,14 @@ def correlation_frame(summary: Summary, kind: str = "nf4") -> pd.DataFrame:
 
 def plan_frame(summary: Summary) -> pd.DataFrame:
     """KL of plans that protect one end of a score, as ratios; a row an arm."""
-    rows = [
-        {"arm": name, **{key: ratio(one) if one else "" for key, one in pairs.items()}}
-        for name, pairs in summary["plans"].items()
-    ]
-    return pd.DataFrame(rows)
+    plans = {name: {key: ratio(one) for key, one in row.items()} for name, row in summary["plans"].items()}
+    return pd.DataFrame.from_dict(plans, orient="index").rename_axis("arm").reset_index()
 
 
 def layer_frame(summary: Summary, statistic: str = COMPACTNESS) -> pd.DataFrame:
     """A statistic by arm and matrix type (rows) through training (columns: the loss levels)."""
-    table = pd.DataFrame(summary["through_training"])
-    levels = [math.inf if level is None or pd.isna(level) else level for level in table["level"]]
-    wide = table.assign(level=levels).pivot_table(
-        index=["arm", "type"], columns="level", values=statistic, sort=False
-    )
+    table = pd.DataFrame(summary["through_training"]).fillna({"level": math.inf})
+    wide = table.pivot_table(index=["arm", "type"], columns="level", values=statistic, sort=False)
     wide = wide[sorted(wide.columns, reverse=True)]
     titles = {level: "untrained" if level == math.inf else f"loss {level:g}" for level in wide.columns}
     return wide.rename(columns=titles).rename_axis(columns=None).reset_index()
@@ -90,11 +76,9 @@ def layer_frame(summary: Summary, statistic: str = COMPACTNESS) -> pd.DataFrame:
 def matched_frame(summary: Summary) -> pd.DataFrame:
     """The reference arm over each control of equal loss: compactness and damage, as ratios paired by seed."""
     labels = {arm["name"]: arm["label"] for arm in summary["arms"]}
-    names = {"compactness": "rank at 90 % of Σσ"}
     rows = []
     for control, ratios in summary["matched"].items():
         row = {"ratio": f"{labels[summary['reference']]} / {labels[control]}"}
-        rows.append(
-            row | {names.get(key, f"KL {key}"): ratio(one) if one else "" for key, one in ratios.items()}
-        )
+        row["rank at 90 % of Σσ"] = ratio(ratios["compactness"])
+        rows.append(row | {f"KL {key}": ratio(one) for key, one in ratios.items() if key != "compactness"})
     return pd.DataFrame(rows)

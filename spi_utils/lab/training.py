@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from spi_utils.errors import AnalysisError
-from spi_utils.lab.arms import Arm, Penalty, make_network
-from spi_utils.lab.network import Corpus, Network, Shape, matrices, token_losses
+from spi_utils.lab.arms import Arm, make_network, make_penalty
+from spi_utils.lab.network import Corpus, Network, Shape, token_losses
 
-State = dict[str, Tensor]
 BISECTIONS = 7  # of a check's interval: levels are met to about 0.001 nats
 
 
@@ -40,7 +38,7 @@ class Recipe:
     limit: int = 700
 
     def __post_init__(self) -> None:
-        if not self.levels or any(a <= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+        if list(self.levels) != sorted(set(self.levels), reverse=True):
             raise AnalysisError(f"levels={self.levels!r}: expected held-out losses in falling order.")
 
 
@@ -64,16 +62,26 @@ def train(arm: Arm, seed: int, recipe: Recipe, shape: Shape, corpus: Corpus) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     network = make_network(arm, shape, corpus.symbols, generator)
-    penalty = Penalty(arm, network, generator)
-    batches = _batches(corpus.train, recipe.batch, shape.context, seed)
+    penalty = make_penalty(arm, network, generator)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.decay)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / recipe.warmup))
-    probe = Network(shape, corpus.symbols, arm.rank or None)
-    before = _state(network)
-    yield _snapshot(None, 0, before, probe, corpus)
+    probe = Network(shape, corpus.symbols, arm.rank)
+    offsets, draws = torch.arange(shape.context + 1), torch.Generator().manual_seed(10_000 + seed)
+
+    def loss_at(state: dict[str, Tensor]) -> float:
+        probe.load_state_dict(state)
+        return float(token_losses(probe, corpus.level)[1].mean())
+
+    def snapshot(level: float | None, step: int, state: dict[str, Tensor]) -> Snapshot:
+        whole = dense(state, shape, corpus.symbols)
+        return Snapshot(level, step, float(token_losses(whole, corpus.level)[1].mean()), whole)
+
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    yield snapshot(None, 0, before)
     left = list(recipe.levels)
     for step in range(1, recipe.limit + 1):
-        windows = next(batches)
+        at = torch.randint(0, len(corpus.train) - shape.context - 1, (recipe.batch, 1), generator=draws)
+        windows = corpus.train[at + offsets]  # (batch, context + 1), at random places
         logits = network(windows[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + penalty()
         optimizer.zero_grad()
@@ -83,70 +91,27 @@ def train(arm: Arm, seed: int, recipe: Recipe, shape: Shape, corpus: Corpus) -> 
         warm.step()
         if step % recipe.every:
             continue
-        after = _state(network)
-        reached = _loss(probe, after, corpus.level)
+        after = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        reached = loss_at(after)
         while left and reached <= left[0]:
-            met = _meet(left[0], before, after, probe, corpus.level)
-            yield _snapshot(left.pop(0), step, met, probe, corpus)
+            low, high = 0.0, 1.0  # shares of the way from `before`, which is above the level, to `after`
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                met = loss_at({key: torch.lerp(before[key], after[key], middle) for key in before}) <= left[0]
+                low, high = (low, middle) if met else (middle, high)
+            line = {key: torch.lerp(before[key], after[key], high) for key in before}
+            yield snapshot(left.pop(0), step, line)
         if not left:
             return
         before = after
 
 
-def _meet(level: float, before: State, after: State, probe: Network, windows: Tensor) -> State:
-    """The weights on the line from `before` (loss above the level) to `after` whose loss is the level."""
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if _loss(probe, _between(before, after, middle), windows) <= level:
-            high = middle
-        else:
-            low = middle
-    return _between(before, after, high)
-
-
-def _snapshot(level: float | None, step: int, state: State, probe: Network, corpus: Corpus) -> Snapshot:
-    probe.load_state_dict(state)
-    network = dense(probe)
-    return Snapshot(level, step, float(token_losses(network, corpus.level)[1].mean()), network)
-
-
 @torch.no_grad()
-def dense(network: Network) -> Network:
-    """A copy whose matrices are whole (products multiplied out), every parameter rounded to float16."""
-    blocks: Any = network.blocks
-    width = network.embedding.weight.shape[1]
-    shape = Shape(width, len(blocks), blocks[0].heads)
-    copy = Network(shape, network.embedding.num_embeddings)
-    copy.embedding.weight.copy_(network.embedding.weight)
-    copy.norm.weight.copy_(network.norm.weight)
-    copied: Any = copy.blocks
-    for block, source in zip(copied, blocks, strict=True):
-        block.norms.load_state_dict(source.norms.state_dict())
-    for (_, layer), (_, source) in zip(matrices(copy), matrices(network), strict=True):
-        layer.weight.copy_(source.weight)
-    for parameter in copy.parameters():
-        parameter.copy_(parameter.half().float())
-    return copy.requires_grad_(False)
-
-
-def _batches(text: Tensor, batch: int, context: int, seed: int) -> Iterator[Tensor]:
-    """Endless (batch, context + 1) windows at random places."""
-    generator = torch.Generator().manual_seed(10_000 + seed)
-    offsets = torch.arange(context + 1)
-    while True:
-        at = torch.randint(0, len(text) - context - 1, (batch, 1), generator=generator)
-        yield text[at + offsets]
-
-
-def _state(network: Network) -> State:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _between(before: State, after: State, share: float) -> State:
-    return {name: torch.lerp(before[name], after[name], share) for name in before}
-
-
-def _loss(probe: Network, state: State, windows: Tensor) -> float:
-    probe.load_state_dict(state)
-    return float(token_losses(probe, windows)[1].mean())
+def dense(state: dict[str, Tensor], shape: Shape, symbols: int) -> Network:
+    """The network of a state, its products multiplied out, every parameter rounded to float16."""
+    whole = Network(shape, symbols)
+    for name, parameter in whole.named_parameters():
+        stem = name.removesuffix("weight")
+        value = state[name] if name in state else state[f"{stem}left"] @ state[f"{stem}right"]
+        parameter.copy_(value.half().float())
+    return whole.requires_grad_(False)

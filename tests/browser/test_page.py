@@ -10,214 +10,139 @@ from spi_utils.runs import read_layers
 from tests.synthetic import layer_table, make_run
 
 pytestmark = pytest.mark.browser
+CHARTS = ("map", "histogram", "frontier")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("page") / "run", 70)
+    table = layer_table(70)
+    table.loc[[5, 30], ["status", "alpha_hill", "alpha_pl"]] = ["failed", None, None]
+    run = make_run(tmp_path_factory.mktemp("page") / "run", layers=table)
     write_explorer(run)
     return run
 
 
-@pytest.fixture
-def opened(run, visit):
+@pytest.fixture(scope="module")
+def page(run, visit):
+    """The page, opened once: each test starts at the choice that it makes."""
     one = visit(offline=True)
     one.page.goto(run.explorer.as_uri())
     one.page.wait_for_selector("body[data-ready=yes]")
-    yield one
+    yield one.page
     assert one.errors == []
 
 
-def answer(page) -> str:
+@pytest.fixture
+def state(run):
+    return ExplorerState.open(run)
+
+
+def enter(page, box: str, text: str) -> str:
+    page.fill(box, text)
+    page.press(box, "Enter")
     return page.inner_text("#answer")
 
 
-def expected(run, threshold: float, score="alpha_hill", direction="high") -> str:
-    plan = make_plan(read_layers(run), rule="threshold", value=threshold, score=score, direction=direction)
-    return f"{len(plan.protected)} of 70 layers in 16-bit"
-
-
-def picture(page, chart: str) -> str:
-    return page.evaluate(f"document.querySelector('#{chart} canvas').toDataURL()")
-
-
-def test_number_box_gives_plan_pys_answer(opened, run):
-    page = opened.page
-    before = [picture(page, chart) for chart in ("map", "histogram", "frontier")]
-    page.fill("#number", "4.5")
-    page.press("#number", "Enter")
-    plan = make_plan(read_layers(run), rule="threshold", value=4.5)
-    text = answer(page)
-    assert text.startswith(expected(run, 4.5))
-    assert f"{plan.matrix_bits:.2f} matrix bits" in text
-    assert f"predicted KL {plan.predicted_kl:.3g}" in text
+def test_the_choice_is_the_notebooks_and_ends_with_what_makes_it(page, run, state):
+    pictures = f"{list(CHARTS)}.map(name => document.querySelector('#' + name + ' canvas').toDataURL())"
+    before = page.evaluate(pictures)
+    for score, direction, value in (
+        ("alpha_hill", "high", 4.5),
+        ("alpha_decay", "low", 0.2),
+        ("smallest", "high", -5.9),
+    ):
+        page.select_option("#score", score)
+        page.select_option("#direction", direction)
+        state.set_score(score, direction)
+        state.set_threshold(value)
+        assert enter(page, "#number", f"{value}") == state.say("line")
+        assert page.inner_text("#standing") == state.say("comparison")
+        told = page.inner_text("#notes")
+        assert state.say("ties") in told and all(name in told for name in state.held)  # two failed layers
     page.wait_for_timeout(300)
-    after = [picture(page, chart) for chart in ("map", "histogram", "frontier")]
-    assert all(old != new for old, new in zip(before, after, strict=True))
-
-
-def test_the_page_ends_with_what_makes_the_choice(opened, run):
-    page = opened.page
-    page.fill("#number", "4.5")
-    page.press("#number", "Enter")
-    page.select_option("#direction", "low")
-    value = float(page.input_value("#number"))
+    assert all(old != new for old, new in zip(before, page.evaluate(pictures), strict=True))
     cell, command = page.inner_text("#parameters").split("\n\n")
     given = {}
     exec(cell, given)  # a parameters cell of notebook 02
     chosen = {name: given[name] for name in ("score", "direction", "rule", "value")}
-    plan = make_plan(read_layers(run), **chosen)
-    assert chosen["direction"] == "low" and chosen["value"] == pytest.approx(value, rel=1e-3)
-    assert answer(page).startswith(f"{len(plan.protected)} of 70 layers in 16-bit")
+    assert (
+        make_plan(read_layers(run), **chosen, force_16bit=given["force_16bit"]).protected
+        == state.plan().protected
+    )
     words = shlex.split(command)
     assert words[:4] == ["spi-utils", "run", "-p", "model"]
-    typed = dict(zip(words[3::3], words[4::3], strict=True))
-    assert {name: typed[name] for name in ("score", "direction", "rule")} == {
-        name: chosen[name] for name in ("score", "direction", "rule")
-    }
-    assert float(typed["value"]) == chosen["value"]
+    typed = dict(zip(words[6::3], words[7::3], strict=True))
+    assert {name: typed[name] for name in chosen} == {name: str(value) for name, value in chosen.items()}
     page.click("#copy")
     page.wait_for_function("document.querySelector('#copied').textContent !== ''")
 
 
-def test_slider_moves_by_keyboard_and_mouse(opened, run):
-    page = opened.page
+def test_sliders_move_by_keyboard_and_mouse(page, state):
+    page.select_option("#score", "alpha_hill")
+    page.select_option("#direction", "high")
+    enter(page, "#number", "4")
     page.focus("#slider")
-    first = page.input_value("#number")
     page.keyboard.press("ArrowRight")
-    second = page.input_value("#number")
-    assert float(second) > float(first)
+    second = float(page.input_value("#number"))
+    assert second > 4
     box = page.locator("#slider").bounding_box()
     page.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2)
     third = float(page.input_value("#number"))
-    assert third > float(second)
-    assert answer(page).startswith(expected(run, third))
-
-
-def test_score_and_direction(opened, run):
-    page = opened.page
-    count = answer(page).split(" ")[0]
-    page.select_option("#score", "alpha_decay")
-    page.select_option("#direction", "low")
-    assert answer(page).split(" ")[0] == count  # as many layers stay protected
-    page.fill("#number", "0.2")
-    page.press("#number", "Enter")
-    assert answer(page).startswith(expected(run, 0.2, "alpha_decay", "low"))
-
-
-@pytest.mark.parametrize("bad", ["abc", "1e9", ""])
-def test_a_bad_number_is_refused_visibly(opened, bad):
-    page = opened.page
-    before = answer(page)
-    page.fill("#number", bad)
-    page.press("#number", "Enter")
-    assert page.locator("#refusal").is_visible()
-    assert "number" in page.inner_text("#refusal")
-    assert answer(page) == before
-
-
-def test_a_click_on_the_map_shows_that_layers_spectrum(opened):
-    page = opened.page
-    before = page.inner_text("#spectrum-title")
-    box = page.locator("#map canvas").bounding_box()
-    page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + 0.6 * box["height"])
-    assert page.inner_text("#spectrum-title") != before
-    page.hover("#map canvas", position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
-    page.wait_for_selector("#vg-tooltip-element.visible")
-    told = page.inner_text("#vg-tooltip-element")
-    assert "α Hill (the score)" in told and "α (Hill)" not in told and " MB" in told
-    assert told.count("\t") <= 6
-    title = page.inner_text("#spectrum-title")
-    assert "Clauset's α" in title and "KS distance" in title and "Hill's α" in title
-
-
-def test_size_is_the_same_choice_from_the_other_side(opened, run):
-    page, state = opened.page, ExplorerState.open(run)
-    low, high = state.size_bounds
-    for score in ("alpha_hill", "smallest"):
-        state.set_score(score)
-        page.select_option("#score", score)
-        for share in (0.001, 0.3, 0.7, 1):
-            size = round((low + share * (high - low)) / 1e6, 2)
-            page.fill("#size-number", f"{size}")
-            page.press("#size-number", "Enter")
-            state.set_size(size * 1e6)
-            assert answer(page) == state.line()
-            assert float(page.input_value("#size-number")) == pytest.approx(
-                state.choice.total_bytes / 1e6, abs=0.006
-            )
+    state.set_threshold(third)
+    assert third > second and page.inner_text("#answer") == state.say("line")
     page.focus("#size")
-    before = page.input_value("#slider")
-    for _ in range(100):
-        page.keyboard.press("ArrowLeft")
-    assert page.input_value("#slider") != before
-    before = answer(page)
-    page.fill("#size-number", "1e9")
-    page.press("#size-number", "Enter")
-    assert "no size" in page.inner_text("#refusal") and answer(page) == before
+    for key, count in (("End", 70), ("Home", 2)):
+        page.keyboard.press(key)
+        assert page.inner_text("#answer").startswith(f"{count} of 70 layers in 16-bit, 2 of them as")
+    page.select_option("#score", "alpha_decay")  # as many layers stay protected
+    assert page.inner_text("#answer").startswith("2 of 70")
 
 
-def test_a_score_of_costs_starts_at_its_high_end(opened):
-    page = opened.page
+def test_size_is_the_same_choice_from_the_other_side(page, state):
+    for score in ("alpha_hill", "smallest"):
+        page.select_option("#score", score)
+        page.select_option("#direction", "high")
+        state.set_score(score, "high")
+        for size in state.sizes[[1, 150, 350, -1]] / 1e6:
+            state.set_size(float(f"{size:.2f}") * 1e6)
+            assert enter(page, "#size-number", f"{size:.2f}") == state.say("line")
+            held = float(page.input_value("#size-number"))
+            assert held == pytest.approx(state.choice.total_bytes / 1e6, abs=0.006)
+
+
+def test_a_bad_number_is_refused_visibly_and_costs_start_at_their_high_end(page):
+    before = page.inner_text("#answer")
+    for box, bad in (("#number", "abc"), ("#number", "1e9"), ("#number", ""), ("#size-number", "1e9")):
+        assert enter(page, box, bad) == before
+        assert page.locator("#refusal").is_visible() and "number" in page.inner_text("#refusal")
     page.select_option("#direction", "low")
     page.select_option("#score", "fisher")
     assert page.input_value("#direction") == "high"
     page.select_option("#direction", "low")
-    assert page.input_value("#direction") == "low"
-    assert "worse than random by" in page.inner_text("#standing")
+    assert page.input_value("#direction") == "low" and "worse than random" in page.inner_text("#standing")
 
 
-def test_layers_that_share_a_value_are_counted(opened, run):
-    page, state = opened.page, ExplorerState.open(run)
-    assert page.inner_text("#notes") == ""
-    state.set_score("smallest")
-    page.select_option("#score", "smallest")
-    assert page.inner_text("#notes") == state.say("ties") != ""
+def test_the_map_tells_a_layers_numbers_and_shows_its_spectrum(page):
+    page.select_option("#score", "alpha_hill")
+    before = page.inner_text("#spectrum-title")
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + 0.6 * box["height"])
+    title = page.inner_text("#spectrum-title")
+    assert title != before and all(words in title for words in ("Clauset's α", "KS", "Hill's"))
+    page.hover("#map canvas", position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.inner_text("#vg-tooltip-element")
+    assert "α Hill (the score)" in told and " MB" in told and told.count("α Hill") == 1
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_failed_layers_are_hollow_and_counted(tmp_path, visit, theme):
-    table = layer_table(70)
-    table.loc[[5, 30], ["status", "alpha_hill", "alpha_pl"]] = ["failed", None, None]
-    run = make_run(tmp_path / "run", layers=table)
-    write_explorer(run)
+def test_nothing_is_cut_off(run, visit, theme):
     one = visit(1280, theme, offline=True)
     one.page.goto(run.explorer.as_uri())
     one.page.wait_for_selector("body[data-ready=yes]")
-    for threshold in ("3", "6"):  # they stay where they are
-        one.page.fill("#number", threshold)
-        one.page.press("#number", "Enter")
-        kept = int((table["alpha_hill"] >= float(threshold)).sum()) + 2
-        assert answer(one.page).startswith(
-            f"{kept} of 70 layers in 16-bit, 2 of them as their analysis failed"
-        )
-    assert table["name"][5] in one.page.inner_text("#notes")
-    one.page.screenshot(path=run.figures / f"screen_failed_{theme}.png", full_page=True)
+    for width in (1280, 420):
+        one.page.set_viewport_size({"width": width, "height": 1000})
+        one.page.wait_for_timeout(300)
+        one.page.screenshot(path=run.figures / f"screen_page_{width}_{theme}.png", full_page=True)
+        assert one.cut_off() == [] and one.page.evaluate("document.documentElement.scrollWidth") <= width
     assert one.errors == []
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 800, 420])
-def test_nothing_is_cut_off(run, visit, width, theme):
-    one = visit(width, theme, offline=True)
-    one.page.goto(run.explorer.as_uri())
-    one.page.wait_for_selector("body[data-ready=yes]")
-    one.page.screenshot(path=run.figures / f"screen_page_{width}_{theme}.png", full_page=True)
-    assert one.cut_off() == []
-    assert one.page.evaluate("document.documentElement.scrollWidth") <= width
-    assert one.errors == []
-
-
-@pytest.mark.parametrize(("end", "count"), [(0, 0), (1, 70)])
-def test_page_and_notebook_agree_on_nothing_and_on_everything(opened, run, end, count):
-    """As many layers stay protected under another score, none included."""
-    page, state = opened.page, ExplorerState.open(run)
-    state.set_size(state.size_bounds[end])
-    page.focus("#size")
-    page.keyboard.press(("Home", "End")[end])
-    assert state.choice.layers == count
-    assert answer(page).startswith(f"{count} of 70")
-    state.set_score("alpha_decay")
-    page.select_option("#score", "alpha_decay")
-    assert state.choice.layers == count
-    assert answer(page).startswith(f"{count} of 70")

@@ -1,4 +1,4 @@
-"""The compactness lab, executed: tiny for its mechanics, and as a person gets it."""
+"""The compactness lab, executed on tiny networks."""
 
 import re
 
@@ -13,30 +13,15 @@ TINY = {"levels": [4.2, 3.8], "width": 32, "depth": 1, "seeds": 2, "windows": 16
 VERDICTS = {"supported", "refuted", "not separable"}
 
 
-def executed(folder, parameters):
-    """The outputs of the lab run with these parameters."""
-    execute(NAME, folder / "lab.ipynb", {"run_dir": str(folder / "runs"), **parameters})
-    book = nbformat.read(folder / "lab.ipynb", as_version=4)
+def test_the_lab_runs_tiny_and_ends_on_its_table(tmp_path):
+    execute(NAME, tmp_path / "lab.ipynb", {"run_dir": str(tmp_path / "runs"), **TINY})
+    book = nbformat.read(tmp_path / "lab.ipynb", as_version=4)
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
     assert outputs and all(output.output_type != "error" for output in outputs)
-    return outputs
-
-
-def check(outputs, folder, runs):
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     tables = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-    assert len(pictures) == 3 and len(list((folder / "runs" / "trained").glob("*.json"))) == runs
+    assert len(pictures) == 3 and len(list((tmp_path / "runs" / "trained").glob("*.json"))) == 6
     assert any("82" in table and "83" in table for table in tables)
     for table in tables[-2:]:
         cells = set(re.findall(r"<td[^>]*>([^<]*)</td>", table))
         assert "Spearman" in table and cells & VERDICTS
-
-
-def test_the_lab_runs_tiny_and_ends_on_its_table(tmp_path):
-    outputs = executed(tmp_path, TINY)
-    check(outputs, tmp_path, 6)
-
-
-def test_the_lab_runs_as_it_is(tmp_path):
-    outputs = executed(tmp_path, {})
-    check(outputs, tmp_path, 9)
