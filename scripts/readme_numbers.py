@@ -237,7 +237,7 @@ def models(held: dict[str, Any]) -> str:
         "| difference | α | by predicted cost | int8 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for run in held["models"]:
+    for run in (held["runs"]["claim"], *held.get("models", ())):
         v, plan = run["variants"], run["plan"]
         kl = {key: f"{one['kl_mean']:#.3g}" for key, one in v.items() if "kl_mean" in one}
         randoms = [one["kl_mean"] for key, one in v.items() if key.startswith("random_")]
