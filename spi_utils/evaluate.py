@@ -16,7 +16,6 @@ evaluation.json holds no time: the same inputs and seed give the same file. Spee
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import math
@@ -321,11 +320,16 @@ def _scores_file(folder: Path, key: str, index: int) -> Path:
 
 
 def _read_scores(folder: Path, key: str, index: int) -> TokenScores | None:
-    """Scores that are there and whole; None for others."""
-    damages = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
-    with contextlib.suppress(*damages), np.load(_scores_file(folder, key, index)) as held:
-        return TokenScores(**held)
-    return None
+    """Scores that are there and whole; None for others: damaged ones are said, and made again."""
+    path = _scores_file(folder, key, index)
+    try:
+        with np.load(path) as held:
+            return TokenScores(**held)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        print(f"evaluate: {path} is damaged ({error}); scored again", flush=True)
+        return None
 
 
 @torch.inference_mode()
