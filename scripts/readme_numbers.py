@@ -313,7 +313,9 @@ def draw_rounding(held: dict[str, Any]) -> None:
                 for _, one in pairs
             ],
         )
-        axes.invert_yaxis()
+        axes.set_ylim(len(pairs) - 0.5, -0.7)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set(xlabel="mean KL(16-bit ‖ 4-bit), nats a token")
         axes.legend(loc="upper right")
         ratios = [nearest["kl"] / guided["kl"] for nearest, guided in pairs]
