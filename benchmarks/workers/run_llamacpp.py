@@ -1,0 +1,49 @@
+"""llama.cpp: its converter and llama-quantize, the file read back by transformers' GGUF reader."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import gguf
+import ik_llama_cpp
+from common import Job
+from transformers import AutoModelForCausalLM
+
+# The converter that is shipped knows types of its fork, which PyPI's gguf lacks; none of them is asked for.
+CONVERT = """
+import enum, runpy, sys, gguf
+names = {one.name: one.value for one in gguf.LlamaFileType} | {"MOSTLY_Q6_0": 135}
+gguf.LlamaFileType = enum.IntEnum("LlamaFileType", names)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+job = Job()
+tools = Path(ik_llama_cpp.__file__).parents[1] / "bin"
+tools = tools if (tools / "llama-quantize").exists() else Path(sys.prefix) / "bin"
+half, out = job.out / "half.gguf", job.out / "out.gguf"
+subprocess.run(
+    [sys.executable, "-c", CONVERT, tools / "convert_hf_to_gguf.py", job.model_dir, "--outfile", half, "--outtype", "f16"],
+    check=True, env=os.environ | {"NO_LOCAL_GGUF": "1"},
+)  # fmt: skip
+kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+if recipe := job.settings.get("rules"):  # pattern=type, as recipes/llama_cpp.tensor-types.txt has them
+    kept += ["--custom-q", ",".join(recipe)]
+tool = tools / "llama-quantize"
+tool.chmod(0o755)
+subprocess.run([tool, *kept, half, out, job.settings["type"]], check=True)
+tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 200)
+planned = {name: tensors[f"{names.get_name(name)}.weight"] for name in job.layers}
+types = Counter(tensor.tensor_type.name for tensor in planned.values())
+bits = 8.0 * sum(int(tensor.n_bytes) for tensor in planned.values())
+model = AutoModelForCausalLM.from_pretrained(job.out, gguf_file=out.name)
+values = {name: model.get_submodule(name).weight.float() for name in job.layers}
+size = out.stat().st_size
+half.unlink()
+out.unlink()
+job.finish(
+    values, bits, "ik-llama-cpp-python", bytes=size,
+    remark=", ".join(f"{count} {kind}" for kind, count in types.most_common()),
+)  # fmt: skip
