@@ -40,7 +40,7 @@ def docstrings() -> Iterator[str]:
     """Docstrings of Python's library, module by module, without those that an evaluation may read."""
     root = Path(inspect.__file__).parent
     named = sorted(name for name in sys.stdlib_module_names if name not in CODE_MODULES)
-    for path in (p for n in named for p in sorted((root / n).rglob("*.py")) + [root / f"{n}.py"]):
+    for path in (p for n in named for p in [*sorted((root / n).rglob("*.py")), root / f"{n}.py"]):
         if not path.is_file() or "test" in str(path.relative_to(root)) or "site-packages" in path.parts:
             continue
         with warnings.catch_warnings():
@@ -61,6 +61,28 @@ def step_sizes(weight: torch.Tensor) -> torch.Tensor:
     groups = weight.float().unflatten(1, (-1, GROUP))
     step = (groups.amax(dim=2, keepdim=True) - groups.amin(dim=2, keepdim=True)) / STEPS
     return step.expand_as(groups).flatten(1)
+
+
+def train(model: Any, rows: torch.Tensor) -> list[float]:
+    """One pass over the windows (N, T); the loss of every step, nats a token."""
+    steps = len(rows) // BATCH
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1.0, (k + 1) / WARM_UP) * max(0.02, 1 - k / steps)
+    )
+    losses = []
+    model.requires_grad_(True).train()
+    for step, batch in enumerate(rows.split(BATCH)):
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 4 == 3:
+            print(f"step {step + 1}/{steps}: {np.mean(losses[-4:]):.3f} nats a token", flush=True)
+    return losses
 
 
 def main() -> None:
@@ -96,22 +118,7 @@ def main() -> None:
     rows = torch.tensor(ids[: wanted * body]).view(wanted, body)
     if start is not None:
         rows = torch.cat([torch.full((wanted, 1), start), rows], dim=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: min(1.0, (k + 1) / WARM_UP) * max(0.02, 1 - k / args.steps)
-    )
-    losses = []
-    model.requires_grad_(True).train()
-    for step, batch in enumerate(rows.split(BATCH)):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % 4 == 3:
-            print(f"step {step + 1}/{args.steps}: {np.mean(losses[-4:]):.3f} nats a token", flush=True)
+    losses = train(model, rows)
     model.eval()
     model.to(torch.float16).save_pretrained(args.directory)
     tokenizer.save_pretrained(args.directory)
@@ -120,7 +127,7 @@ def main() -> None:
     healed = reference_states(model, pydoc)
     back: Any = load_model(source, device="cpu", dtype=torch.float32)
     grid = token_scores(back, pydoc, healed)
-    assert noisy.kl is not None and grid.kl is not None  # noqa: PT018 - there is a reference
+    assert grid.kl is not None  # there is a reference
     made = {
         "from": source.id,
         "noise": "uniform, ± half a step of the 4-bit grid",

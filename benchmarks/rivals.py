@@ -3,14 +3,15 @@
     python -m benchmarks.rivals --text FILE --json out.json          # the bundled model
     python -m benchmarks.rivals --model DIRECTORY --text FILE ...    # another, such as one of healed.py
     python -m benchmarks.rivals --only hqq,gptq ...                  # rows whose key contains one of these
-    python -m benchmarks.rivals --checkpoint DIRECTORY ...           # and a checkpoint that transformers loads
+    python -m benchmarks.rivals --checkpoint DIRECTORY ...           # and one that transformers loads
     python -m benchmarks.rivals --draw out.json,other.json --figure docs/rivals.png
 
-Every rival works in a virtual environment of its own, pinned, below `--envs`; it leaves dequantized weights, and
-this process scores them all: float32, the first half of a text, KL against the 16-bit model, 95 % intervals over
-windows. Only the matrices that our plans decide on are quantized, everywhere; embeddings stay 16-bit. Data is the
-model's own text, pydoc (`real`), or the other half of the evaluation's text (`kind`). A row that is done is kept
-below bench-out/, so a killed run goes on with the next rival; one that fails is listed with its error.
+Every rival works in a virtual environment of its own, pinned, below `--envs`; it leaves dequantized weights,
+and this process scores them all: float32, the first half of a text, KL against the 16-bit model, 95 %
+intervals over windows. Only the matrices that our plans decide on are quantized, everywhere; embeddings stay
+16-bit. Data is the model's own text (`own`), pydoc (`real`), or the other half of the evaluation's text
+(`kind`). A row that is done is kept below bench-out/, so a killed run goes on with the next rival; one that
+fails is listed with its error.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +83,57 @@ def ours(key: str, label: str, after: str = "", **settings: Any) -> Rival:
 
 def table() -> Iterator[Rival]:
     """Every row, cheap ones first."""
+    yield from data_free()
+    for bits, text in product((5, 6), ("own", "real")):
+        scheme = {"avg_bits": bits, "iters": 0, "group": 64}
+        label = f"AutoRound AutoScheme at {bits}, untuned"
+        key = f"autoscheme_{bits}_{text}"
+        yield Rival(key, label, "autoround", "run_autoround", scheme, text)
+        yield ours(f"as_{key}", f"AutoScheme's choice at {bits}, our rounding", key, allocation=key)
+        yield ours(f"beside_{key}", "fisher's choice at those bits, our rounding", key, like=key, **MIX)
+    gptq, awq = ({"method": name, "group": 64} for name in ("gptq", "awq"))
+    untuned, tuned = ({"iters": iters, "group": 64} for iters in (0, 50))
+    with_data = (
+        ("gptq_own", "GPTQ int4 (llm-compressor)", "llmcompressor", gptq),
+        ("gptq_real", "GPTQ int4 (llm-compressor)", "llmcompressor", gptq),
+        ("gptq_kind", "GPTQ int4 (llm-compressor)", "llmcompressor", gptq),
+        ("awq_own", "AWQ int4 (llm-compressor)", "llmcompressor", awq),
+        ("awq_real", "AWQ int4 (llm-compressor)", "llmcompressor", awq),
+        ("autoround_0_real", "AutoRound int4, untuned", "autoround", untuned),
+        ("autoround_own", "AutoRound int4, 50 steps", "autoround", tuned),
+        ("autoround_real", "AutoRound int4, 50 steps", "autoround", tuned),
+        ("autoround_kind", "AutoRound int4, 50 steps", "autoround", tuned),
+    )
+    for key, label, env, settings in with_data:
+        yield Rival(key, label, env, f"run_{env}", settings, key.rsplit("_", 1)[1])
+    for bits in (4, 8, 3, 5, 6):
+        yield Rival(f"bitpolar_{bits}", f"BitPolar, {bits} bits", "bitpolar", "run_bitpolar", {"bits": bits})
+
+
+def data_free() -> Iterator[Rival]:
+    """Rivals without data, and our plans."""
     for kind, label in (("nf4", "bitsandbytes NF4"), ("int8", "bitsandbytes LLM.int8")):
         yield Rival(f"bnb_{kind}", label, "main", "run_bitsandbytes", {"kind": kind})
-    for name in ("hqq", "sinq"):
-        for bits in (4, 5, 6, 8):
-            settings = {"bits": bits, "group": 64}
-            yield Rival(f"{name}_{bits}", f"{name.upper()}, {bits} bits", name, f"run_{name}", settings)
-    yield Rival("nncf_int4", "NNCF int4", "nncf", "run_nncf", {"ratio": 1.0, "group": 64})
-    for bits, ratio in ((5, 0.80), (6, 0.536)):
-        settings = {"ratio": ratio, "group": 64}
-        yield Rival(f"nncf_{bits}", f"NNCF int4 + int8, {bits} bits", "nncf", "run_nncf", settings)
-    yield Rival("nncf_int8", "NNCF int8", "nncf", "run_nncf", {"ratio": 0.0, "group": 64})
+    for name, bits in product(("hqq", "sinq"), (4, 5, 6, 8)):
+        settings = {"bits": bits, "group": 64}
+        yield Rival(f"{name}_{bits}", f"{name.upper()}, {bits} bits", name, f"run_{name}", settings)
+    for key, label, ratio in (
+        ("int4", "int4", 1.0),
+        ("5", "int4 + int8 at 5", 0.80),
+        ("6", "int4 + int8 at 6", 0.536),
+        ("int8", "int8", 0.0),
+    ):
+        yield Rival(f"nncf_{key}", f"NNCF {label}", "nncf", "run_nncf", {"ratio": ratio, "group": 64})
     for kind in ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"):
         yield Rival(f"gguf_{kind}", f"llama.cpp {kind}", "llamacpp", "run_llamacpp", {"type": kind})
-    yield Rival("ours_analysis", "ours: analysis", "main", "run_ours", {}, "own")
+    yield Rival("ours_analysis", "ours: analysis", "main", "run_ours", {"analysis": True}, "own")
     for fmt, label in (
-        ("int4_g64", "int4, groups of 64"), ("int4_g32", "int4, groups of 32"), ("nf4", "NF4"), ("int8", "int8")
-    ):  # fmt: skip
-        how = "nearest" if fmt == "int8" else "guided"
-        yield ours(fmt, f"ours: {how} {label}", uniform=fmt)
+        ("int4_g64", "guided int4, groups of 64"),
+        ("int4_g32", "guided int4, groups of 32"),
+        ("nf4", "guided NF4"),
+        ("int8", "nearest int8"),
+    ):
+        yield ours(fmt, f"ours: {label}", uniform=fmt)
     for bits in (4.5, 5.0, 6.0, 8.0):
         yield ours(f"mix_{bits:g}", f"ours: int4 + int8 + 16-bit at {bits:g}", bits=bits, **MIX)
     yield ours("small", "ours: preset small", bits=4.6, formats=["nf4", "16bit"], group=None)
@@ -108,38 +142,7 @@ def table() -> Iterator[Rival]:
     recipe = {"formats": ["nf4", "int8", "16bit"], "group": None, "recipe": True}
     yield ours("recipe", "ours: NF4 + int8 at 5 (no writer)", bits=5.0, **recipe)
     rules = {"type": "Q8_0", "rules": "llama_cpp.tensor-types.txt"}
-    yield Rival(
-        "gguf_ours", "llama.cpp, our recipe at 5", "llamacpp", "run_llamacpp", rules, "", "ours_recipe"
-    )
-    for text in ("own", "real"):
-        gptq = {"method": "gptq", "group": 64}
-        yield Rival(
-            f"gptq_{text}", "GPTQ int4 (llm-compressor)", "llmcompressor", "run_llmcompressor", gptq, text
-        )
-    for bits in (5, 6):
-        for text in ("own", "real"):
-            scheme = {"avg_bits": bits, "iters": 0, "group": 64}
-            label = f"AutoRound AutoScheme at {bits}, untuned"
-            key = f"autoscheme_{bits}_{text}"
-            yield Rival(key, label, "autoround", "run_autoround", scheme, text)
-            yield ours(f"as_{key}", f"AutoScheme's choice at {bits}, our rounding", key, allocation=key)
-            yield ours(f"beside_{key}", "fisher's choice at those bits, our rounding", key, like=key, **MIX)
-    untuned = {"iters": 0, "group": 64}
-    yield Rival("autoround_0", "AutoRound int4, untuned", "autoround", "run_autoround", untuned, "real")
-    for text in ("own", "real"):
-        awq = {"method": "awq", "group": 64}
-        yield Rival(
-            f"awq_{text}", "AWQ int4 (llm-compressor)", "llmcompressor", "run_llmcompressor", awq, text
-        )
-    for text in ("own", "real"):
-        tuned = {"iters": 50, "group": 64}
-        yield Rival(
-            f"autoround_{text}", "AutoRound int4, 50 steps", "autoround", "run_autoround", tuned, text
-        )
-    for bits in (3, 4, 5, 6, 8):
-        yield Rival(f"bitpolar_{bits}", f"BitPolar, {bits} bits", "bitpolar", "run_bitpolar", {"bits": bits})
-    yield Rival("gptq_kind", "GPTQ int4 (llm-compressor)", "llmcompressor", "run_llmcompressor", gptq, "kind")
-    yield Rival("autoround_kind", "AutoRound int4, 50 steps", "autoround", "run_autoround", tuned, "kind")
+    yield Rival("gguf_ours", "llama.cpp, our recipe", "llamacpp", "run_llamacpp", rules, "", "ours_recipe")
 
 
 # What others say of themselves and can't be run here. UltraCompress: `uc catalog` of ultracompress 0.6.27.
@@ -328,9 +331,10 @@ class Judge:
 def row_of(judge: Judge, rival: Rival, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Do a rival's work and score it."""
     args = judge.args
-    needed = rows.get(rival.after, {})
-    if rival.after and (not needed or "error" in needed):
-        raise RivalError(f"{rival.after} is missing, which it needs")
+    analysis = "ours_analysis" if rival.worker == "run_ours" and rival.key != "ours_analysis" else ""
+    for needed in filter(None, (rival.after, analysis)):
+        if "error" in rows.get(needed, {"error": ""}):
+            raise RivalError(f"{needed} is missing, which it needs")
     work = folder / "work" / rival.key
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -355,12 +359,9 @@ def row_of(judge: Judge, rival: Rival, folder: Path, rows: dict[str, dict[str, A
     python = environment(rival.env, args.envs, args.base, args.pip_args.split())
     cost = call(python, rival.worker, work / "job.json", work / "log.txt", 60 * args.minutes, args.threads)
     told = json.loads((work / "worker.json").read_text(encoding="utf-8"))
-    if rival.env == "main" and rival.key != "ours_analysis" and "ours_analysis" in rows:
-        if rival.worker == "run_ours":  # plans share one analysis: each would have needed it
-            shared = rows["ours_analysis"]
-            cost = {
-                k: round(v + shared[k], 1) if k != "peak_gb" else max(v, shared[k]) for k, v in cost.items()
-            }
+    if analysis:
+        shared = rows[analysis]  # plans share one analysis: each would have needed it
+        cost = {k: round(v + shared[k], 1) if k != "peak_gb" else max(v, shared[k]) for k, v in cost.items()}
     row = {"version": told["version"], "data": rival.data, **cost, "remark": told.get("remark", "")}
     if told.get("allocation"):
         row["allocation"] = told["allocation"]
@@ -429,8 +430,9 @@ def pairs(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         one, other = rows.get(first, {}), rows.get(second, {})
         if "window_kl" in one and "window_kl" in other:
             d = estimate(np.array(one["window_kl"]) - np.array(other["window_kl"]))
-            found.append({"question": question, "first": first, "second": second,
-                          "difference": [d.mean, d.low, d.high], "ratio": one["kl"] / other["kl"]})  # fmt: skip
+            row = {"question": question, "first": first, "second": second}
+            row |= {"difference": [d.mean, d.low, d.high], "ratio": one["kl"] / other["kl"]}
+            found.append(row)
     return found
 
 

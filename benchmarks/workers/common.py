@@ -1,4 +1,4 @@
-"""What every worker of benchmarks/rivals.py shares. It runs inside a rival's environment: torch and transformers.
+"""What every worker of benchmarks/rivals.py shares. It runs in a rival's own environment.
 
 A worker is called with a job, a JSON file:
 
@@ -82,7 +82,7 @@ class Job:
 
 
 def integer_bits(job: Job, held: dict[str, tuple[int, int]], zero_bits: int = 0) -> float:
-    """Bits of integer formats: module -> (bits, group), group 0 for a row, bits 16 for untouched; 16-bit scales."""
+    """Bits of integer formats with 16-bit scales; module -> (bits, group), group 0: a row, bits 16: kept."""
     total = 0.0
     for name, (rows, cols) in job.layers.items():
         bits, group = held.get(name, (16, 0))

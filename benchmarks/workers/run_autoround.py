@@ -1,8 +1,7 @@
-"""AutoRound: rounding and clipping learnt block by block by signed gradients; AutoScheme: its choice of bits."""
+"""AutoRound: rounding and clipping learnt block by block by signed gradients; AutoScheme, who gets bits."""
 
 import json
 
-import torch
 from auto_round import AutoRound
 from auto_round.auto_scheme.gen_auto_scheme import AutoScheme
 from auto_round.schemes import QuantizationScheme

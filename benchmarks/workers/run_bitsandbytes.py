@@ -1,6 +1,5 @@
-"""bitsandbytes' own codes, as its layers hold them: NF4 (blocks of 64) and LLM.int8's weights (a scale a row)."""
+"""bitsandbytes' own codes: NF4 (blocks of 64) and LLM.int8's weights (a scale a row)."""
 
-import torch
 from bitsandbytes import functional
 from common import Job
 

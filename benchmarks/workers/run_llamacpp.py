@@ -23,10 +23,9 @@ job = Job()
 tools = Path(ik_llama_cpp.__file__).parents[1] / "bin"
 tools = tools if (tools / "llama-quantize").exists() else Path(sys.prefix) / "bin"
 half, out = job.out / "half.gguf", job.out / "out.gguf"
-subprocess.run(
-    [sys.executable, "-c", CONVERT, tools / "convert_hf_to_gguf.py", job.model_dir, "--outfile", half, "--outtype", "f16"],
-    check=True, env=os.environ | {"NO_LOCAL_GGUF": "1"},
-)  # fmt: skip
+convert = [sys.executable, "-c", CONVERT, tools / "convert_hf_to_gguf.py", job.model_dir]
+convert += ["--outfile", half, "--outtype", "f16"]
+subprocess.run(convert, check=True, env=os.environ | {"NO_LOCAL_GGUF": "1"})
 kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
 if recipe := job.settings.get("rules"):  # pattern=type, as recipes/llama_cpp.tensor-types.txt has them
     kept += ["--custom-q", ",".join(recipe)]

@@ -1,4 +1,4 @@
-"""llm-compressor: GPTQ (second moments of real or own text) and AWQ (scales folded into the layers before)."""
+"""llm-compressor: GPTQ (second moments of a text) and AWQ (scales folded into the layers before)."""
 
 import torch
 from common import Job, integer_bits

@@ -12,9 +12,12 @@ asked = job.settings
 options = {"mode": nncf.CompressWeightsMode.INT8_SYM}
 if asked["ratio"]:
     options = {
-        "mode": nncf.CompressWeightsMode.INT4_SYM, "ratio": asked["ratio"], "group_size": asked["group"],
-        "backup_mode": nncf.BackupMode.INT8_SYM, "sensitivity_metric": nncf.SensitivityMetric.WEIGHT_QUANTIZATION_ERROR,
-    }  # fmt: skip
+        "mode": nncf.CompressWeightsMode.INT4_SYM,
+        "ratio": asked["ratio"],
+        "group_size": asked["group"],
+    }
+    options |= {"backup_mode": nncf.BackupMode.INT8_SYM}
+    options |= {"sensitivity_metric": nncf.SensitivityMetric.WEIGHT_QUANTIZATION_ERROR}
 example = nncf.Dataset([{"input_ids": torch.arange(1, 17)[None]}])  # its graph is traced with it; no data
 made = nncf.compress_weights(model, dataset=example, **options)
 held = {}

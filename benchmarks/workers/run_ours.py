@@ -1,8 +1,8 @@
 """This project: `analyze` on the model's own text (once), then plans and their guided codes.
 
-Settings: `run`, the run's directory; `model`; and what is wanted: nothing (the analysis alone), `uniform` (one
-format), `bits` with `formats` and `group`, `allocation` (module -> bits, another planner's), or `recipe` (write
-llama.cpp's rules for the plan).
+Settings: `run`, the run's directory; `model`; and what is wanted: `analysis` alone, `uniform` (one format),
+`bits` with `formats` and `group`, or `allocation` (module -> bits, another planner's); `recipe` writes the
+plan's rules for llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 from common import Job
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from spi_utils.analyze import analyze
 from spi_utils.formats import dequantize, layer_bytes, quantize
-from spi_utils.models import open_weights, resolve
+from spi_utils.models import ModelSource, open_weights, resolve
 from spi_utils.plan import make_plan
 from spi_utils.recipes import write_recipes
 from spi_utils.rounding import Codes
-from spi_utils.runs import open_run, run_info
+from spi_utils.runs import Run, open_run, run_info
 
 FORMATS = ("nf4", "int8", "int4_g64", "int4_g32")
 
 
-def formats_of(job: Job, layers, source, run) -> dict[str, str]:
+def formats_of(job: Job, layers: pd.DataFrame, source: ModelSource, run: Run) -> dict[str, str]:
     """module -> format, as the settings ask."""
     asked = job.settings
     if uniform := asked.get("uniform"):
@@ -50,7 +51,7 @@ def main() -> None:
         run, source, formats=FORMATS, text="pydoc", windows=job.settings["windows"],
         length=job.settings["length"], workers=torch.get_num_threads(),
     )  # fmt: skip
-    if len(job.settings) == len(("run", "model", "windows", "length")):
+    if job.settings.get("analysis"):
         job.finish({}, 0, "spi-utils")
         return
     formats, codes = formats_of(job, layers, source, run), Codes(run.rounded)
