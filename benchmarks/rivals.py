@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -311,13 +312,15 @@ class Judge:
         """A row's figures from token scores."""
         kl = scores.kl.mean(axis=1)
         delta = (scores.nll - np.asarray(self.reference.nll)).mean(axis=1)
-        found, lost = estimate(kl), estimate(delta)
+        found, lost = (estimate(one).as_dict() for one in (kl, delta))
         return {
-            "kl": found.mean, "kl_ci": [found.low, found.high],
-            "delta": lost.mean, "delta_ci": [lost.low, lost.high],
+            "kl": found["mean"],
+            "kl_ci": [found["low"], found["high"]],
+            "delta": lost["mean"],
+            "delta_ci": [lost["low"], lost["high"]],
             "same_top1": float(scores.same_top1.mean()),
             "window_kl": [round(float(one), 6) for one in kl],
-        }  # fmt: skip
+        }
 
     def checkpoint(self, spec: str) -> dict[str, Any]:
         """The row of a checkpoint that transformers loads; EvaluationError names what is wrong with it."""
@@ -429,9 +432,12 @@ def pairs(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for question, first, second in PAIRS:
         one, other = rows.get(first, {}), rows.get(second, {})
         if "window_kl" in one and "window_kl" in other:
-            d = estimate(np.array(one["window_kl"]) - np.array(other["window_kl"]))
+            d = estimate(np.array(one["window_kl"]) - np.array(other["window_kl"])).as_dict()
             row = {"question": question, "first": first, "second": second}
-            row |= {"difference": [d.mean, d.low, d.high], "ratio": one["kl"] / other["kl"]}
+            row |= {
+                "difference": [d[end] for end in ("mean", "low", "high")],
+                "ratio": one["kl"] / other["kl"],
+            }
             found.append(row)
     return found
 
@@ -441,8 +447,8 @@ def show(row: dict[str, Any]) -> None:
     if "error" in row:
         said = row["error"]
     elif "kl" in row:
-        low, high = row["kl_ci"]
-        said = f"{row.get('matrix_bits', 0):.2f} bits  KL {row['kl']:.4f} ({low:.4f}-{high:.4f})"
+        low, high = (math.nan if end is None else end for end in row["kl_ci"])
+        said = f"{row.get('matrix_bits', math.nan):.2f} bits  KL {row['kl']:.4f} ({low:.4f}-{high:.4f})"
     else:
         said = ""
     spent = f"  {row['seconds']:.0f} s, {row['cpu_seconds']:.0f} CPU s" if "seconds" in row else ""

@@ -36,6 +36,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoHfQuantizer
 
 from spi_utils import quantize, runs, stats
 from spi_utils.checkpoint import disk_bytes, put_saved, weight_files
@@ -686,6 +687,12 @@ def load_rival(
 
     Raises EvaluationError if it doesn't load or run, or has another vocabulary or tokenizer than the source.
     """
+    packed = AutoConfig.from_pretrained(rival.directory).to_dict().get("quantization_config")
+    if packed and not AutoHfQuantizer.supports_quant_method(packed):  # it would load without its weights
+        raise EvaluationError(
+            f"the rival {rival.spec!r} is packed by {rival.method}, which this transformers can't load; leave "
+            "it out."
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             rival.directory, dtype=dtype, device_map={"": str(device)}, use_safetensors=True
