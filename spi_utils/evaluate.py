@@ -690,7 +690,7 @@ def load_rival(
     packed = AutoConfig.from_pretrained(rival.directory).to_dict().get("quantization_config")
     if packed and not AutoHfQuantizer.supports_quant_method(packed):  # it would load without its weights
         raise EvaluationError(
-            f"the rival {rival.spec!r} is packed by {rival.method}, which this transformers can't load; leave "
+            f"the rival {rival.spec!r} is packed by {rival.method}, which transformers can't load; leave "
             "it out."
         )
     try:
