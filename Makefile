@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run batch jupyter test test-fast test-images lint gpu-check bench links clean
+.PHONY: help install run batch jupyter test test-fast test-images lint gpu-check bench rivals links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,13 @@ bench: $(INSTALLED)  ## the benchmarks behind README's tables (about three hours
 	@mkdir -p bench-out
 	@for name in explorer evaluate safe_linear quantize spectra fisher selection formats rounding compactness; do \
 		$(PY) -m benchmarks.$$name --json bench-out/$$name.json || exit 1; done
+
+rivals: $(INSTALLED)  ## other quantizers on the same windows, each in an environment of its own (hours), into bench-out/
+	@mkdir -p bench-out
+	@$(PY) -m benchmarks.rivals --json bench-out/rivals.json --pip-args "$(PIP_ARGS)" $(RIVALS_ARGS)
+	@test -e bench-out/healed/made.json || $(PY) benchmarks/healed.py bench-out/healed
+	@$(PY) -m benchmarks.rivals --model bench-out/healed --json bench-out/rivals-healed.json --pip-args "$(PIP_ARGS)" $(RIVALS_ARGS)
+	@$(PY) -m benchmarks.rivals --draw bench-out/rivals.json,bench-out/rivals-healed.json --figure bench-out/rivals.png
 
 links: $(INSTALLED)  ## write the repository's address from pyproject.toml into badges and first cells
 	@$(PY) scripts/links.py

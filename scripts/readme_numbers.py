@@ -3,6 +3,7 @@
     python scripts/readme_numbers.py claim=RUN small=RUN …   read finished runs, their figures too, and write
     python scripts/readme_numbers.py rounding=FILE,FILE      read what benchmarks/rounding.py wrote, and write
     python scripts/readme_numbers.py models=RUN,RUN          read a run of `claim` a model, and write
+    python scripts/readme_numbers.py rivals=FILE,FILE        read what benchmarks/rivals.py wrote, and write
     python scripts/readme_numbers.py                         write the blocks from docs/results.json
     python scripts/readme_numbers.py --check                 say what would change; exit 1 if anything would
 
@@ -12,6 +13,7 @@ A block stands between `<!-- numbers:NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -22,7 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "models.md")
+RIVALS = ROOT / "docs" / "rivals.json"
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/models.md", "docs/rivals.md"))
 FIGURES = ("quality_by_bytes", "sensitivity")  # of the run `claim`
 NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "same_top1", "window_kl")
 # What a preset is for, in README's order; the command's other half is the model.
@@ -252,6 +255,100 @@ def models(held: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+# --- beside the rivals -------------------------------------------------------------------------------------
+
+TEXTS = {"own": "the model's own text", "real": "pydoc", "kind": "the evaluation's kind", "": "none"}
+BUDGETS = (4.25, 4.5, 5.0, 6.0, 8.0)
+OVER = 0.1  # bits that a row may be above its budget
+
+
+def of_model(result: dict[str, Any]) -> str:
+    """A model's caption."""
+    return (
+        f"**{result['model'].split('/')[-1]}**, {result['windows']} windows × {result['length']} tokens of "
+        f"the first half of {result['text']}, {result['threads']} thread{'s' * (result['threads'] > 1)}"
+    )
+
+
+def rivals(held: dict[str, Any]) -> str:
+    """Every rival of every model, by bits."""
+    parts = []
+    for result in held["rivals"]:
+        rows = [
+            of_model(result),
+            "",
+            "| quantizer | version | data | MB | matrix bits | KL | Δ loss | CPU min. | peak GB |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in sorted(result["rows"], key=lambda row: row.get("matrix_bits", 99)):
+            label = f"**{row['label']}**" if row["label"].startswith("ours") else row["label"]
+            remark = f" ({row['remark']})" if row.get("remark") else ""
+            if "kl" in row:
+                rows.append(
+                    f"| {label}{remark} | {row['version']} | {TEXTS[row.get('data', '')]} | "
+                    f"{row['bytes'] / 1e6:.0f} | {row.get('matrix_bits', math.nan):.2f} | {kl_cell(row)} | "
+                    f"{row['delta']:+.3f} | {row['cpu_seconds'] / 60:.1f} | {row['peak_gb']:.1f} |"
+                )
+            elif "perplexity_ratio" in row:
+                rows.append(
+                    f"| {label}{remark} | {row['version']} | as published |  | {row['matrix_bits']:.2f} |  | "
+                    f"{math.log(row['perplexity_ratio']):+.3f} |  |  |"
+                )
+        failed = [f"{row['label']}: {row['error']}" for row in result["rows"] if "error" in row]
+        parts += ["\n".join(rows), *([f"Not run: {'; '.join(failed)}."] if failed else [])]
+    return "\n\n".join(parts)
+
+
+def budgets(held: dict[str, Any]) -> str:
+    """Who has the least KL within each budget."""
+    rows = [
+        "| model | matrix bits | ours | best without data | best with data |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for result in held["rivals"]:
+        for bits in BUDGETS:
+            cells = []
+            for who in ("ours", "without", "with"):
+                row = best(result, bits, who)
+                cells.append(f"{row['label'].removeprefix('ours: ')}: {kl_cell(row)}" if row else "")
+            rows.append(f"| {result['model'].split('/')[-1]} | {bits:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def best(result: dict[str, Any], bits: float, who: str) -> dict[str, Any] | None:
+    """The row of least KL within a budget: "ours" as a writer holds it, rivals "without" or "with" data."""
+    aside = ("ours_as", "ours_beside", "ours_recipe", "gguf_ours")  # for comparisons, no product
+    fitting = [
+        row
+        for row in result["rows"]
+        if "kl" in row and row.get("matrix_bits", 99) <= bits + OVER and not row["key"].startswith(aside)
+    ]
+    mine = [row for row in fitting if row["key"].startswith("ours")]
+    others = [row for row in fitting if row not in mine and bool(row.get("data")) == (who == "with")]
+    return min(mine if who == "ours" else others, key=lambda row: row["kl"], default=None)
+
+
+def pairs(held: dict[str, Any]) -> str:
+    """Paired differences that answer a question."""
+    rows = [
+        "| model | the first | the second | KL, first − second | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for result in held["rivals"]:
+        told = {row["key"]: row for row in result["rows"]}
+        for one in result["pairs"]:
+            first, second = (
+                f"{told[one[key]]['label']}, {told[one[key]]['matrix_bits']:.2f} bits, "
+                f"{TEXTS[told[one[key]].get('data', '')]}"
+                for key in ("first", "second")
+            )
+            rows.append(
+                f"| {result['model'].split('/')[-1]} | {first} | {second} | "
+                f"{interval(one['difference'], 4)} | {one['ratio']:.2f} |"
+            )
+    return "\n".join(rows)
+
+
 BLOCKS = {
     "verdict": verdict,
     "presets": presets,
@@ -259,6 +356,9 @@ BLOCKS = {
     "rounding": rounding,
     "tried": tried,
     "models": models,
+    "rivals": rivals,
+    "rivals_budgets": budgets,
+    "rivals_pairs": pairs,
 }
 
 
@@ -354,6 +454,9 @@ def main(arguments: list[str]) -> int:
         if RESULTS.exists():
             held |= json.loads(RESULTS.read_text(encoding="utf-8"))
         held["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
+        if files := named.pop("rivals", ""):
+            beside = [json.loads(Path(one).read_text(encoding="utf-8")) for one in files.split(",")]
+            RIVALS.write_text(json.dumps(beside, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if files := named.pop("rounding", ""):
             held["rounding"] = read_rounding([Path(one) for one in files.split(",")])
             draw_rounding(held)
@@ -363,7 +466,9 @@ def main(arguments: list[str]) -> int:
         RESULTS.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in FIGURES if "claim" in named else ():
             shutil.copy(Path(named["claim"]) / "figures" / f"{name}.png", ROOT / "docs" / f"{name}.png")
-    found = pages(json.loads(RESULTS.read_text(encoding="utf-8")))
+    held = json.loads(RESULTS.read_text(encoding="utf-8"))
+    beside = json.loads(RIVALS.read_text(encoding="utf-8")) if RIVALS.exists() else []
+    found = pages(held | {"rivals": beside})
     for path, text in found.items():
         print(f"{'would change' if '--check' in arguments else 'wrote'} {path.relative_to(ROOT)}")
         if "--check" not in arguments:

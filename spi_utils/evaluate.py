@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
 from spi_utils import models, quantize, runs, stats
 from spi_utils.checkpoint import disk_bytes, put_saved, weight_files
@@ -535,6 +536,12 @@ def load_rival(key: str, folder: Path, own: Any, device: torch.device) -> Any:
     Raises EvaluationError if it doesn't load or run, or has another vocabulary than `own`, the source's.
     """
     options = {"dtype": own.dtype, "device_map": {"": str(device)}, "use_safetensors": True}
+    packed = AutoConfig.from_pretrained(folder).to_dict().get("quantization_config")
+    if packed and not AutoHfQuantizer.supports_quant_method(packed):  # it would load without its weights
+        method = packed.get("quant_method")
+        raise EvaluationError(
+            f"the {key} is packed by {method}, which transformers can't load; leave it out."
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         with torch.no_grad():
