@@ -37,13 +37,13 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from spi_utils.errors import EvaluationError, SPIError
-from spi_utils.evaluate import Sample, TwoHeads, find_rivals, load_rival
+from spi_utils.evaluate import TwoHeads, find_rivals, load_rival
 from spi_utils.models import list_layers, load_model, load_tokenizer, resolve
 from spi_utils.runs import fingerprint, write_json, write_text
 from spi_utils.scoring import Head, reference_states, token_scores
 from spi_utils.sensitivity import sample_windows
 from spi_utils.stats import estimate
-from spi_utils.texts import Text, load_text, make_windows, start_token, window_texts
+from spi_utils.texts import Text, load_text, make_windows, start_token
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "benchmarks" / "workers"
@@ -62,7 +62,7 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "llamacpp": ((*STACK, "ik-llama-cpp-python==0.1.5", "gguf==0.19.0", "sentencepiece==0.2.3"),),
     "bitpolar": ((*STACK, "bitpolar==0.3.3"),),
 }
-MIX = {"formats": ["int4_g64", "int8", "16bit"], "group": "fused"}
+MIX: dict[str, Any] = {"formats": ["int4_g64", "int8", "16bit"], "group": "fused"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def data_free() -> Iterator[Rival]:
     yield ours("small", "ours: preset small", bits=4.6, formats=["nf4", "16bit"], group=None)
     yield ours("balanced", "ours: preset balanced", bits=5.5, **MIX)
     yield ours("near-lossless", "ours: preset near-lossless", bits=8.1, **MIX)
-    recipe = {"formats": ["nf4", "int8", "16bit"], "group": None, "recipe": True}
+    recipe: dict[str, Any] = {"formats": ["nf4", "int8", "16bit"], "group": None, "recipe": True}
     yield ours("recipe", "ours: NF4 + int8 at 5 (no writer)", bits=5.0, **recipe)
     rules = {"type": "Q8_0", "rules": "llama_cpp.tensor-types.txt"}
     yield Rival("gguf_ours", "llama.cpp, our recipe", "llamacpp", "run_llamacpp", rules, "", "ours_recipe")
@@ -252,7 +252,6 @@ class Judge:
         self.text = Text(whole.name, whole.source, whole.text[:middle], whole.sha256)
         cut = (self.tokenizer, args.windows, args.length, self.start)
         self.windows = make_windows(self.text, *cut, config=self.model.config)
-        self.sample = Sample(self.text, self.windows, tuple(window_texts(self.text, *cut)), self.start)
         self.reference = reference_states(self.model, self.windows)
         layers = [layer for layer in list_layers(self.source) if layer.quantizable]
         self.layers = {layer.name: (layer.rows, layer.cols) for layer in layers}
@@ -324,11 +323,14 @@ class Judge:
 
     def checkpoint(self, spec: str) -> dict[str, Any]:
         """The row of a checkpoint that transformers loads; EvaluationError names what is wrong with it."""
-        rival = find_rivals([spec])[0]
-        model = load_rival(rival, self.source, self.sample, torch.device("cpu"), torch.float32)
+        ((key, folder),) = find_rivals([spec]).items()
+        model = load_rival(key, folder, self.model, torch.device("cpu"))
         head = TwoHeads(model, Head(self.model))
         row = self.measured(token_scores(model, self.windows, self.reference, head=head))
-        return {"key": rival.key, "label": rival.spec, "bytes": rival.bytes, "version": rival.method} | row
+        method = getattr(model.config, "quantization_config", None)
+        method = method and method.to_dict().get("quant_method")
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return {"key": key, "label": spec, "bytes": size, "version": str(method or "16bit")} | row
 
 
 def row_of(judge: Judge, rival: Rival, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -433,7 +435,7 @@ def pairs(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         one, other = rows.get(first, {}), rows.get(second, {})
         if "window_kl" in one and "window_kl" in other:
             d = estimate(np.array(one["window_kl"]) - np.array(other["window_kl"])).as_dict()
-            row = {"question": question, "first": first, "second": second}
+            row: dict[str, Any] = {"question": question, "first": first, "second": second}
             row |= {
                 "difference": [d[end] for end in ("mean", "low", "high")],
                 "ratio": one["kl"] / other["kl"],

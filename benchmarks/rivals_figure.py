@@ -93,11 +93,11 @@ def draw(results: list[dict[str, Any]]) -> Any:
         axes.set(yscale="log", xlabel="bits a weight over the quantized matrices")
         axes.set_title(Path(str(result["model"])).name, fontsize=10)
     panels[0].set_ylabel("mean KL(16-bit ‖ quantized), nats a token")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in panels:
         found_handles, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, found_handles, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.legend(list(handles.values()), list(handles), loc="outside right center")
     first = results[0]
     headline(
         figure,

@@ -28,7 +28,7 @@ gguf.GGMLQuantizationType._value2member_map_[133] = Q6_0
 gguf.constants.GGML_QUANT_SIZES[Q6_0] = (32, 26)
 
 
-class _Q6(gguf.quants.Q5_0.__base__, qtype=Q6_0):  # type: ignore[call-arg, misc]
+class _Q6(gguf.quants.Q5_0.__base__, qtype=Q6_0):  # type: ignore[call-arg, misc, name-defined]
     @classmethod
     def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
         raise NotImplementedError

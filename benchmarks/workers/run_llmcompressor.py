@@ -6,7 +6,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 
 if not torch.cuda.is_available():  # AWQ pins its cache for a GPU, and fails without one
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 job = Job()
 model, ids = job.model(), job.windows()
 data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
