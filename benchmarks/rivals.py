@@ -135,8 +135,8 @@ def data_free() -> Iterator[Rival]:
         ("int8", "nearest int8"),
     ):
         yield ours(fmt, f"ours: {label}", uniform=fmt)
-    for bits in (4.5, 5.0, 6.0, 8.0):
-        yield ours(f"mix_{bits:g}", f"ours: int4 + int8 + 16-bit at {bits:g}", bits=bits, **MIX)
+    for budget in (4.5, 5.0, 6.0, 8.0):
+        yield ours(f"mix_{budget:g}", f"ours: int4 + int8 + 16-bit at {budget:g}", bits=budget, **MIX)
     yield ours("small", "ours: preset small", bits=4.6, formats=["nf4", "16bit"], group=None)
     yield ours("balanced", "ours: preset balanced", bits=5.5, **MIX)
     yield ours("near-lossless", "ours: preset near-lossless", bits=8.1, **MIX)
