@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
@@ -546,7 +547,7 @@ def load_rival(key: str, folder: Path, own: Any, device: torch.device) -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         with torch.no_grad():
             model(torch.zeros(1, 2, dtype=torch.long, device=device))
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise EvaluationError(
             f"the {key} can't be loaded and run on {device}: {error}. Install what its format needs, "
             "evaluate on a device that its kernels know, or leave it out."
