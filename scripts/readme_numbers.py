@@ -451,7 +451,7 @@ def main(arguments: list[str]) -> int:
     """Read runs, write pages, or check."""
     named = dict(one.split("=", 1) for one in arguments if "=" in one)
     if named:
-        held = {"runs": {}, "rounding": [], "models": []}
+        held: dict[str, Any] = {"runs": {}, "rounding": [], "models": []}
         if RESULTS.exists():
             held |= json.loads(RESULTS.read_text(encoding="utf-8"))
         held["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
