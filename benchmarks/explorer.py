@@ -29,12 +29,13 @@ def slider_times(count: int, moves: int = MOVES) -> np.ndarray:
     """Milliseconds for each of `moves` changes of the slider, `count` layers. Shape (moves,)."""
     explorer = Explorer(ExplorerState(layer_table(count)))
     slider = explorer.threshold
-    places = np.random.default_rng(0).permutation(np.linspace(slider.min, slider.max, moves + 10))
+    steps = np.linspace(slider.min, slider.max, moves + 10).round().astype(int)
+    places = np.random.default_rng(0).permutation(steps).tolist()
     times = []
     for place in places:
         before = explorer.picture.value
         start = time.perf_counter()
-        slider.value = float(place)
+        slider.value = place
         times.append(1e3 * (time.perf_counter() - start))
         if explorer.picture.value is before:
             raise RuntimeError(f"the picture did not change when the slider moved to {place}")
