@@ -143,7 +143,7 @@ TABLE: dict[str, Parameter] = {
     "seed": SEED,
     "over_budget": Parameter(str, choices=("warn", "stop")),
     "layers": PATTERN,
-    "cost_formats": Parameter(str, choices=FORMATS, many="list"),
+    "cost_formats": Parameter(str, choices=FORMATS, many="list", optional=True),
     "sensitivity": Parameter(str, FILE, os.path.isfile, ("self", "random", "measured", "none", *NAMES)),
     "rounding": Parameter(str, choices=("guided", "nearest"), optional=True),
     "refine_at": Parameter(float, "a number between 4 and 16", lambda bits: 4 < bits < 16, many="list"),

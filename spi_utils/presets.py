@@ -54,12 +54,24 @@ def told(preset: str, given: Mapping[str, Any]) -> str:
     return f"preset {preset!r}: {', '.join(parts)}"
 
 
+def formats_to_cost(given: Mapping[str, Any]) -> list[str]:
+    """Formats whose costs and codes a run needs: `cost_formats` where given, else NF4, int8 (the controls'),
+    and what else its plan may hold; with the profile "full" int4 in any case."""
+    if given.get("cost_formats"):
+        return list(given["cost_formats"])
+    asked = {name: given.get(name) for name in ("backend", "formats")}
+    chosen = resolve(given.get("preset") or DEFAULT, asked)
+    mixes = chosen["backend"] == "compressed-tensors" or given.get("profile") == "full"
+    found = ["nf4", "int8", *(["int4_g64"] if mixes else []), *chosen["formats"]]
+    return [fmt for fmt in dict.fromkeys(found) if fmt != "16bit"]
+
+
 def for_all_stages(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All stages' parameters: the profile "full" brings its windows of own text unless some are given, and
-    double quantization its own costs and codes of NF4."""
-    whole = dict(given)
+    """All stages' parameters: the formats whose costs are needed, and the profile "full" brings its windows
+    of own text unless some are given; double quantization brings its own costs and codes of NF4."""
+    whole = dict(given) | {"cost_formats": formats_to_cost(given)}
     if whole.get("profile") == "full" and not whole.get("sensitivity_windows"):
         whole["sensitivity_windows"] = OWN_WINDOWS["full"]
-    if whole.get("double_quant") and "nf4" in whole.get("cost_formats", ()):
+    if whole.get("double_quant") and "nf4" in whole["cost_formats"]:
         whole["cost_formats"] = [fmt for fmt in whole["cost_formats"] if fmt != "nf4_dq"] + ["nf4_dq"]
     return whole

@@ -6,7 +6,15 @@ from spi_utils import sensitivity
 from spi_utils.errors import ParameterError
 from spi_utils.notebook import ALL, check_settings, parameters_of
 from spi_utils.plan import TIERS, make_plan
-from spi_utils.presets import DEFAULT, OWN_WINDOWS, PRESETS, for_all_stages, resolve, told
+from spi_utils.presets import (
+    DEFAULT,
+    OWN_WINDOWS,
+    PRESETS,
+    for_all_stages,
+    formats_to_cost,
+    resolve,
+    told,
+)
 from tests.synthetic import layer_table
 
 GIVEN = dict.fromkeys(PRESETS[DEFAULT])  # every parameter that a preset sets, none given
@@ -45,6 +53,14 @@ def test_every_preset_passes_the_door_and_costs_about_the_bits_that_it_promises(
 def test_the_full_profile_rounds_on_more_own_text():
     assert for_all_stages({"profile": "full"})["sensitivity_windows"] == OWN_WINDOWS["full"] == 128
     assert for_all_stages({"profile": "full", "sensitivity_windows": 8})["sensitivity_windows"] == 8
-    quick = {"profile": "quick", "sensitivity_windows": 0}
-    assert for_all_stages(quick) == quick  # the stage's own default
-    assert OWN_WINDOWS["quick"] == sensitivity.WINDOWS
+    assert OWN_WINDOWS["quick"] == sensitivity.WINDOWS  # the stage's own default
+
+
+def test_only_formats_that_the_plan_may_use_are_costed():
+    pair, mix = ["nf4", "int8"], ["nf4", "int8", "int4_g64"]
+    assert formats_to_cost({}) == formats_to_cost({"preset": "small", "cost_formats": None}) == pair
+    assert formats_to_cost({"preset": "balanced"}) == formats_to_cost({"profile": "full"}) == mix
+    assert formats_to_cost({"preset": "claim", "backend": "compressed-tensors"}) == mix
+    assert formats_to_cost({"formats": ["int4_g32", "16bit"]}) == [*pair, "int4_g32"]
+    assert formats_to_cost({"profile": "full", "cost_formats": ["int8"]}) == ["int8"]
+    assert for_all_stages({"double_quant": True})["cost_formats"] == [*pair, "nf4_dq"]
