@@ -6,9 +6,9 @@
     python benchmarks/formats.py --draw out.json --figure out.png   # again, from the numbers of before
 
 A family is a score and the formats that it may give. All are planned at 4.5, 5, 5.5, 6, 7 and 8 matrix bits,
-and scored on windows of one half of a text; predictions were scaled on the other half. `int4 + int8` is what
-vLLM serves: layers that it merges share a format. Scored plans stay in bench-out/, so an interrupted run goes
-on where it stopped.
+with guided rounding, and scored on windows of one half of a text; predictions were scaled on the other half.
+`int4 + int8` is what vLLM serves: layers that it merges share a format. Scored plans stay in bench-out/, so
+an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from spi_utils.analyze import analyze
 from spi_utils.errors import PlanError
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.plan import able, bit_rates, make_plan, predicted_kl
+from spi_utils.rounding import Codes
 from spi_utils.runs import open_run, write_json
 from spi_utils.scoring import Switch, reference_states
 from spi_utils.stats import estimate
 from spi_utils.texts import load_text, make_windows, start_token
 
 BUDGETS = (4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
-ASKED = (
-    *("nf4", "int8", "int4_g128", "int4_g64", "int4_g32"),
-    *("int4_g64_asym", "int4_g32_asym", "int4_g64_absmax", "int4_g32_absmax"),
-)
+ASKED = ("nf4", "int8", "int4_g64", "int4_g32")
 MIXED = ("int4_g64", "int8", "16bit")
 
 
@@ -76,10 +74,10 @@ UNIFORM = {"nf4": "all NF4", "int4_g64": "all int4, groups of 64", "int4_g32": "
 HYBRIDS = tuple(family.name for family in FAMILIES[:3])
 
 
-def layer_table(source: ModelSource, folder: Path, text: Path, windows: int, length: int) -> pd.DataFrame:
-    """The pipeline's own table with every format's costs."""
+def layer_table(source: ModelSource, folder: Path, text: Path, length: int) -> tuple[pd.DataFrame, Codes]:
+    """The pipeline's own table with every format's costs, and the codes that they are of."""
     run = open_run(folder / "run", source.identity())
-    return analyze(run, source, formats=ASKED, text=str(text), windows=windows, length=length)
+    return analyze(run, source, formats=ASKED, text=str(text), length=length), Codes(run.rounded)
 
 
 def planned(layers: pd.DataFrame) -> list[tuple[str, float, dict[str, str]]]:
@@ -147,12 +145,12 @@ def benchmark(model: str, text: str, windows: int, length: int, folder: Path) ->
     source = resolve(model)
     folder = folder / f"{source.slug}-{source.sha256[:8]}"
     texts = halves(text, folder)
-    layers = layer_table(source, folder, texts["oracle"], windows, length)
+    layers, codes = layer_table(source, folder, texts["oracle"], length)
     tokenizer, net = load_tokenizer(source), load_model(source, device="cpu", dtype=torch.float32)
     start = start_token(tokenizer, net.config)
     ids = make_windows(load_text(texts["score"]), tokenizer, windows, length, start)
     with open_weights(source) as weights:
-        switch = Switch(net, weights, list(layers["name"][layers["quantizable"]]))
+        switch = Switch(net, weights, list(layers["name"][layers["quantizable"]]), codes=codes)
         judge = Judge(switch, ids, reference_states(net, ids), folder / "scored")
         rows = scored(layers, judge)
     return {

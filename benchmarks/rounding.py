@@ -4,7 +4,8 @@
     python benchmarks/rounding.py --model DIRECTORY      # another, such as one of small_models.py
     python benchmarks/rounding.py --text FILE            # of the evaluation; default as in the notebooks
     python benchmarks/rounding.py --curve                # tokens, their source, damping
-    python benchmarks/rounding.py --beyond               # what was tried on top of it
+    python benchmarks/rounding.py --beyond               # what was tried on top of it, or left out
+    python benchmarks/rounding.py --beyond sign          # of these the rows that are called so
     python benchmarks/rounding.py --json out.json
 
 Second moments come from windows that the model writes itself (or random tokens); every matrix is rounded, the
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from spi_utils import rounding
 from spi_utils.formats import dequantize, layer_bytes, quantize
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.rounding import DAMPING, _inverse_factor, guided
@@ -242,10 +244,22 @@ def curve(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], rea
         bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
 
 
-def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]]) -> None:
-    """What was tried on top of guided rounding, in both formats."""
+def one_sign(bench: Bench, h: dict[str, list[torch.Tensor]], fmt: str) -> dict[str, Any]:
+    """Scales above zero only."""
+    both = rounding.SHARES
+    try:
+        rounding.SHARES = tuple(share for share in both if share > 0)
+        return bench.rounded(fmt, h)
+    finally:
+        rounding.SHARES = both
+
+
+def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], wanted: str) -> None:
+    """What was tried on top of guided rounding, and what it is without a part, in both formats; of these
+    the rows whose name contains `wanted`."""
     for fmt in TRIED:
         tried: dict[str, Any] = {
+            "guided, scales of one sign": lambda fmt=fmt: one_sign(bench, h, fmt),
             "guided, no sweep": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=0),
             "guided, 4 sweeps": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=4),
             "guided, output factor": lambda fmt=fmt: output_factor(bench, own, h, fmt),
@@ -254,7 +268,7 @@ def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]]) ->
                 bench, own, fmt, asymmetric=True
             ),
         }
-        for label, make in tried.items():
+        for label, make in ((label, make) for label, make in tried.items() if wanted in label):
             t = time.monotonic()
             values = make()
             bench.measure(fmt, label, own.numel(), time.monotonic() - t, values)
@@ -271,7 +285,9 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--curve", action="store_true", help="also few tokens, random tokens, other dampings")
-    parser.add_argument("--beyond", action="store_true", help="also what was tried on top")
+    parser.add_argument(
+        "--beyond", nargs="?", const="", metavar="PART", help="also what was tried, or of it one"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args.model, args.text, args.score, args.length)
@@ -299,8 +315,8 @@ def main() -> None:
             load_text("pydoc"), load_tokenizer(bench.source), args.own, args.length, bench.start
         )
         curve(bench, own, h, real)
-    if args.beyond:
-        beyond(bench, own, h)
+    if args.beyond is not None:
+        beyond(bench, own, h, args.beyond)
     if args.json:
         args.json.write_text(
             json.dumps(

@@ -79,6 +79,7 @@ def layer_table(source: ModelSource, folder: Path, text: Path, sizes: Sizes) -> 
     run = open_run(folder / "run", source.identity())
     bits = [round(4.5 + share * 11.5, 3) for share in SHARES]
     common: dict[str, Any] = {"formats": ("nf4",), "text": str(text), "length": sizes.length}
+    common |= {"rounding": "nearest"}  # bitsandbytes' own codes, as the claim has it
     table = analyze(run, source, refine_at=bits, windows=sizes.fisher, **common)
     oracle = open_run(folder / "oracle", source.identity())
     found = sensitivities(oracle, source, table, sensitivity="measured", windows=sizes.oracle, **common)
