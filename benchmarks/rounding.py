@@ -244,14 +244,15 @@ def curve(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], rea
         bench.measure("nf4", label, windows.numel(), time.monotonic() - t, values)
 
 
-def one_sign(bench: Bench, h: dict[str, list[torch.Tensor]], fmt: str) -> dict[str, Any]:
-    """Scales above zero only."""
-    both = rounding.SHARES
+def with_shares(bench: Bench, h: dict[str, list[torch.Tensor]], fmt: str, keep: Any, **more: Any) -> Any:
+    """Of the searched scales those that `keep` takes."""
+    all_of_them, fine = rounding.SHARES, rounding.FINE
     try:
-        rounding.SHARES = tuple(share for share in both if share > 0)
-        return bench.rounded(fmt, h)
+        rounding.SHARES = tuple(filter(keep, all_of_them))
+        rounding.FINE = fine if len(rounding.SHARES) > 1 else 0.0
+        return bench.rounded(fmt, h, **more)
     finally:
-        rounding.SHARES = both
+        rounding.SHARES, rounding.FINE = all_of_them, fine
 
 
 def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], wanted: str) -> None:
@@ -259,7 +260,15 @@ def beyond(bench: Bench, own: torch.Tensor, h: dict[str, list[torch.Tensor]], wa
     the rows whose name contains `wanted`."""
     for fmt in TRIED:
         tried: dict[str, Any] = {
-            "guided, scales of one sign": lambda fmt=fmt: one_sign(bench, h, fmt),
+            "guided, scales of one sign": lambda fmt=fmt: with_shares(bench, h, fmt, lambda x: x > 0),
+            "GPTQ, absmax scales (no gradient, no sweep)": lambda fmt=fmt: with_shares(
+                bench,
+                moments(bench.switch, own, guide=False),
+                fmt,
+                lambda x: x == 1,
+                sweeps=0,
+                damping=0.01,
+            ),
             "guided, no sweep": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=0),
             "guided, 4 sweeps": lambda fmt=fmt: bench.rounded(fmt, h, sweeps=4),
             "guided, output factor": lambda fmt=fmt: output_factor(bench, own, h, fmt),
