@@ -210,16 +210,11 @@ def test_the_summary_pairs_by_seed_and_becomes_tables_figures_and_answers(result
     wanted = np.mean([math.log(kl["trace_0.001", s] / kl["standard", s]) for s in range(3)])
     assert row["damage_ratio"]["nf4"]["mean"] == pytest.approx(wanted, rel=1e-3)
     assert row["reached"] == 3 and row["damage_ratio"]["nf4"]["p_holm"] is not None
-    assert set(found["matched"]) == {"frobenius"} and len(found["through_training"]) == 4 * 3 * 6
-    alone = [r["final"]["layers"]["nf4"] for r in runs if r["arm"]["name"] == "nuclear"]
-    costs = next(row for row in found["layer_costs"] if row["arm"] == "nuclear")
-    assert costs["v"] == pytest.approx(np.mean([one["0.v"] for one in alone]), rel=1e-4)
+    assert set(found["matched"]) == {"frobenius"}
     assert len(tables.arm_frame(found)) == 4 and len(tables.plan_frame(found)) == 5
-    assert list(tables.layer_frame(found).columns) == ["arm", "type", "untrained", "loss 4.2", "loss 4"]
     assert len(tables.correlation_frame(found)) == 10 and len(tables.matched_frame(found)) == 1
     depth, curves = numeric.depth_table(20)
     for figure in (
-        figures.spectra_through_training(found, ["standard", "trace_0.001"]),
         figures.damage_against_compactness(found),
         figures.depth_collapse(depth, curves),
     ):

@@ -96,14 +96,14 @@ def noise_damage(judge: Judge, seed: int) -> dict:
     return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
 
 
-def layer_statistics(network: Network) -> dict[str, dict[str, Any]]:
-    """For each matrix: the pipeline's spectral statistics, NF4's relative error, and σ (M,) descending."""
-    found: dict[str, dict[str, Any]] = {}
+def layer_statistics(network: Network) -> dict[str, dict[str, float]]:
+    """For each matrix: the pipeline's spectral statistics, and NF4's relative error."""
+    found: dict[str, dict[str, float]] = {}
     for name, layer in matrices(network):
         spectrum = analyze_matrix(layer.weight, farms=False, seed=0)
         error = (rounded(layer.weight, "nf4") - layer.weight).norm() / layer.weight.norm()
         found[name] = {key: spectrum.statistics[key] for key in STATISTICS}
-        found[name] |= {"nf4_error": float(error), "sigma": spectrum.singular_values}
+        found[name]["nf4_error"] = float(error)
     return found
 
 
@@ -159,7 +159,6 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
     for snapshot in train(arm, seed, setting.recipe, setting.shape, corpus):
         judge = Judge(snapshot.network, corpus.judge)
         statistics = layer_statistics(snapshot.network)
-        sigma = np.array([row.pop("sigma") for row in statistics.values()])  # (matrices, M)
         layers = {
             name: {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in row.items()}
             for name, row in statistics.items()
@@ -169,8 +168,6 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
             "judge_loss": float(judge.losses.double().mean()),
             "damage": {fmt: judge.damage(fmt) for fmt in FORMATS},
             "layers": layers,
-            # Mean over the matrices of σ_k/σ_1: the spectrum's shape.
-            "shape": [round(float(value), 5) for value in (sigma / sigma[:, :1]).mean(axis=0)],
         }
         found["levels"].append(level)
         if snapshot.level == setting.recipe.levels[-1]:
