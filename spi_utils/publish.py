@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from spi_utils import runs
 from spi_utils.card import Licence, base_of, make_card, read_base, shown_figures
 from spi_utils.claims import Evaluation, stock_sentence
 from spi_utils.errors import PublishError, RunError
 from spi_utils.models import is_transport_error
-from spi_utils.notebook import repository_problem
 from spi_utils.plan import ProtectionPlan, nominal_bits
 from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
@@ -132,8 +131,10 @@ def publish(
         PlatformError: what was found as a token can be none.
         RunError, PlanError: the run lacks a file, or one is damaged; says which notebook makes it.
     """
-    if repo_id is not None and (problem := repository_problem(repo_id)):
-        raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`; {problem}.")
+    try:
+        validate_repo_id(repo_id or OWNER)
+    except HFValidationError as error:
+        raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`. {error}") from None
     run = run if isinstance(run, Run) else runs.existing_run(run)
     info, token = run_info(run), None if dry_run else hub_token()
     base = info["model"]

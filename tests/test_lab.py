@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from spi_utils.errors import AnalysisError, EvaluationError, RunError
 from spi_utils.formats import NF4_LEVELS
 from spi_utils.lab import arms, experiment, figures, numeric, summary, tables, verdicts
-from spi_utils.lab.experiment import Judge, noise_damage, rounded
+from spi_utils.lab.experiment import Judge, rounded
 from spi_utils.lab.network import Network, Shape, initialize, load_corpus, matrices
 from spi_utils.lab.training import Recipe, train
 
@@ -47,9 +47,6 @@ def test_the_stated_shares_arise_together_under_two_denominators():
     row = grid.query(query + " and among == 'all'").iloc[0]
     assert row["flat"] == sum(k**-0.5 * 3 >= 0.5 for k in range(1, 101)) == 36
     assert row["compact"] == sum(math.exp(-0.2 * (k - 1)) * 3 >= 0.5 for k in range(1, 101))
-    fine = numeric.quantizer_grid(n=12, bits=range(24, 25))
-    apart = fine.query("count == 'different codes' and scaling == 'largest value' and among == 'all'")
-    assert (apart["flat"] == 12).all() and (apart["compact"] == 12).all()
 
 
 @pytest.mark.parametrize("bases", numeric.BASES[1:])
@@ -108,7 +105,6 @@ def test_kl_and_loss_are_those_of_the_definitions_and_weights_come_back(corpus):
     before = {name: layer.weight.clone() for name, layer in judge.layers.items()}
     assert judge.damage(lambda weight: weight) == {"kl": 0.0, "dloss": 0.0}
     assert 0 < judge.damage("int4")["kl"] < judge.damage("int3")["kl"]
-    assert noise_damage(judge, 1) == noise_damage(judge, 1) != noise_damage(judge, 2)
     found = judge.damage(lambda weight: 1.1 * weight)
     assert all(torch.equal(layer.weight, before[name]) for name, layer in judge.layers.items())
     inputs, wanted = corpus.judge[:, :-1], corpus.judge[:, 1:]
@@ -253,9 +249,7 @@ def test_an_effect_counts_where_its_interval_says_so(one, wanted):
         ([(-0.4, -0.2), (-0.3, -0.1)], (-0.2, -0.1), (-0.5, -0.3), "supported"),
         ([(-0.4, -0.2), (-0.3, -0.1)], (-0.2, 0.1), (-0.5, -0.3), "not separable"),
         ([(-0.4, -0.2), (-0.3, -0.1)], (0.1, 0.2), (-0.5, -0.3), "refuted"),
-        ([(-0.4, -0.2), (-0.3, 0.1)], (-0.2, -0.1), (-0.5, -0.3), "not separable"),
         ([(-0.4, -0.2), (0.1, 0.3)], (-0.2, -0.1), (-0.5, -0.3), "refuted"),
-        ([], (-0.2, -0.1), (-0.5, -0.3), "not separable"),
         # a more compact control that suffers more refutes the cause
         ([(-0.4, -0.2)], (-0.3, -0.1), (0.1, 0.2), "refuted"),
         ([(-0.4, -0.2)], (-0.3, -0.1), (-0.1, 0.2), "not separable"),

@@ -32,7 +32,6 @@ from spi_utils.spectra import analyze_matrix
 SCHEMA = 1
 GROUP = 64  # entries that share a scale, as in NF4
 FORMATS = ("nf4", "int4", "int3")
-NOISE_DRAWS = 4
 RANDOM_PLANS = 4
 STATISTICS = (
     *("alpha_hill", "alpha_pl", "alpha_decay", "alpha_excess", "effective_rank_rel"),
@@ -82,18 +81,6 @@ class Judge:
             self.layers[name].weight.copy_(self.weights[name])
         kl = (self.logs.exp() * (self.logs - logs)).sum(dim=-1, dtype=torch.float64).mean()
         return {"kl": float(kl), "dloss": float((losses - self.losses).double().mean())}
-
-
-def noise_damage(judge: Judge, seed: int) -> dict:
-    """Mean damage of Gaussian noise with the Frobenius norm of NF4's error, matrix by matrix."""
-    generator = torch.Generator().manual_seed(20_000 + seed)
-
-    def noisy(weight: Tensor) -> Tensor:
-        noise = torch.randn(weight.shape, generator=generator)
-        return weight + noise * ((rounded(weight, "nf4") - weight).norm() / noise.norm())
-
-    draws = [judge.damage(noisy) for _ in range(NOISE_DRAWS)]
-    return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
 
 
 def layer_statistics(network: Network) -> dict[str, dict[str, float]]:
@@ -173,7 +160,6 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
         if snapshot.level == setting.recipe.levels[-1]:
             found["reached"] = True
             found["final"] = {
-                "noise": noise_damage(judge, seed),
                 "layers": {
                     fmt: {name: judge.damage(fmt, [name])["kl"] for name in judge.layers}
                     for fmt in ("nf4", "int3")

@@ -19,7 +19,6 @@ from spi_utils.lab.experiment import FORMATS, STATISTICS, Result
 from spi_utils.stats import Estimate, holm_family
 
 COMPACTNESS = "nuclear_rank_90_rel"  # the preprint's: the share of singular values that hold 90 % of Σσ
-DAMAGES = (*FORMATS, "noise")
 ALONE = ("nf4", "int3")  # formats in which each matrix was judged alone
 PREDICTORS = [*STATISTICS, "nf4_error"]
 
@@ -82,8 +81,8 @@ def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
             row["level"] = math.inf if level["level"] is None else level["level"]
             own = {key: level[key] for key in ("step", "loss", "judge_loss")}
             final: dict[str, Any] = run["final"] if level is run["levels"][-1] else {}
-            hurt = level["damage"] | ({"noise": final["noise"]} if final else {})
-            own |= {f"{key} {kind}": one[key] for kind, one in hurt.items() for key in ("kl", "dloss")}
+            hurt = level["damage"].items()
+            own |= {f"{key} {kind}": one[key] for kind, one in hurt for key in ("kl", "dloss")}
             levels.append(row | own | (final["plans"] if final else {}))
             for name, statistics in level["layers"].items():
                 layer = row | {"type": name.split(".")[1]} | statistics
@@ -105,7 +104,7 @@ def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, A
     nothing = last.iloc[:0].droplevel("arm")
     base = held.get("standard", nothing)
     adjusted: dict[str, dict[str, Estimate]] = {}
-    for kind in DAMAGES:  # Holm's family is the arms
+    for kind in FORMATS:  # Holm's family is the arms
         found = {k: log_ratio(v[f"kl {kind}"], base[f"kl {kind}"]) for k, v in held.items()}
         adjusted[kind] = holm_family({k: one for k, one in found.items() if one and k != "standard"})
     table = []
@@ -119,12 +118,12 @@ def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, A
             for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error"):
                 row[key] = t_estimate(runs[key]).as_dict()
             for key in ("kl", "dloss"):
-                row[key] = {kind: t_estimate(runs[f"{key} {kind}"]).as_dict() for kind in DAMAGES}
+                row[key] = {kind: t_estimate(runs[f"{key} {kind}"]).as_dict() for kind in FORMATS}
             ratio = log_ratio(runs[COMPACTNESS], base[COMPACTNESS])
             row["compactness_ratio"] = ratio.as_dict() if ratio and name != "standard" else None
             row["damage_ratio"] = {k: one[name].as_dict() for k, one in adjusted.items() if name in one}
             row["points"] = [
-                {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in DAMAGES}}
+                {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in FORMATS}}
                 for seed, one in runs.iterrows()
             ]
         table.append(row)
@@ -177,7 +176,7 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
     last, own = levels.dropna(subset=["high"]), layers.dropna(subset=["cost nf4"])
     controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control" and one["reached"]}
     # ln(reference arm / control) of compactness and of each damage, paired by seed
-    columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in DAMAGES}}
+    columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in FORMATS}}
     matched: dict[str, Any] = {}
     for name in sorted(controls):
         ours, theirs = (last.xs(arm, level="arm") for arm in (reference, name))
