@@ -467,18 +467,15 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = figures.new_figure(9.0, 2.2 + 0.34 * max(len(rows), 1))
     axes = figure.subplots()
     axes.axvline(0, color=figures.BLACK, linewidth=1)
-    for verdict, (colour, marker, words) in VERDICTS.items():
-        some = rows[rows["verdict"] == verdict]
-        if len(some):
-            middle = some["kl_difference"]
-            look: dict[str, Any] = {"fmt": marker, "color": colour, "label": words}
-            error = [middle - some["kl_low"].fillna(middle), some["kl_high"].fillna(middle) - middle]
-            axes.errorbar(middle, some.index, xerr=error, capsize=3, **look)
+    for verdict, some in rows.groupby("verdict"):
+        colour, marker, words = VERDICTS[str(verdict)]
+        middle, (low, high) = some["kl_difference"], (some[end] for end in ("kl_low", "kl_high"))
+        error = [(middle - low).fillna(0), (high - middle).fillna(0)]
+        axes.errorbar(middle, some.index, xerr=error, fmt=marker, color=colour, label=words)
     axes.set_yticks(rows.index, [figures.shorten(job, 56) for job in rows["job"]])
     axes.invert_yaxis()
     axes.set_xlabel("KL of the plan − KL of random layers at equal bytes (nats a token)")
-    if len(rows):
-        axes.legend(loc="best")
+    axes.legend(loc="best")
     detail = "Bars: 95 % interval over windows. Left of the line the score's layers are better."
     figures.headline(figure, sentences(table)[0], detail)
     return figure

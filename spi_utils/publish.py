@@ -36,10 +36,8 @@ RECORD = "environment.json"  # the file by which a repository is known as one of
 MANIFEST = "manifest.json"
 NO_TOKEN = (
     "Saved locally, not published: no Hub token was found. To publish it later, run `hf auth login` (or set "
-    "HF_TOKEN, or attach the secret HF_TOKEN) and then\n  {later}"
+    'HF_TOKEN, or attach the secret HF_TOKEN) and then `spi-utils publish "{folder}"` with these options.'
 )
-# Hidden and temporary files, such as a killed process or an editor leaves.
-UNFINISHED = re.compile(r"(^|/)\.|(\.(tmp|temp|part|partial|incomplete|lock|swp|bak)|~)$")
 # Files of the checkpoint's folder that the card or the run's own copies take the place of.
 OURS = {CARD, "plan.json", RECORD}
 
@@ -173,12 +171,7 @@ def publish(
             closed = "\n".join(f"  {gate}" for gate in gates if not gate.passed)
             raise PublishError(f"{run.path} may not be published yet:\n{closed}\nNothing was sent.")
         if token is None:
-            flags = "" if private else " --public"
-            flags += f" --allow-license {allow_license}" if allow_license else ""
-            later = (
-                f'python -m spi_utils publish "{run.path}" --repo-id {name.removeprefix(f"{OWNER}/")}{flags}'
-            )
-            return replace(done, note=NO_TOKEN.format(later=later))
+            return replace(done, note=NO_TOKEN.format(folder=run.path))
         done = send(done, token, overwrite=overwrite, local=run.path)
         current.record(url=done.url, commit=done.commit)
         return done
@@ -198,23 +191,18 @@ def weight_files(run: Run) -> list[Path]:
 
 
 def collect_files(run: Run) -> dict[str, Path]:
-    """Path in the repository -> file, without the card and the record; of the figures those of the card."""
-    drawn = {f"figures/{name}": path for name, path in _below(run.figures).items()}
-    files = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
+    """Path in the repository -> file, without the card and the record: what notebook 03 wrote, and no file
+    that a killed process, an editor or a person left beside it; of the figures those of the card."""
+    made = run_info(run)["stages"].get("quantize", {}).get("outputs", {})
+    files = {name.removeprefix("model/"): run.path / name for name in made if name.startswith("model/")}
+    files = {name: path for name, path in files.items() if name not in OURS and path.is_file()}
     files |= {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
-    files |= {name: drawn[name] for name, _ in shown_figures(sorted(drawn))}
-    return dict(sorted(files.items()))
-
-
-def _below(folder: Path) -> dict[str, Path]:
-    """Path within a folder -> file, for files that are whole."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in found.items() if not UNFINISHED.search(name)}
+    drawn = sorted(f"figures/{path.name}" for path in run.figures.glob("[!.]*.png"))
+    return dict(sorted({**files, **{name: run.path / name for name, _ in shown_figures(drawn)}}.items()))
 
 
 # --- the gates -------------------------------------------------------------------------------------------
 
-WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
@@ -228,16 +216,12 @@ def check_gates(
     Each reads what is on the disk now: that the plan is what the checkpoint holds, 03 and 04 have proved of
     the very bytes that are found here.
     """
-    info, odd, recorded = run_info(run), [], set()
+    info, odd = run_info(run), []
     for name in ("analyze", "quantize", "evaluate"):
         outputs = info["stages"].get(name, {}).get("outputs", {})
         measured = {key: held for key, held in outputs.items() if key.startswith(MEASURED)}
-        recorded |= set(measured)
         if not measured or not runs.is_intact(run, {"outputs": measured}):
             odd.append(f"what {name} writes is missing or was changed; run notebook {NOTEBOOKS[name]} again")
-    for key in _below(run.model_dir):  # whatever a loader would take weights from
-        if Path(key).suffix in WEIGHT_TYPES and f"model/{key}" not in recorded:
-            odd.append(f"model/{key} was not written by quantize; remove it")
 
     own, of = runs.checkpoint_hash(weight_files(run)), evaluation.checkpoint_sha256
     same = of == own and evaluation.hashes.get("plan") == sha256_file(run.plan_json)

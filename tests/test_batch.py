@@ -347,7 +347,7 @@ def test_in_how_many_runs_is_counted_from_the_intervals(tmp_path):
     (said,) = batch.sentences(table)
     assert "random layers of the same size in 3 of 5 runs, worse in 1" in said
     labels = [text.get_text() for text in batch.draw(table).axes[0].get_legend().get_texts()]
-    assert labels == ["beats random", "worse than random", "not separable"]
+    assert set(labels) == {"beats random", "worse than random", "not separable"}
 
 
 def test_a_run_without_random_controls(tmp_path):

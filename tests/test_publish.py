@@ -131,15 +131,14 @@ def test_a_local_run_publishes_no_path_in_card_record_or_manifest(tmp_path):
     edit(run.info_json, lambda info: info.update(location=str(tmp_path / "source")))
     done = publish(run, **MINE)
     assert done.ready and done.repo_id == "your-name/My-own-gr-tes-model-SPI-nf4-16bit-11.6bpw"
-    (run.model_dir / "LICENSE").write_text(f"one line\nand {tmp_path / 'source'}")
-    assert "LICENSE names a folder" in closed(run)["local paths"]
+    of_evaluation(skipped={"fisher": f"none in {tmp_path / 'source'}"})(run)
+    assert "evaluation.json names a folder" in closed(run)["local paths"]
     assert all(str(tmp_path) not in path.read_text() for path in run.publish.iterdir())
 
 
 LEFT_OVER = (
-    *("figures/.quality_by_bytes.svg.0a1b2c3d.svg", "figures/plan_map.png~", "model/.DS_Store"),
-    *("model/.model.safetensors.0a1b2c3d.safetensors", "model/.cache/huggingface/config.json.metadata"),
-    *("model/model.safetensors.incomplete", "model/tokenizer.json.tmp", "model/.ipynb_checkpoints/a.py"),
+    *("figures/.plan_map.png", "figures/plan_map.png~", "model/.DS_Store", "model/notes.txt"),
+    *("model/.model.safetensors.0a1b2c3d.safetensors", "model/tokenizer.json.tmp", "model/nested/model.bin"),
 )
 
 
@@ -160,14 +159,6 @@ def flip(run):
     path = next(run.model_dir.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     edit_evaluation(run, lambda held: held.update(checkpoint_sha256=checkpoint_hash(run.model_dir)))
-
-
-def add(name, data=b"weights of another kind"):
-    def act(run):
-        (run.model_dir / name).parent.mkdir(exist_ok=True)
-        (run.model_dir / name).write_bytes(data)
-
-    return act
 
 
 def of_plan(**changes):
@@ -201,7 +192,7 @@ WROTE = "what {} writes is missing or was changed; run notebook {}"
     [
         (flip, "stages", WROTE.format("quantize", "03_quantize")),
         (lambda run: (run.model_dir / "generate.py").unlink(), "stages", "03_quantize"),
-        (add("nested/pytorch_model.bin"), "stages", "nested/pytorch_model.bin was not written"),
+        (lambda run: (run.model_dir / "z.safetensors").write_bytes(b""), "evaluation", "04_evaluate"),
         (without("stages", "quantize", "outputs"), "stages", WROTE.format("quantize", "03_quantize")),
         (without("stages", "evaluate"), "stages", WROTE.format("evaluate", "04_evaluate")),
         (of_plan(reason="Another."), "evaluation", "plan.json changed"),
@@ -213,10 +204,10 @@ WROTE = "what {} writes is missing or was changed; run notebook {}"
         (of_evaluation(stock={**STOCK, "agrees": False}), "stock score", "04_evaluate"),
         (of_evaluation(stock={"agrees": None}), "stock score", "04_evaluate"),  # with no reason
         *(
-            (add(name, b"\xff\x00 words " + secret.encode()), "secrets", f"{name} holds what looks like")
-            for name, secret in zip(("LICENSE", "tokenizer.model", "deep/a.yaml"), SECRETS, strict=True)
+            (of_plan(reason=f"x {secret}"), "secrets", "plan.json holds what looks like")
+            for secret in SECRETS
         ),
-        (add("own.py", b"#\n'/home/somebody/base'"), "local paths", "own.py names a folder"),
+        (of_plan(reason="'/home/somebody/base'"), "local paths", "plan.json names a folder"),
     ],
 )
 def test_a_spoiled_run_is_refused_and_the_rehearsal_says_why(run, monkeypatch, spoil, gate, words):
@@ -252,7 +243,7 @@ def test_an_unknown_licence_closes_the_gate_until_it_is_stated(run):
         assert done.ready and {k: v for k, v in data.items() if k.startswith("license")} == written
 
 
-@pytest.mark.parametrize("name", ["a b/c d", "a/b/c", "a/b--c", "a/b.git", "a/" + "b" * 96])
+@pytest.mark.parametrize("name", ["a b/c d", "a/b/c", "a/b--c", "a/b.git", "a/" + "b" * 97])
 def test_a_name_that_the_hub_can_not_have_is_refused_before_anything_else(tmp_path, name):
     with pytest.raises(PublishError, match="expected `name` or `owner/name`") as refused:
         publish(tmp_path / "there is no run here", repo_id=name)

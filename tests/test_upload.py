@@ -253,8 +253,7 @@ def test_without_a_token_nothing_reaches_the_hub_and_the_command_for_later_is_sa
     monkeypatch.delenv("HF_TOKEN")
     code, said = published("--public")
     assert code == 0 and "Saved locally, not published" in said and not hub.repositories
-    name = REPO.removeprefix("me/")
-    assert f'publish "{run.path}" --repo-id {name} --public --allow-license mit' in said
+    assert f'spi-utils publish "{run.path}"' in said
 
 
 @pytest.mark.parametrize("where", ["validate-yaml", "whoami", "/commit/"])
