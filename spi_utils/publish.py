@@ -349,7 +349,7 @@ def owner_of(token: Token, repo_id: str, local: Path) -> str:
 # --- a Hub that is busy or refuses -----------------------------------------------------------------------
 
 Result = TypeVar("Result")
-WAITS = (2, 8, 30, 120)  # seconds before each further try
+WAITS = (1, 4, 15, 45)  # seconds before each further try
 UNREACHABLE = 0  # no HTTP status: nothing answered
 NO_ACCESS = (
     "the token from {token} can't write to {owner} ({said}). If no storage is full, make a token "

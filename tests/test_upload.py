@@ -170,7 +170,7 @@ def test_what_fails_for_good_is_explained_and_the_files_stay(hub, run, published
 @pytest.mark.parametrize(
     ("failure", "code", "words"),
     [
-        (RuntimeError("Data processing error: CAS service error : Reqwest Error"), 0, "waiting 2 s"),
+        (RuntimeError("Data processing error: CAS service error : Reqwest Error"), 0, "waiting 1 s"),
         (type("XetAuthenticationError", (PermissionError,), {})("token refused"), 1, NO_ACCESS),
     ],
 )
