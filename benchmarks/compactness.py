@@ -5,7 +5,7 @@
     python -m benchmarks.compactness --costs               # only what a trace-norm gradient costs
 
 Small character transformers (0.33 M weights in matrices) on CPython's pydoc topics: nine arms, equal 16-bit
-loss, damage by NF4, int4, int3 and Gaussian noise, and by single layers. Finished runs stay in bench-out/, so
+loss, damage by NF4, int4 and int3, and by single layers. Finished runs stay in bench-out/, so
 an interrupted benchmark goes on where it stopped.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import signal
 import sys
@@ -13,18 +12,15 @@ from typing import Any
 
 from spi_utils import __version__, notebook
 from spi_utils.errors import ParameterError, SPIError
-from spi_utils.notebook import ALL, STAGES, NotebookError
+from spi_utils.notebook import ALL, STAGES
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-# What a user can mend about a disk; ENOENT is also what Python says where no temporary file can be written.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-DISK |= {errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0; papermill's for a failed stage, else 1; 2 for a wrong call or parameter; 130 for Ctrl-C.
+    0; 1 for what failed; 2 for a wrong call or parameter; 130 for Ctrl-C.
     """
     options = vars(_parser().parse_args(arguments))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is as orderly as Ctrl-C
@@ -32,21 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
         return options.pop("call")(**options) or 0
     except SPIError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, NotebookError) else 1 + isinstance(error, ParameterError)
+        return 1 + isinstance(error, ParameterError)
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        if error.errno not in DISK:
-            raise
         mend = "Free some space, or choose another `run_dir`; the same command goes on where it stopped."
         print(f"OSError: {error.filename or 'a file'}: {error.strerror}. {mend}", file=sys.stderr)
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    name = "spi-utils" if Path(sys.argv[0]).name == "spi-utils" else "python -m spi_utils"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__)
+    parser = argparse.ArgumentParser(prog="spi-utils", description=__doc__)
     parser.add_argument("--version", action="version", version=f"spi_utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     epilog = f"parameters (name, default, what it is):\n\n{notebook.parameters_help(ALL)}"

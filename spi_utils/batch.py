@@ -24,10 +24,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -77,10 +77,6 @@ class Task:
     out: Path
     place: Path  # where relative paths of models start
 
-    def file(self, suffix: str) -> Path:
-        """Its log or its record."""
-        return self.out / "jobs" / (self.name.replace(" ", "-") + suffix)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,9 +116,8 @@ def run_batch(
 
     def note(one: Outcome) -> None:
         outcomes[one.name] = one
-        said = one.status + (f" (exit code {one.exit_code})" if one.exit_code else "")
-        place = f"{len(outcomes):>{len(str(total))}}/{total}"
-        line = f"{place}  {said:22s} {one.seconds:6.0f} s  {one.name}"
+        runs.write_json(out / "jobs" / f"{one.name}.json", asdict(one))
+        line = f"{len(outcomes):>{len(str(total))}}/{total}  {one.status:8s} {one.seconds:6.0f} s  {one.name}"
         print(f"{line}: {one.error[:200]}" if one.error else line, flush=True)
 
     def task(name: str, run: Run, stages: Sequence[str], parameters: Settings) -> Task:
@@ -133,11 +128,11 @@ def run_batch(
     with runs.owner_lock(Run(out), "batch"):
         (out / STOP).unlink(missing_ok=True)
         places = {key: Run(out / "analyses" / key) for key in analyses}
-        first = {key: task(f"analysis {key}", places[key], [ANALYZE], analyses[key]) for key in analyses}
-        _run_all(list(first.values()), workers, scheduler, note)
+        first = [task(f"analysis-{key}", places[key], [ANALYZE], analyses[key]) for key in analyses]
+        _run_all(first, workers, scheduler, note)
         ready = []
         for job in jobs:
-            made, run = outcomes[first[job.analysis].name], Run(out / "runs" / job.name)
+            made, run = outcomes[f"analysis-{job.analysis}"], Run(out / "runs" / job.name)
             try:
                 if made.status != "done":
                     raise BatchError(f"its analysis failed: {made.error}")
@@ -157,8 +152,7 @@ def run_batch(
     if failed:
         print(f"\n{len(failed)} of {total} failed; their logs are in {out / 'jobs'}:")
     for one in failed:
-        code = "" if one.exit_code is None else f" (exit code {one.exit_code})"
-        print(f"  {one.name}{code}: {one.error}")
+        print(f"  {one.name} (exit code {one.exit_code}): {one.error}")
     return 1 if failed else 0
 
 
@@ -183,26 +177,25 @@ def read_grid(path: str | Path) -> tuple[list[Job], dict[str, Settings]]:
         ParameterError: a parameter that no notebook has, or a value that it can't have (with the nearest).
     """
     try:
-        held = yaml.load(Path(path).read_text(encoding="utf-8"), notebook.Untyped)
+        return expand(yaml.load(Path(path).read_text(encoding="utf-8"), notebook.Untyped), str(path))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise BatchError(
             f"{path}: can't be read: {error}. Give a grid such as examples/grid.yaml."
         ) from error
-    return expand(held, str(path))
 
 
 def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Settings]]:
     """The jobs of a grid that is given as a mapping, its values typed or as texts; see `read_grid`."""
-    wrong = f"{where}: expected names with values, also below parameters and axes; found {held!r}."
-    if not isinstance(held, dict):
-        raise BatchError(wrong)
-    for key in held:
-        if key not in KEYS:
-            known = f"{suggest(str(key), KEYS)} Known: {', '.join(KEYS)}."
-            raise BatchError(f"{where}: unknown key {key!r}.{known}")
-    fixed, more = held.get("parameters") or {}, held.get("axes") or {}
+    fixed, more = (
+        (held.get(key) or {}) if isinstance(held, dict) else None for key in ("parameters", "axes")
+    )
     if not isinstance(fixed, dict) or not isinstance(more, dict):
-        raise BatchError(wrong)
+        raise BatchError(
+            f"{where}: expected names with values, also below parameters and axes; found {held!r}."
+        )
+    if odd := [str(key) for key in held if key not in KEYS]:
+        known = f"{suggest(odd[0], KEYS)} Known: {', '.join(KEYS)}."
+        raise BatchError(f"{where}: unknown key {odd[0]!r}.{known}")
     if not held.get("models"):
         raise BatchError(f"{where}: no models. List at least one: models: [bundled].")
     given = {axis: held[axis] for axis in AXES if held.get(axis) is not None} | more
@@ -216,7 +209,7 @@ def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Set
     costed = {"cost_formats": list(dict.fromkeys(fmt for one in chosen for fmt in formats_to_cost(one)))}
     chosen = [for_all_stages(costed | settings) for settings in chosen]
 
-    defaults, analyses, keys, labels = parameters_of(ALL), {}, [], []
+    defaults, jobs, analyses = parameters_of(ALL), [], {}
     extra = sorted({name for axis in axes for choice in axis for name in choice} - set(NAMED))
     for settings in chosen:
         every = {**defaults, **settings}
@@ -227,9 +220,9 @@ def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Set
         analysis.pop("preset", None)  # of an analysis it sets the rounding alone
         model = Path(str(every["model"]))  # a local one that was trained on is another one
         files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
-        held = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        keys.append(f"{slug(model.name)}-{fingerprint([analysis, held])[:8]}")
-        analyses[keys[-1]] = analysis
+        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = f"{slug(model.name)}-{fingerprint([analysis, weights])[:8]}"
+        analyses[key] = analysis
         parts = [
             model.name,
             every["score"] + ("" if every["direction"] == "high" else f"-{every['direction']}"),
@@ -237,13 +230,11 @@ def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Set
             f"seed-{every['seed']}",
             *(f"{name}-{every[name]}".replace("/", "-") for name in extra),
         ]
-        labels.append(".".join(map(slug, parts)))
-    marks, names = list(map(fingerprint, chosen)), []
-    for mark, label in zip(marks, labels, strict=True):
-        if marks.count(mark) > 1:
-            raise BatchError(f"{where}: the job {label} stands twice; list each value once.")
-        names.append(label if labels.count(label) == 1 else f"{label}.{mark[:6]}")
-    return list(map(Job, names, chosen, keys)), analyses
+        jobs.append(Job(f"{'.'.join(map(slug, parts))}.{fingerprint(settings)[:6]}", settings, key))
+    names = [job.name for job in jobs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BatchError(f"{where}: the job {twice[0]} stands twice; list each value once.")
+    return jobs, analyses
 
 
 def _entry(axis: str, entry: Any, where: str) -> Settings:
@@ -326,13 +317,14 @@ def _run_all(
     """
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            names = visible_gpus() if any(task.gpu for task in tasks) else []
             gpus: SimpleQueue[str] = SimpleQueue()
-            for name in names:
+            for name in (names := visible_gpus()):
                 gpus.put(name)
-            count = max(min(workers or len(names) or 1, len(tasks)), 1)
+            count = workers or len(names) or 1
             pool = stack.enter_context(ThreadPoolExecutor(count))
-            futures = {pool.submit(run_task, task, count, gpus if names else None): task for task in tasks}
+            side_by_side = max(min(count, len(tasks)), 1)
+            free = gpus if names else None
+            futures = {pool.submit(run_task, task, side_by_side, free): task for task in tasks}
         else:
             try:
                 from distributed import Client
@@ -341,28 +333,26 @@ def _run_all(
             except (ImportError, OSError, ValueError) as error:
                 needs = "It needs `pip install 'dask[distributed]'`, here and there."
                 raise BatchError(f"no Dask scheduler answers at {scheduler!r}: {error}. {needs}") from error
-            futures = {}
             members = client.scheduler_info(n_workers=-1)["workers"].values()
-            hosts = [member["host"] for member in members for _ in range(member["nthreads"])]
+            hosts = Counter(host for one in members for host in [one["host"]] * one["nthreads"])
             declared = any("GPU" in member["resources"] for member in members)
+            futures = {}
             for task in tasks:
                 resources = {"GPU": 1} if declared and task.gpu else None
                 cluster = client.get_executor(pure=False, resources=resources)
-                futures[cluster.submit(run_task, task, max(map(hosts.count, hosts), default=1))] = task
+                futures[cluster.submit(run_task, task, max(hosts.values(), default=1))] = task
         try:
             for future in as_completed(futures):
-                task, failure = futures[future], future.exception()
+                name, failure = futures[future].name, future.exception()
                 said = f"{type(failure).__name__}: {failure}"
-                outcome = future.result() if failure is None else Outcome(task.name, "failed", said)
-                runs.write_json(task.file(".json"), asdict(outcome))
-                note(outcome)
+                note(future.result() if failure is None else Outcome(name, "failed", said))
         except KeyboardInterrupt:
             (tasks[0].out / STOP).touch()
             raise
 
 
 def run_task(task: Task, side_by_side: int, gpus: SimpleQueue[str] | None = None) -> Outcome:
-    """Run a task in a process of its own; whatever fails is the outcome's error.
+    """Run a task in a process of its own; a process that fails is the outcome's error.
 
     Args:
         task: what to run.
@@ -373,13 +363,13 @@ def run_task(task: Task, side_by_side: int, gpus: SimpleQueue[str] | None = None
     gpu = gpus.get() if gpus is not None and task.gpu else None
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    started, stop, log = time.monotonic(), task.out / STOP, task.file(".log")
+    started, stop, log = time.monotonic(), task.out / STOP, task.out / "jobs" / f"{task.name}.log"
     code = None
     try:
         with log.open("w", encoding="utf-8") as file:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            command, how = [sys.executable, *task.arguments], {"start_new_session": True, **streams}
-            process = subprocess.Popen(command, cwd=task.place, env=environment, **how)
+            how = {"cwd": task.place, "env": environment, "start_new_session": True, **streams}
+            process = subprocess.Popen([sys.executable, *task.arguments], **how)
             try:
                 while process.poll() is None and not stop.exists():
                     time.sleep(POLL)
@@ -387,23 +377,19 @@ def run_task(task: Task, side_by_side: int, gpus: SimpleQueue[str] | None = None
             finally:
                 if code is None:  # once reaped, its number may be a stranger's
                     notebook.end_tree(process.pid)
-        error = "ended with its batch" if code is None else _error(log, code)
-    except OSError as failure:  # of this host, e.g. a full disk: the other tasks go on
-        error = f"{type(failure).__name__} on {socket.gethostname()}: {failure}"
     finally:
         if gpus is not None and gpu is not None:
             gpus.put(gpu)
-    status = "failed" if error and not stop.exists() else "stopped" if error else "done"
-    return Outcome(task.name, status, error, code, round(time.monotonic() - started, 1))
+    status = "done" if code == 0 else "stopped" if stop.exists() else "failed"
+    return Outcome(task.name, status, _error(log, code), code, round(time.monotonic() - started, 1))
 
 
-def _error(log: Path, code: int) -> str:
+def _error(log: Path, code: int | None) -> str:
     """A process' own error, from the end of what it printed; "" of one that ended well."""
-    if code == 0:
-        return ""
+    if not code:
+        return "" if code == 0 else "ended with its batch"
     if code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (", most likely out of memory" if code == -signal.SIGKILL else "")
+        return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     return [*text.splitlines()[-1:], *ERROR.findall(text)][-1] if text else "it printed nothing"
 
@@ -428,6 +414,12 @@ VERDICTS = {
     "refuted": (figures.VERMILLION, "s", "worse than random"),
     "not separable": (figures.GREY, "D", "not separable"),
 }
+# `generalization`'s columns -> the leaderboard's
+COLUMNS = {
+    **{"model": "model", "text": "text", "windows": "windows", "matrix bits": "matrix_bits"},
+    **{f"KL {key}": f"kl_{key}" for key in ("plan", "random", "fisher", "fisher_int8", "int8")},
+    **{"random": "verdict", "Δ loss": "loss_difference", "Δ low": "loss_low", "Δ high": "loss_high"},
+}
 
 
 def leaderboard(finished: Iterable[tuple[Job, Run]]) -> pd.DataFrame:
@@ -440,59 +432,35 @@ def leaderboard(finished: Iterable[tuple[Job, Run]]) -> pd.DataFrame:
     Raises:
         RunError: a run's evaluation can't be read.
     """
-    rows = []
+    rows, finished = [], list(finished)
     for job, run in finished:
-        evaluation, held = Evaluation.read(run.evaluation_json), generalization([run.path]).iloc[0]
-        plan, chosen = evaluation.variants["plan"], evaluation.plan
+        evaluation = Evaluation.read(run.evaluation_json)
+        row = {"job": job.name, **{name: evaluation.plan[name] for name in ("score", "direction", "rule")}}
+        row |= {"value": job.parameters.get("value"), "seed": evaluation.settings["seed"]}
+        plan = evaluation.variants["plan"]
         against = plan.get("vs_random", {})
-        kl = {"mean": None, "low": None, "high": None, "p_holm": None} | against.get("kl", {})
-        row = {"job": job.name, "model": held["model"], "score": chosen["score"]}
-        row |= {
-            "direction": chosen["direction"],
-            "rule": chosen["rule"],
-            "value": job.parameters.get("value"),
-        }
-        row |= {"seed": evaluation.settings["seed"], "bytes": plan["bytes"]}
-        row |= {"matrix_bits": held["matrix bits"], "verdict": held["random"]}
-        row |= {"kl_plan": held["KL plan"], "kl_random": held["KL random"]}
-        row |= {"ratio": held["KL plan"] / held["KL random"], "kl_difference": kl["mean"]}
-        row |= {"kl_low": kl["low"], "kl_high": kl["high"], "p_holm": kl["p_holm"]}
-        row |= {"beaten": against.get("kl_beats"), "controls": against.get("controls", 0)}
-        row |= {"windows": held["windows"], "text": held["text"], "loss_difference": held["Δ loss"]}
-        row |= {"loss_low": held["Δ low"], "loss_high": held["Δ high"]}
-        row |= {f"kl_{control}": held[f"KL {control}"] for control in ("fisher", "fisher_int8", "int8")}
-        rows.append(row)
-    table = pd.DataFrame(rows).astype(dict.fromkeys(("kl_difference", "kl_low", "kl_high"), float))
+        kl = against.get("kl", {})
+        row |= {"bytes": plan["bytes"], "kl_difference": kl.get("mean"), "kl_low": kl.get("low")}
+        row |= {"kl_high": kl.get("high"), "p_holm": kl.get("p_holm")}
+        rows.append(row | {"beaten": against.get("kl_beats"), "controls": against.get("controls", 0)})
+    held = generalization(run.path for _, run in finished).rename(columns=COLUMNS)
+    table = pd.concat([pd.DataFrame(rows), held[list(COLUMNS.values())]], axis=1)
+    table = table.assign(ratio=table["kl_plan"] / table["kl_random"])
+    table = table.astype(dict.fromkeys(("kl_difference", "kl_low", "kl_high"), float))
     return table.sort_values(["model", "bytes", "kl_plan"], kind="stable", ignore_index=True)
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """What the table says of each score: on how many models it beats random layers, and by how much.
-
-    A model counts only where every run of it says so.
-    """
+    """What the table says of each score: in how many runs it beats random layers, and by how much."""
     said = []
     for (score, direction), rows in table.groupby(["score", "direction"], sort=False):
-        who = f"{figures.short_label(str(score))}, {direction} end,"
-        tested = rows[rows["verdict"] != "not tested"].sort_values("kl_difference")
-        if tested.empty:
-            said.append(f"{who} was not compared with random layers.")
-            continue
-        won, lost = (tested["verdict"].eq(verdict) for verdict in ("supported", "refuted"))
-        all_won, all_lost = (one.groupby(tested["model"]).all() for one in (won, lost))
-        best, worst = (_interval(row) for _, row in tested.iloc[[0, -1]].iterrows())
-        effect = f"difference {best}" if len(tested) == 1 else f"difference from {best} to {worst}"
+        counts, tested = rows["verdict"].value_counts(), rows["kl_difference"].notna().sum()
         said.append(
-            f"{who} beats random layers of the same size on {all_won.sum()} of {len(all_won)} models "
-            f"({won.sum()} of {len(tested)} runs; worse on {all_lost.sum()}): "
-            f"KL {tested['ratio'].median():.2f} × random's, {effect} nats a token."
+            f"{figures.short_label(str(score))}, {direction} end: better than random layers of the same size "
+            f"in {counts.get('supported', 0)} of {tested} runs, worse in {counts.get('refuted', 0)}; median "
+            f"KL {rows['ratio'].median():.2f} × random's."
         )
     return said
-
-
-def _interval(row: pd.Series) -> str:
-    ends = ("unbounded" if pd.isna(row[end]) else f"{row[end]:+.4f}" for end in ("kl_low", "kl_high"))
-    return f"{row['kl_difference']:+.4f} ({' … '.join(ends)})".replace("-", "−")
 
 
 @figures.styled
@@ -502,18 +470,15 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = figures.new_figure(9.0, 2.2 + 0.34 * max(len(rows), 1))
     axes = figure.subplots()
     axes.axvline(0, color=figures.BLACK, linewidth=1)
-    for verdict, (colour, marker, words) in VERDICTS.items():
-        some = rows[rows["verdict"] == verdict]
-        if len(some):
-            middle = some["kl_difference"]
-            look: dict[str, Any] = {"fmt": marker, "color": colour, "label": words}
-            error = [middle - some["kl_low"].fillna(middle), some["kl_high"].fillna(middle) - middle]
-            axes.errorbar(middle, some.index, xerr=error, capsize=3, **look)
+    for verdict, some in rows.groupby("verdict"):
+        colour, marker, words = VERDICTS[str(verdict)]
+        middle, (low, high) = some["kl_difference"], (some[end] for end in ("kl_low", "kl_high"))
+        error = [(middle - low).fillna(0), (high - middle).fillna(0)]
+        axes.errorbar(middle, some.index, xerr=error, fmt=marker, color=colour, label=words)
     axes.set_yticks(rows.index, [figures.shorten(job, 56) for job in rows["job"]])
     axes.invert_yaxis()
     axes.set_xlabel("KL of the plan − KL of random layers at equal bytes (nats a token)")
-    if len(rows):
-        axes.legend(loc="best")
+    axes.legend(loc="best")
     detail = "Bars: 95 % interval over windows. Left of the line the score's layers are better."
     figures.headline(figure, sentences(table)[0], detail)
     return figure

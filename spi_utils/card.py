@@ -8,6 +8,7 @@ so that two rehearsals of one run give the same card.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,20 +20,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from spi_utils.claims import Evaluation, headline_of
+from spi_utils.claims import Evaluation, headline_of, stock_sentence
 from spi_utils.errors import ModelError
 from spi_utils.models import weights_hash
-from spi_utils.plan import (
-    AUTO_GROUP,
-    RULES,
-    SCORES,
-    ProtectionPlan,
-    fused_groups,
-    held_words,
-    nominal_bits,
-)
+from spi_utils.plan import AUTO_GROUP, RULES, SCORES, ProtectionPlan, held_words, nominal_bits
 from spi_utils.platforms import repository_url
-from spi_utils.rounding import guidable
 from spi_utils.runs import Run, read_json, read_layers, run_info, typed_model
 
 # --- the licence -----------------------------------------------------------------------------------------
@@ -115,11 +107,9 @@ def read_base(
             why = f"a rehearsal asks nobody, and {where} is not in this machine's cache"
             why = f"the Hub could not be asked for {where} ({type(error).__name__})" if ask else why
     elif location and Path(location).is_absolute() and Path(location, "README.md").is_file():
-        try:
-            same = weights_hash(Path(location)) == identity["sha256"]
-        except ModelError:  # its weights are gone, or no longer whole: not that base
-            same = False
-        data = _yaml_of(Path(location, "README.md")) if same else {}
+        with contextlib.suppress(ModelError):  # its weights are gone, or no longer whole: not that base
+            if weights_hash(Path(location)) == identity["sha256"]:
+                data = _yaml_of(Path(location, "README.md"))
     named = _listed(data.get("license"))
     if named == ["other"]:  # the name beside it says more
         named = [str(data.get("license_name") or "other")]
@@ -143,20 +133,14 @@ def _listed(value: Any) -> list[str]:
 
 # --- the card --------------------------------------------------------------------------------------------
 
-TAGS = ("mixed-precision", "quantized", "spectral-analysis")
-BACKEND_TAGS = {
-    "bitsandbytes": ("nf4", "bitsandbytes", "4-bit"),
-    "compressed-tensors": ("compressed-tensors",),
-}
 # What a text's source is called on the Hub: (dataset id, config, split).
 DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
 # (pattern below figures/, what it shows); the first match of each is shown.
 FIGURES = (("*plan*.png", "Which layers stay in 16-bit."), ("*bytes*.png", "Quality against bytes."))
-# kind: (name, entry of evaluation.json)
-METRICS = {
-    "perplexity": ("Perplexity", "perplexity"),
-    "kl_divergence": ("Mean KL to the 16-bit base, nats a token", "kl_mean"),
-}
+METRICS = (  # the Hub's kind, its name, entry of evaluation.json
+    ("perplexity", "Perplexity", "perplexity"),
+    ("kl_divergence", "Mean KL to the 16-bit base, nats a token", "kl_mean"),
+)
 
 
 def base_of(identity: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -191,13 +175,10 @@ def make_card(
     base, base_name = base_of(identity)
     lower = sorted(set(plan.formats.values()) - {"16bit"}, key=nominal_bits)
     backend = "bitsandbytes" if set(lower) <= {"nf4"} else "compressed-tensors"
-    own, source = evaluation.variants["plan"], str(evaluation.text["name"])
-    dataset, config, split = DATASETS.get(source, (source, None, None))
-    tags = [*(BACKEND_TAGS[backend] if lower else ())]
-    tags += [tag for tag in ("int4", "int8") if any(fmt.startswith(tag) for fmt in lower)]
+    tags = [backend, *dict.fromkeys(fmt.split("_")[0] for fmt in lower)] if lower else []
+    own, text = evaluation.variants["plan"], evaluation.text
+    dataset, config, split = DATASETS.get(text["name"], (text["name"], None, None))
     known = licence.id is None or licence.id.lower() in KNOWN
-    measured_on: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset}
-    measured_on |= {"dataset_name": source, "dataset_config": config, "dataset_split": split}
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -207,33 +188,30 @@ def make_card(
         language=list(languages) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*tags, *TAGS, plan.score],
-        datasets=[dataset] if source in DATASETS else None,
+        tags=["mixed-precision", "quantized", *tags, plan.score],
+        datasets=[dataset] if text["name"] in DATASETS else None,
         model_name=repo_id.rsplit("/", maxsplit=1)[-1],
         eval_results=[
             EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset,
+                dataset_name=text["name"],
+                dataset_config=config,
+                dataset_split=split,
                 metric_type=kind,
                 metric_name=label,
                 metric_value=round(float(own[key]), 5),
-                metric_args={"convention": str(evaluation.text["convention"])},
-                **measured_on,
+                metric_args={"convention": text["convention"]},
             )
-            for kind, (label, key) in METRICS.items()
+            for kind, label, key in METRICS
         ],
     )
     planned = layers[layers["quantizable"]]
     held = planned["name"].map(plan.formats)
     used = sorted(set(held), key=nominal_bits, reverse=True)
-    kinds = held.groupby(planned["type"], sort=False)
-    widths = zip(held, planned["cols"], strict=True)
-    guided = {fmt for fmt, cols in widths if plan.rounding == "guided" and guidable(fmt, int(cols))}
-    checkpoint = run.model_dir / "config.json"
-    templates = Environment(
-        loader=PackageLoader("spi_utils", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    config_file = run.model_dir / "config.json"
+    look: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=PackageLoader("spi_utils", "."), **look)
     body = templates.get_template("card.md.jinja").render(
         repo_id=repo_id,
         base=base,
@@ -243,39 +221,25 @@ def make_card(
         plan=plan,
         evaluation=evaluation,
         headline=headline_of(evaluation),
+        stock=stock_sentence(evaluation.stock),
         parameters=int(layers["numel"].sum()),
         file_bytes=sum(path.stat().st_size for path in run.model_dir.glob("[!.]*.safetensors")),
         lower=lower,
         backend=backend,
-        remote_code=checkpoint.is_file() and "auto_map" in read_json(checkpoint),
-        torn=torn(plan, backend) if lower else [],
+        remote_code=config_file.is_file() and "auto_map" in read_json(config_file),
         held=held_words(plan.formats.values()),
-        guided=held_words(guided),
-        nearest=held_words(set(lower) - guided),
         score_title=SCORES[plan.score].title,
         rule_title=RULES[plan.rule].title,
         command=command_of(plan, backend, identity),
         used=used,
-        types=[(kind, [int((of == fmt).sum()) for fmt in used]) for kind, of in kinds],
+        types=[
+            (kind, [int((of == fmt).sum()) for fmt in used])
+            for kind, of in held.groupby(planned["type"], sort=False)
+        ],
         figures=shown_figures(figures),
         repository=repository_url(),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def torn(plan: ProtectionPlan, backend: str) -> list[str]:
-    """The first group of matrices that vLLM merges and could not load from this file; empty if there is none.
-
-    By its public source, which was read and not run. compressed-tensors: merged layers must share a format
-    (compressed_tensors/utils.py, should_ignore_layer). bitsandbytes: layers that stay in 16-bit are looked up
-    by the merged layer's own name, which no checkpoint lists (vllm-bnb-plugin 0.0.3, is_layer_skipped_bnb).
-    """
-    names = list(plan.formats)
-    for group in fused_groups(names):
-        formats = {plan.formats[names[place]] for place in group}
-        if len(group) > 1 and (len(formats) > 1 or (backend == "bitsandbytes" and formats != {"nf4"})):
-            return [names[place] for place in group]
-    return []
 
 
 def command_of(plan: ProtectionPlan, backend: str, identity: Mapping[str, Any]) -> str:

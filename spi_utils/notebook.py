@@ -47,27 +47,13 @@ MADE = dict(zip(STAGES, _FILES, strict=True))
 
 
 class NotebookError(SPIError):
-    """A notebook failed; the message is the failing cell's own, with the executed copy's path.
-
-    `exit_code` is papermill's: 1 for a failed cell, 138 for a kernel that died.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code  # as a shell tells a signal
+    """A notebook failed; the message is the failing cell's own, with the executed copy's path."""
 
 
 # --- the table of parameters -----------------------------------------------------------------------------
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOTHING = ("null", "None", "none", "~")
-HUB_NAME = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
-LONGEST_NAME = 96  # characters of `owner/name`, the Hub's limit
-HUB_RULES = (
-    f"'name' or 'owner/name', at most {LONGEST_NAME} letters without accents, digits, '-', '_' and '.', with "
-    "no '--' or '..', no '-' or '.' at an end, no '.git' or '.ipynb' there"
-)
-UNLIKE_A_NAME = re.compile(rf".*(--|\.\.).*|.*\.(git|ipynb)|.{{{LONGEST_NAME + 1},}}")
 SHARD = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}  # backend: module
 LARGEST_SEED = 2**32 - 1  # numpy's older generators take no more
@@ -92,11 +78,12 @@ class Parameter:
     least: int = 0
 
 
-def repository_problem(text: str) -> str:
-    """What is wrong with a name for a repository on the Hub; "" where nothing is."""
-    if HUB_NAME.fullmatch(text) and not UNLIKE_A_NAME.fullmatch(text):
-        return ""
-    return f"expected {HUB_RULES}"
+def is_hub_name(text: str) -> bool:
+    """True of a name that a repository on the Hub may have; a ValueError says what is wrong with another."""
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(text)
+    return True
 
 
 def _run_dir(text: str) -> bool:
@@ -112,7 +99,7 @@ def _texts(text: str) -> bool:
 
 
 def _checkpoint(text: str) -> bool:
-    return os.path.isdir(os.path.expanduser(text)) or HUB_NAME.fullmatch(text) is not None
+    return os.path.isdir(os.path.expanduser(text)) or is_hub_name(text)
 
 
 SWITCH = Parameter(bool, "True or False")
@@ -137,7 +124,7 @@ TABLE: dict[str, Parameter] = {
     "preset": Parameter(str, choices=PRESETS),
     "run_dir": Parameter(str, "'auto', or a folder that can be written", _run_dir),
     "profile": Parameter(str, choices=("quick", "full")),
-    "repo_id": Parameter(str, f"'' or {HUB_RULES}", lambda name: not (name and repository_problem(name))),
+    "repo_id": Parameter(str, "'', 'name' or 'owner/name'", lambda name: not name or is_hub_name(name)),
     "device": Parameter(str, "'auto', 'cpu', 'cuda:0' or another 'cuda:N'", DEVICE.fullmatch),
     "dtype": Parameter(str, choices=("auto", "float32", "float16", "bfloat16")),
     "seed": SEED,
@@ -172,7 +159,7 @@ LAB_TABLE: dict[str, Parameter] = {
 
 
 def problem_of(name: str, value: Any, row: Parameter) -> str:
-    """What is wrong with a parameter's value, and the nearest that would do; "" if it may be that."""
+    """What is wrong with a parameter's value, and the nearest name; "" if it may be that."""
     fault = _fault(value, row)
     if fault is None:
         return ""
@@ -182,15 +169,9 @@ def problem_of(name: str, value: Any, row: Parameter) -> str:
     if row.many != "one":
         expected = f"a list, each of it {expected}" if row.many == "list" else f"{expected}, or such a list"
     said = f"{name}={value!r}: expected {expected}{', or None' * row.optional}"
-    said += f" ({fault})." if fault else "."
-    # The same value of the right kind (a number out of its quotes, one value as a list), or the nearest name.
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    typed = [_typed(str(one), row) for one in values if one not in (None, "")]
-    for other in (*(typed if len(typed) == 1 else ()), typed):
-        if typed and _fault(other, row) is None:
-            return f"{said} Write {name}={other!r}."
-    strangers = (one for one in map(str, values) if one not in row.choices)
-    return said + next(filter(None, (suggest(one, row.choices) for one in strangers)), "")
+    strangers = [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    hints = (suggest(one, row.choices) for one in strangers if one not in row.choices)
+    return said + (f" ({fault})." if fault else ".") + next(filter(None, hints), "")
 
 
 def _fault(value: Any, row: Parameter) -> str | None:
@@ -387,8 +368,10 @@ NOISE = re.compile(
     r"|Failed to load CPU gemm_4bit_forward|HighsMipSolverData::"
     r"|[A-Z]\w*\((children|value|layout|options|description|outputs|max|min)="
 )
-PORT_COLLISIONS = ("Address already in use", "ZMQError", "Kernel didn't respond")
-FULL_DISK = ("No space left on device", "Disk quota exceeded")
+FULL_DISK = "the disk is full. Free some space or choose another `run_dir`; the same call then goes on."
+DEAD = "the kernel died, most likely out of memory. Use a smaller model, or fewer or shorter windows."
+# What papermill prints where no cell could -> what it means.
+ENDS = {"No space left on device": FULL_DISK, "Disk quota exceeded": FULL_DISK, "Kernel died": DEAD}
 
 
 def execute(
@@ -414,21 +397,13 @@ def execute(
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     code, log = _papermill(name, output, parameters, show)
-    if code and any(sign in log for sign in PORT_COLLISIONS):  # of kernels that start at the same moment
-        code, log = _papermill(name, output, parameters, show)
     if code == 0:
         return time.monotonic() - started
-    cause = _first_error(output)
-    if cause is None and any(sign in log for sign in FULL_DISK):
-        cause = "the disk is full. Free some space or choose another `run_dir`; the same call then goes on."
-    elif cause is None and code in (138, -9, 137):
-        cause = (
-            "the kernel died, most likely out of memory. Use a smaller model, or fewer or shorter windows."
-        )
-    cause = cause or f"papermill ended with exit code {code}: {log.strip()[-500:]}"
-    raise NotebookError(
-        f"{name} failed: {cause}\nThe executed notebook, up to the failing cell: {output}", code
+    told = {sign: what for sign, what in ENDS.items() if sign in log}
+    cause = _first_error(output) or next(
+        iter(told.values()), f"papermill ended ({code}): {log.strip()[-500:]}"
     )
+    raise NotebookError(f"{name} failed: {cause}\nThe executed notebook, up to the failing cell: {output}")
 
 
 def _papermill(
@@ -438,7 +413,7 @@ def _papermill(
     # 00_run_all downloads and hands on; the stages run the model, maybe with code of its own
     environment = (with_token if name in (ALL, "05_publish") else without_token)(os.environ)
     # the kernel must import this very package, also from a checkout that isn't installed
-    search = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(search), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     command = [sys.executable, "-m", "papermill", str(notebook_path(name)), str(output), "--log-output"]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:

@@ -1,38 +1,31 @@
 """A finished run -> a model card, and a repository on the Hub that a stranger can trust.
 
-Nothing is sent unless every gate is passed: the evaluation must be of this very checkpoint, every stage
-finished, the size what the plan said, the licence known. A rehearsal (the default) writes the card and the
-list of what would be sent, and sends nothing.
+Nothing is sent unless every gate is passed: every stage finished, the evaluation of this very checkpoint and
+plan, the checkpoint used and scored as its readers will load it, the licence known. A rehearsal (the default)
+writes the card and the list of what would be sent, and sends nothing.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from spi_utils import runs
 from spi_utils.card import Licence, base_of, make_card, read_base, shown_figures
-from spi_utils.claims import Evaluation
+from spi_utils.claims import Evaluation, stock_sentence
 from spi_utils.errors import PublishError, RunError
-from spi_utils.formats import size_tolerance
-from spi_utils.models import is_transport_error, server_delay
-from spi_utils.notebook import repository_problem
+from spi_utils.models import is_transport_error
 from spi_utils.plan import ProtectionPlan, nominal_bits
-from spi_utils.progress import interactive, progress
+from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
 from spi_utils.tokens import Token, hub_token, redacted
 
@@ -40,44 +33,40 @@ OWNER = "your-name"  # stands for the token's owner while there is no token
 SCHEMA = 1
 CARD = "README.md"
 RECORD = "environment.json"  # the file by which a repository is known as one of ours
-# Hidden and temporary files, such as a killed process or an editor leaves.
-UNFINISHED = re.compile(r"(^|/)\.|(\.(tmp|temp|part|partial|incomplete|lock|swp|bak)|~)$")
+MANIFEST = "manifest.json"
+NO_TOKEN = (
+    "Saved locally, not published: no Hub token was found. To publish it later, run `hf auth login` (or set "
+    'HF_TOKEN, or attach the secret HF_TOKEN) and then `spi-utils publish "{folder}"` with these options.'
+)
 # Files of the checkpoint's folder that the card or the run's own copies take the place of.
 OURS = {CARD, "plan.json", RECORD}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition: its name, whether it is met, and what was found (and what to do where it is not).
-
-    `warning`: it is met, with something that whoever publishes should know.
-    """
+    """One condition: its name, whether it is met, and what was found (and what to do where it is not)."""
 
     name: str
     passed: bool
     found: str
-    warning: bool = False
 
     def __str__(self) -> str:
-        word = "BLOCKED" if not self.passed else "WARNING" if self.warning else "ok     "
-        return f"{word} {self.name}: {self.found}"
+        return f"{'ok     ' if self.passed else 'BLOCKED'} {self.name}: {self.found}"
 
 
 @dataclass(frozen=True)
 class Publication:
     """What would be, or was, published: the card, the files, and the gates passed or not.
 
-    `files` maps each path in the repository to the local file; `total_bytes` is their sum. Where something
-    was sent, `url` and `commit` say where.
+    `files` maps each path in the repository to the local file. `url` and `commit` say where something was
+    sent; they are empty where nothing was.
     """
 
     repo_id: str
     private: bool
-    folder: Path
+    card: Path
     files: dict[str, Path]
     gates: tuple[Gate, ...]
-    licence: Licence
-    total_bytes: int
     note: str = "Rehearsal: nothing was sent."
     url: str = ""
     commit: str = ""
@@ -88,27 +77,23 @@ class Publication:
         return all(gate.passed for gate in self.gates)
 
     @property
-    def card(self) -> Path:
-        """The model card on this machine."""
-        return self.folder / CARD
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: path.stat().st_size for name, path in self.files.items()}
 
     def preview(self) -> str:
-        """The card's Markdown without its YAML and with its pictures inside: what a notebook can show."""
-
-        def inside(link: re.Match[str]) -> str:
-            data = base64.b64encode(self.files[link[1]].read_bytes()).decode("ascii")
-            return f"](data:image/png;base64,{data})"
-
+        """The card's Markdown without its YAML, and without pictures, which lie where no notebook is."""
         text = self.card.read_text(encoding="utf-8").split("---", 2)[2]
-        return re.sub(r"\]\((figures/[^)]+\.png)\)", inside, text)
+        return re.sub(r"!\[.*\]\(.*\)\n", "", text)
 
     def __str__(self) -> str:
         gates = "\n".join(f"  {gate}" for gate in self.gates)
-        listed = "\n".join(f"  {p.stat().st_size:>14,}  {name}" for name, p in self.files.items())
-        visibility = "private" if self.private else "public"
+        listed = "\n".join(f"  {size:>14,}  {name}" for name, size in self.sizes.items())
+        total = sum(self.sizes.values()) / 1e9
+        kind = "private" if self.private else "public"
         return (
-            f"{self.note}\n{visibility} repository {self.repo_id}\ngates\n{gates}\n"
-            f"{len(self.files)} files, {self.total_bytes / 1e9:.3f} GB\n{listed}\ncard: {self.card}"
+            f"{self.note}\n{kind} repository {self.repo_id}\ngates\n{gates}\n"
+            f"{len(self.files)} files, {total:.3f} GB\n{listed}\ncard: {self.card}"
         )
 
 
@@ -144,8 +129,10 @@ def publish(
         PlatformError: what was found as a token can be none.
         RunError, PlanError: the run lacks a file, or one is damaged; says which notebook makes it.
     """
-    if repo_id is not None and (problem := repository_problem(repo_id)):
-        raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`; {problem}.")
+    try:
+        validate_repo_id(repo_id or OWNER)
+    except HFValidationError as error:
+        raise PublishError(f"repo_id={repo_id!r}: expected `name` or `owner/name`. {error}") from None
     run = run if isinstance(run, Run) else runs.existing_run(run)
     info, token = run_info(run), None if dry_run else hub_token()
     base = info["model"]
@@ -172,13 +159,11 @@ def publish(
         runs.write_text(run.publish / CARD, str(card))
         runs.write_json(run.publish / RECORD, record)
         files = dict(sorted({**files, CARD: run.publish / CARD, RECORD: run.publish / RECORD}.items()))
-        gates = check_gates(run, plan, evaluation, files, licence)
-        sizes = {key: path.stat().st_size for key, path in files.items()}
-        done = Publication(name, private, run.publish, files, gates, licence, sum(sizes.values()))
-        noted = {"repo_id": name, "ready": done.ready, "total_bytes": done.total_bytes}
-        listed = {"licence": asdict(licence), "gates": [asdict(gate) for gate in gates], "files": sizes}
-        manifest = {"schema": SCHEMA, "private": private, **noted, **listed}
-        runs.write_json(run.publish / "manifest.json", manifest)
+        gates = check_gates(run, evaluation, files, licence)
+        done = Publication(name, private, run.publish / CARD, files, gates)
+        noted = {"repo_id": name, "ready": done.ready, "total_bytes": sum(done.sizes.values())}
+        listed = {"licence": asdict(licence), "gates": [asdict(gate) for gate in gates], "files": done.sizes}
+        runs.write_json(run.publish / MANIFEST, {"schema": SCHEMA, "private": private, **noted, **listed})
         current.record(**noted)
         if dry_run:
             return done
@@ -186,15 +171,8 @@ def publish(
             closed = "\n".join(f"  {gate}" for gate in gates if not gate.passed)
             raise PublishError(f"{run.path} may not be published yet:\n{closed}\nNothing was sent.")
         if token is None:
-            flags = "" if private else " --public"
-            flags += f" --allow-license {allow_license}" if allow_license else ""
-            later = (
-                "Saved locally, not published: no Hub token was found. To publish it later, run `hf auth "
-                "login` (or set HF_TOKEN, or attach the secret HF_TOKEN) and then\n  python -m "
-                f'spi_utils publish "{run.path}" --repo-id {name.removeprefix(f"{OWNER}/")}{flags}'
-            )
-            return replace(done, note=later)
-        done = send(str(card), done, token, overwrite=overwrite, local=run.path)
+            return replace(done, note=NO_TOKEN.format(folder=run.path))
+        done = send(done, token, overwrite=overwrite, local=run.path)
         current.record(url=done.url, commit=done.commit)
         return done
 
@@ -213,159 +191,103 @@ def weight_files(run: Run) -> list[Path]:
 
 
 def collect_files(run: Run) -> dict[str, Path]:
-    """Path in the repository -> file, without the card and the record; of the figures those of the card."""
-    drawn = {f"figures/{name}": path for name, path in _below(run.figures).items()}
-    files = {name: path for name, path in _below(run.model_dir).items() if name not in OURS}
+    """Path in the repository -> file, without the card and the record: what notebook 03 wrote, and no file
+    that a killed process, an editor or a person left beside it; of the figures those of the card."""
+    made = run_info(run)["stages"].get("quantize", {}).get("outputs", {})
+    files = {name.removeprefix("model/"): run.path / name for name in made if name.startswith("model/")}
+    files = {name: path for name, path in files.items() if name not in OURS and path.is_file()}
     files |= {path.name: path for path in (run.plan_json, run.layers_csv, run.evaluation_json)}
-    files |= {name: drawn[name] for name, _ in shown_figures(sorted(drawn))}
-    return dict(sorted(files.items()))
-
-
-def _below(folder: Path) -> dict[str, Path]:
-    """Path within a folder -> file, for files that are whole."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in found.items() if not UNFINISHED.search(name)}
+    drawn = sorted(f"figures/{path.name}" for path in run.figures.glob("[!.]*.png"))
+    return dict(sorted({**files, **{name: run.path / name for name, _ in shown_figures(drawn)}}.items()))
 
 
 # --- the gates -------------------------------------------------------------------------------------------
 
-BEFORE_PUBLISH = ("analyze", "quantize", "evaluate")  # the plan has a gate of its own
-CHECKPOINT_FILES = ("config.json", "tokenizer_config.json", "generate.py")
-HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
-WEIGHT_TYPES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
-NOT_SCORED = "not scored as loaded: "
 MEASURED = ("layers.csv", "evaluation.json", "model/")  # a slider or a later stage may redo the others
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}")
-# Tensors that only a quantized module has beside its weight (bitsandbytes; compressed-tensors).
-QUANTIZED = re.compile(r"^(?P<module>.+)\.weight(\.absmax|\.SCB|_packed|_scale)$")
-QUANTIZE, EVALUATE = (f"run notebook {NOTEBOOKS[name]}" for name in ("quantize", "evaluate"))
+HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
 
 
-def check_gates(  # noqa: PLR0915 - one gate after the other
-    run: Run, plan: ProtectionPlan, evaluation: Evaluation, files: Mapping[str, Path], licence: Licence
+def check_gates(
+    run: Run, evaluation: Evaluation, files: Mapping[str, Path], licence: Licence
 ) -> tuple[Gate, ...]:
     """All gates, in the order in which a person would mend them.
 
-    Each reads what is on the disk now, not what a stage once said: a file that was changed, or made from
-    another plan, closes it.
+    Each reads what is on the disk now: that the plan is what the checkpoint holds, 03 and 04 have proved of
+    the very bytes that are found here.
     """
-    info, weights = run_info(run), weight_files(run)
-    stages, gates = info["stages"], []
-
-    def gate(name: str, passed: bool, found: str, wrong: str) -> None:
-        gates.append(Gate(name, passed, found if passed else wrong, passed and found.startswith(NOT_SCORED)))
-
-    odd, recorded = [], set()
-    for name in BEFORE_PUBLISH:
-        outputs = stages.get(name, {}).get("outputs", {})
+    info, odd = run_info(run), []
+    for name in ("analyze", "quantize", "evaluate"):
+        outputs = info["stages"].get(name, {}).get("outputs", {})
         measured = {key: held for key, held in outputs.items() if key.startswith(MEASURED)}
-        recorded |= set(measured)
         if not measured or not runs.is_intact(run, {"outputs": measured}):
             odd.append(f"what {name} writes is missing or was changed; run notebook {NOTEBOOKS[name]} again")
-    for key in _below(run.model_dir):  # whatever a loader would take weights from
-        if Path(key).suffix in WEIGHT_TYPES and f"model/{key}" not in recorded:
-            odd.append(f"model/{key} was not written by quantize; remove it, or {QUANTIZE} again")
-    gate("stages", not odd, f"{', '.join(BEFORE_PUBLISH)} finished, their files unchanged", "; ".join(odd))
 
-    missing = [name for name in CHECKPOINT_FILES if not (run.model_dir / name).is_file()]
-    missing += [] if weights else ["*.safetensors"]
-    lacks = f"model/ lacks {', '.join(missing)}; {QUANTIZE}"
-    gate("checkpoint", not missing, f"{len(weights)} weight file(s), tokenizer, generate.py", lacks)
-
-    kept, differs = len(plan.protected), unplanned(run, plan)
-    found = f"{len(plan.formats) - kept} modules quantized and {kept} kept, as planned"
-    gate("plan", differs is None, found, f"{differs}; {QUANTIZE} again")
-
-    own = runs.checkpoint_hash(weights)
-    of = {evaluation.checkpoint_sha256, evaluation.hashes.get("checkpoint", own)} - {own}
-    passed = not of and evaluation.hashes.get("plan") == sha256_file(run.plan_json)
-    other = (
-        f"it is of checkpoint {min(of)[:12]}, model/ holds {own[:12]}" if of else "plan.json changed after it"
-    )
-    gate("evaluation", passed, f"of this very checkpoint, {own[:12]}", f"{other}; {EVALUATE}")
-
-    # A fresh process has used the checkpoint as its readers will (notebook 03).
-    proof = stages.get("quantize", {}).get("proof") or {}
-    passed = bool(proof.get("finite")) and "generation" in proof
-    found = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}, and an answer"
-    unused = f"no fresh process has run text through this checkpoint; {QUANTIZE} where it can be loaded"
-    gate("proof by use", passed, found, unused)
-
-    # The model as loaded gave the numbers that its file's tensors gave (notebook 04).
-    stock = evaluation.stock
-    numbers = (stock.get(key) for key in ("kl", "kl_file", "tolerance"))
-    loaded, of_file, near = (math.nan if one is None else float(one) for one in numbers)
-    found = f"KL {loaded:.4f} as loaded, {of_file:.4f} in float32 from the file, allowed is ±{near:.4f}"
-    passed = stock.get("agrees") is True and abs(loaded - of_file) <= near  # NaN is not
-    if stock.get("agrees", False) is None and stock.get("reason"):
-        passed, found = True, f"{NOT_SCORED}{stock['reason']}"
-    wrong = found if "agrees" in stock else "the checkpoint was not scored as stock transformers load it"
-    gate("stock score", passed, found, f"{wrong}; {EVALUATE} again")
-
-    size, planned = sum(path.stat().st_size for path in weights), plan.bytes["total"]
-    allowed = size_tolerance(planned)
-    found = f"{size:,} bytes on disk, {planned:,} planned ({size / planned - 1:+.2%})"
-    far = f"{found}; allowed is ±{allowed:,} bytes; {QUANTIZE} again"
-    gate("size", abs(size - planned) <= allowed, found, far)
-
+    own, of = runs.checkpoint_hash(weight_files(run)), evaluation.checkpoint_sha256
+    same = of == own and evaluation.hashes.get("plan") == sha256_file(run.plan_json)
+    proof, stock = info["stages"].get("quantize", {}).get("proof") or {}, evaluation.stock
+    used = f"{proof.get('tokens')} tokens of {proof.get('text')} in {proof.get('dtype')}, and an answer"
+    fits = stock.get("agrees") is True or (stock.get("agrees", False) is None and "reason" in stock)
+    secrets, places = leaks(run, files, info.get("location"))
     why = "forbids passing on changed weights" if licence.forbids else "is unknown"
-    why = f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, "
-    why += "pass allow_license='<its id>' (the card will say that you did)"
-    gate("licence", licence.usable, f"{licence.id}, {licence.found}", why)
+    rows = [  # name, passed, what was found, what is wrong and how to mend it
+        ("stages", not odd, "finished, their files unchanged", "; ".join(odd)),
+        (
+            *("evaluation", same, f"of this very checkpoint, {own[:12]}"),
+            f"it is of checkpoint {of[:12]}, model/ holds {own[:12]}, or plan.json changed; run notebook "
+            "04_evaluate again",
+        ),
+        (  # a fresh process has used the checkpoint as its readers will
+            *("proof by use", bool(proof.get("finite")) and "generation" in proof, used),
+            "no fresh process has run text through it; run notebook 03_quantize where it can be loaded",
+        ),
+        (  # the model as loaded gave the numbers that its file's tensors gave
+            *("stock score", fits, stock_sentence(stock) if fits else ""),
+            "stock transformers did not give the numbers of the file's tensors, or was not asked; run "
+            "notebook 04_evaluate again",
+        ),
+        (
+            *("licence", licence.usable, f"{licence.id}, {licence.found}"),
+            f"the base's licence {why} ({licence.id or licence.found}); if you know that you may publish, "
+            "pass allow_license='<its id>' (the card will say that you did)",
+        ),
+        (
+            *("secrets", not secrets, f"none in {len(files)} files (of the weights, in their headers)"),
+            f"{', '.join(secrets)} holds what looks like an access token; remove it",
+        ),
+        (
+            *("local paths", not places, f"none in {len(files)} files"),
+            f"{', '.join(places)} names a folder of this machine; make the file again without it",
+        ),
+    ]
+    return tuple(Gate(name, passed, found if passed else wrong) for name, passed, found, wrong in rows)
 
-    folders = (run.path.resolve(), run.path.absolute(), Path.home(), Path(info.get("location", "")))
+
+def leaks(run: Run, files: Mapping[str, Path], location: str | None) -> tuple[list[str], list[str]]:
+    """The files that hold what looks like an access token, and those that name a folder of this machine."""
+    folders = (run.path.resolve(), run.path.absolute(), Path.home(), Path(location or ""))
     known = [str(folder) for folder in folders if folder.is_absolute() and len(folder.parts) > 2]
     secrets, places = [], []
     for name, path in files.items():
         with path.open("rb") as content:
             data = content.read(HEADER_LIMIT if path.suffix == ".safetensors" else -1)
         text = data.decode("utf-8", errors="replace")
-        if SECRET.search(text):
-            secrets.append(name)
-        found_at = [text.find(folder) for folder in known if folder in text]
-        if found_at:  # the manifest must not name the folder too
-            line = text.count("\n", 0, min(found_at)) + 1
-            places.append(f"line {line} of {name} names a folder of some machine")
-    found = f"none found in {len(files)} files"
-    leaks = f"{', '.join(secrets)} holds what looks like an access token; remove it"
-    gate("secrets", not secrets, f"{found} (of the weights, in their headers)", leaks)
-    gate("local paths", not places, found, f"{'; '.join(places)}; make the file again without it")
-    return tuple(gates)
-
-
-def unplanned(run: Run, plan: ProtectionPlan) -> str | None:
-    """What differs between the plan and the quantized modules that the safetensors headers tell of."""
-
-    def short(name: str) -> str:
-        # Files and models of multimodal checkpoints order these prefixes differently.
-        return re.sub(r"(^|\.)language_model\.", r"\1", name).removeprefix("model.")
-
-    names: list[str] = []
-    for path in weight_files(run):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                names += file.keys()
-        except SafetensorError as error:
-            return f"model/{path.name}: truncated, or no safetensors file ({error})"
-    held = {short(found["module"]) for found in map(QUANTIZED.match, names) if found}
-    odd = sorted(held ^ {short(name) for name, fmt in plan.formats.items() if fmt != "16bit"})
-    return f"{len(odd)} modules differ between plan.json and model/, the first {odd[0]}" if odd else None
+        secrets += [name] if SECRET.search(text) else []
+        places += [name] if any(folder in text for folder in known) else []
+    return secrets, places
 
 
 # --- sending ---------------------------------------------------------------------------------------------
 
-SENT_ALONE = 10_000_000  # bytes; files from here on are sent one by one, before the commit
 
-
-def send(card: str, what: Publication, token: Token, *, overwrite: bool, local: Path) -> Publication:
+def send(what: Publication, token: Token, *, overwrite: bool, local: Path) -> Publication:
     """Make the repository hold `what.files`, in one commit that can be interrupted, repeated and trusted.
 
-    The repository changes after every large file has arrived, and only if nobody changed it meanwhile: it is
-    never seen half published. A large file that arrived before an interruption is not sent again (the Hub
-    knows it by its SHA-256), and huggingface_hub leaves files that did not change out of the commit.
+    The repository changes after every file has arrived, and only if nobody changed it meanwhile: it is never
+    seen half published. huggingface_hub sends no large file again that arrived before an interruption (the
+    Hub knows it by its SHA-256), and leaves files that did not change out of the commit.
 
     Args:
-        card: the README, which the Hub validates before anything else is sent.
         overwrite: replace what is there even if this project did not put it there.
         local: folder to name in messages: what is safe whatever happens.
 
@@ -375,10 +297,10 @@ def send(card: str, what: Publication, token: Token, *, overwrite: bool, local: 
     if not interactive():
         disable_progress_bars()
     api, repo_id, files = HfApi(token=token.value), what.repo_id, what.files
-    ask = partial(_patiently, token=token, repo_id=repo_id, local=local)
-    # Not by `ModelCard.validate`: in huggingface_hub 1.x it asks huggingface.co whatever HF_ENDPOINT says.
-    asked = {"repoType": "model", "content": card}
-    ask(lambda: hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)))
+
+    def ask(function: Callable[[], Result]) -> Result:
+        return _patiently(function, token, repo_id, local)
+
     ask(lambda: api.create_repo(repo_id, private=what.private, exist_ok=True))
     found = ask(lambda: api.model_info(repo_id))
     if what.private and not found.private:
@@ -403,10 +325,6 @@ def send(card: str, what: Publication, token: Token, *, overwrite: bool, local: 
                 "`repo_id`, or pass overwrite=True to replace its content (the history keeps it)."
             )
         stale &= set(theirs.get("files", ()))  # what an earlier publication left, and nobody else
-    large = [name for name, path in files.items() if path.stat().st_size >= SENT_ALONE]
-    for name in progress(large, len(large), "large files at the Hub"):  # a kill costs at most one of them
-        one = [CommitOperationAdd(name, str(files[name]))]
-        ask(partial(api.preupload_lfs_files, repo_id, one, free_memory=False))
     commit = ask(
         lambda: api.create_commit(
             repo_id,
@@ -425,16 +343,14 @@ def send(card: str, what: Publication, token: Token, *, overwrite: bool, local: 
 
 def owner_of(token: Token, repo_id: str, local: Path) -> str:
     """The account that a token belongs to; PublishError if it isn't accepted, or there is no connection."""
-    return str(_patiently(HfApi(token=token.value).whoami, token=token, repo_id=repo_id, local=local)["name"])
+    return str(_patiently(HfApi(token=token.value).whoami, token, repo_id, local)["name"])
 
 
 # --- a Hub that is busy or refuses -----------------------------------------------------------------------
 
 Result = TypeVar("Result")
-ATTEMPTS = 5
-LONGEST_WAIT = 600  # seconds; the Hub's rate windows are 300
-OFFLINE, UNREACHABLE = -1, 0  # no HTTP status: nothing was asked, nothing answered
-# What a failure means for a publisher, by HTTP status.
+WAITS = (1, 4, 15, 45)  # seconds before each further try
+UNREACHABLE = 0  # no HTTP status: nothing answered
 NO_ACCESS = (
     "the token from {token} can't write to {owner} ({said}). If no storage is full, make a token "
     "that can write at https://huggingface.co/settings/tokens, or choose another `repo_id`."
@@ -444,60 +360,53 @@ CHANGED = (
     "nothing was committed. See at the repository's page what it was before publishing again."
 )
 BUSY = "the Hub is busy or in trouble ({said}), still after several tries; see https://status.huggingface.co."
+OFFLINE = "no connection to the Hub ({said}). On Kaggle, switch Internet on in the right-hand panel."
+# What a failure means for a publisher, by HTTP status.
 ADVICE = {
-    OFFLINE: "HF_HUB_OFFLINE is set, so nothing may be sent. Unset it and restart the session.",
-    UNREACHABLE: "no connection to the Hub ({said}). On Kaggle, switch Internet on in the right-hand panel.",
+    UNREACHABLE: OFFLINE,
     **dict.fromkeys((401, 402, 403, 404), NO_ACCESS),
     **dict.fromkeys((409, 412), CHANGED),
     **dict.fromkeys((408, 429, 500, 502, 503, 504), BUSY),
 }
 
 
-def _patiently(function: Callable[[], Result], *, token: Token, repo_id: str, local: Path) -> Result:
+def _patiently(function: Callable[[], Result], token: Token, repo_id: str, local: Path) -> Result:
     """`function()`, repeated after 408, 429, 5xx and broken connections.
 
     huggingface_hub (1.11 to 2.4, read in its source) waits by itself only while it sends files and asks how:
-    an account, a new repository, the listing and the commit itself are asked once. 1.11 does not read
-    `Retry-After`, and 2.4 no dates in it.
+    an account, a new repository, the listing and the commit itself are asked once.
 
     Raises:
         PublishError: it failed for good, in plain words and without the token.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for wait in (*WAITS, None):
         try:
             return function()
         except Exception as error:
-            code, headers = _status(error)
+            code = _status(error)
             said = " ".join(redacted(f"{type(error).__name__}: {error}", token).split())
-        if (code != UNREACHABLE and ADVICE.get(code) != BUSY) or attempt == ATTEMPTS:
-            advice = ADVICE.get(code, "it was refused ({said}).")
-            advice = advice.format(token=token.source, owner=repo_id.partition("/")[0], said=said)
-            # Outside of `except`: an error of a Hub that echoes the request holds its header, and the token.
-            raise PublishError(
-                f"publishing to {repo_id} failed: {advice} The local files are untouched in {local}; the "
-                "same call goes on where this one ended."
-            )
-        delay = server_delay(headers)
-        delay = min(2.0 ** (attempt - 1) if delay is None else delay, LONGEST_WAIT)
-        label = f"HTTP {code}" if code else "no connection"
-        print(f"the Hub is busy ({label}); waiting {delay:.0f} s, then try {attempt + 1}")
-        time.sleep(delay)
-    raise AssertionError("unreachable")
+        advice = ADVICE.get(code, "it was refused ({said}).")
+        if wait is None or advice not in (BUSY, OFFLINE):
+            break
+        print(f"the Hub is busy (HTTP {code or 'none'}); waiting {wait} s")
+        time.sleep(wait)
+    # Outside of `except`: an error of a Hub that echoes the request holds its header, and the token.
+    advice = advice.format(token=token.source, owner=repo_id.partition("/")[0], said=said)
+    raise PublishError(
+        f"publishing to {repo_id} failed: {advice} The local files are untouched in {local}; the same call "
+        "goes on where this one ended."
+    )
 
 
-def _status(error: BaseException) -> tuple[int, Mapping[str, str]]:
-    """The HTTP status behind an error, through the wrappers of upload threads, and the answer's headers;
-    without an answer a status of the same meaning, and 400 for whatever isn't the connection's fault."""
-    links = [error]
-    while (cause := links[-1].__cause__ or links[-1].__context__) is not None:
-        links.append(cause)
-    for link in links:
-        if isinstance(link, HfHubHTTPError):
-            return link.response.status_code, link.response.headers
-        if own := {"OfflineModeIsEnabled": OFFLINE, "XetAuthenticationError": 401}.get(type(link).__name__):
-            return own, {}
-    # xet, which carries large files, raises plain RuntimeError and OSError where HTTP raises its own; those
-    # that speak of a file of ours mean what they say.
-    plain = isinstance(error, RuntimeError | OSError | json.JSONDecodeError)
-    plain = plain and not isinstance(error, FileNotFoundError | PermissionError)
-    return UNREACHABLE if plain or any(map(is_transport_error, links)) else 400, {}
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind an error, through the wrappers of upload threads; 0 for a broken connection,
+    which xet, who carries large files, tells by a RuntimeError; else 400."""
+    if error is None:
+        return 400
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if type(error).__name__ == "XetAuthenticationError":
+        return 401
+    if is_transport_error(error) or type(error) is RuntimeError:
+        return UNREACHABLE
+    return _status(error.__cause__ or error.__context__)

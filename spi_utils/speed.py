@@ -39,8 +39,8 @@ def measure_in_subprocess(model_dir: Path, **options: Any) -> dict[str, Any]:
     """
     asked = json.dumps({"model_dir": str(model_dir), **options})
     package_home = str(Path(__file__).resolve().parents[1])  # also where the package isn't installed
-    search = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH")]))
-    environment = {**without_token(os.environ), "PYTHONPATH": search}
+    search = os.pathsep.join([package_home, os.environ.get("PYTHONPATH", "")])
+    environment = without_token(os.environ) | {"PYTHONPATH": search}
     command = [sys.executable, "-m", "spi_utils.speed", asked]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -66,7 +66,7 @@ def measure(
 
     Returns `prefill` and `decode` tokens a second and `first_token_s`, each `[median, least, most]` over
     `repeats` after one warm-up, peak memory, bytes read a token, the device's measured bandwidth, the
-    decoding rate that this bandwidth allows, and which modules and kernels ran.
+    decoding rate that this bandwidth allows, and which modules ran.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -80,7 +80,10 @@ def measure(
     # compressed-tensors unpacks a model at its first forward pass: what is measured then reads 16 bits.
     if any(hasattr(module, "weight_packed") for module in model.modules()):
         model(ids[:, :1], use_cache=False)
-    moved, kernels = bytes_per_token(model), model_kernels(model)  # before bitsandbytes repacks its weights
+    moved = bytes_per_token(model)  # before bitsandbytes repacks its weights
+    kinds = [type(module) for module in model.modules()]
+    names = ("Linear", "Conv1D", "HQQLinear")
+    matrices = [f"{m.__module__.split('.')[0]}.{m.__name__}" for m in kinds if m.__name__.startswith(names)]
     firsts, rates = zip(*[_one_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:], strict=True)
     bandwidth, memory = measure_bandwidth(device, kind), {"peak_rss_gb": peak_rss_bytes() / 1e9}
     if cuda:
@@ -92,6 +95,7 @@ def measure(
     rated = {"prefill": [prompt_tokens / first for first in firsts], "decode": rates, "first_token_s": firsts}
     found |= {name: [statistics.median(values), min(values), max(values)] for name, values in rated.items()}
     found |= {"gb_per_token": moved / 1e9, "bandwidth_gb_s": bandwidth / 1e9}
+    kernels = {"modules": dict(sorted(Counter(matrices).items()))}
     return found | {"decode_bound": bandwidth / moved, "memory": memory, "kernels": kernels}
 
 
@@ -152,27 +156,6 @@ def kernel_path(device: str) -> str:
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         kernels = "no native library: torch's own operations"
     return f"bitsandbytes {bitsandbytes.__version__}, {kernels}"
-
-
-def model_kernels(model: Any) -> dict[str, Any]:
-    """Which code runs the model: matrix module classes, attention, 4-bit and linear-attention kernels."""
-    from bitsandbytes.functional import has_avx512bf16
-    from transformers.utils import import_utils
-
-    modules = [type(module) for module in model.modules()]
-    names = ("Linear", "Conv1D", "HQQLinear")
-    matrices = [f"{m.__module__.split('.')[0]}.{m.__name__}" for m in modules if m.__name__.startswith(names)]
-    found = {
-        "modules": dict(sorted(Counter(matrices).items())),
-        "attention": model.config._attn_implementation,
-        "cpu_avx512_bf16": bool(has_avx512bf16()) if model.device.type == "cpu" else None,
-    }
-    if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
-        fast = (
-            import_utils.is_flash_linear_attention_available() and import_utils.is_causal_conv1d_available()
-        )
-        found["linear_attention"] = "flash-linear-attention" if fast else "torch fallback (slow)"
-    return found
 
 
 if __name__ == "__main__":

@@ -53,14 +53,15 @@ def hub_token() -> Token | None:
     Raises:
         PlatformError: what was found can't be a token. A request with it would fail, its error showing it.
     """
-    found = (Token(value.strip(), place) for value, place in _places() if value and value.strip())
-    token = next(found, None)
-    if token is not None and not SHAPE.fullmatch(token.value):
-        raise PlatformError(
-            f"what stands in {token.source} is no Hub token: it holds a character that none has, such as a "
-            "line break or a quote. Copy it from https://huggingface.co/settings/tokens and set it again."
-        )
-    return token
+    for value, source in _places():
+        if value and value.strip():
+            if SHAPE.fullmatch(value.strip()):
+                return Token(value.strip(), source)
+            raise PlatformError(
+                f"what stands in {source} is no Hub token: it holds a character that none has, such as a "
+                "line break or a quote. Copy it from https://huggingface.co/settings/tokens and set it again."
+            )
+    return None
 
 
 def _places() -> Iterator[tuple[str | None, str]]:
@@ -72,23 +73,20 @@ def _places() -> Iterator[tuple[str | None, str]]:
     # hang, and huggingface_hub's own login asks there too.
     if where == "colab" and not interactive():
         return
-    if where != "local":
-        try:
-            if where == "kaggle":
-                secret = importlib.import_module("kaggle_secrets").UserSecretsClient().get_secret(TOKEN_NAME)
-            else:
-                secret = importlib.import_module("google.colab.userdata").get(TOKEN_NAME)
-            yield secret, f"{where.capitalize()}'s secrets"
-        except Exception as error:  # one that is missing or not shared with this notebook, in both services
-            print(f"{where.capitalize()} shares no secret {TOKEN_NAME} here ({type(error).__name__}).")
+    try:
+        if where == "kaggle":
+            secrets = importlib.import_module("kaggle_secrets").UserSecretsClient()
+            yield secrets.get_secret(TOKEN_NAME), "Kaggle's secrets"
+        elif where == "colab":
+            yield importlib.import_module("google.colab.userdata").get(TOKEN_NAME), "Colab's secrets"
+    except Exception as error:  # one that is missing or not shared with this notebook, in both services
+        print(f"{where.capitalize()} shares no secret {TOKEN_NAME} here ({type(error).__name__}).")
     yield _login(), "the Hub's login on this machine"
 
 
 def _login() -> str | None:
-    try:
-        from huggingface_hub import get_token
-    except ImportError:
-        return None
+    from huggingface_hub import get_token
+
     return get_token()
 
 

@@ -45,3 +45,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[arch]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory):
+    """A finished run of a tiny model, its checkpoint in several files; never write into it."""
+    from tests.finished_run import make_finished_run
+
+    return make_finished_run(tmp_path_factory.mktemp("finished"), shard="200KB")

@@ -238,7 +238,8 @@ class Handler(BaseHTTPRequestHandler):
             body, more = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         except Refusal as refusal:
             answer, status = refusal, refusal.status
-            body = json.dumps({"error": refusal.message, "url": f"{self.hub.address}/{OWNER}/name"}).encode()
+            told = {"error": refusal.message, "errors": [{"message": refusal.message}]}
+            body = json.dumps({**told, "url": f"{self.hub.address}/{OWNER}/name"}).encode()
             more = {**refusal.headers, "X-Error-Message": refusal.message}
         if answer is None:
             self.close_connection = True

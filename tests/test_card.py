@@ -16,15 +16,14 @@ from spi_utils.plan import ProtectionPlan, decide
 from spi_utils.presets import resolve as resolve_preset
 from spi_utils.runs import Run, open_run
 from tests.evaluated_run import layer_table
-from tests.finished_run import make_finished_run
 from tests.tiny import make_tiny
 
 MIT = card.Licence("mit", "the base's model card")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_finished_run(tmp_path_factory.mktemp("finished"))
+@pytest.fixture
+def finished(finished_run):
+    return finished_run
 
 
 def written(run, choose=None, licence=MIT, languages=(), **more):
@@ -39,63 +38,25 @@ def written(run, choose=None, licence=MIT, languages=(), **more):
     return yaml.safe_load(data), " ".join(body.split())
 
 
-VLLM = "vllm serve me/small"
-PLUGIN = "pip install vllm vllm-bnb-plugin"
-TORN = "cannot load this file"
+PLUGIN = "vllm-bnb-plugin"
 
 
 @pytest.mark.parametrize(
-    ("choose", "held", "said", "unsaid"),
+    ("choose", "rounding", "held", "said", "unsaid"),
     [
-        (lambda leaf: "nf4", "NF4", [VLLM, PLUGIN, "accelerate bitsandbytes`"], [TORN]),
-        (  # vLLM merges it with nothing
-            lambda leaf: "16bit" if leaf == "down_proj" else "nf4",
-            "NF4 and 16-bit",
-            [VLLM, PLUGIN],
-            [TORN],
-        ),
-        (
-            lambda leaf: "16bit" if leaf in ("gate_proj", "up_proj") else "nf4",
-            "NF4 and 16-bit",
-            [TORN, "gate_proj`, `model.layers.0.mlp.up_proj`"],
-            [VLLM, PLUGIN],
-        ),
-        (
-            lambda leaf: {"o_proj": "int8", "gate_proj": "16bit", "up_proj": "16bit"}.get(leaf, "int4_g64"),
-            "int4, int8 and 16-bit",
-            [
-                VLLM,
-                "pip install vllm ",
-                "without a plugin",
-                "memory is not",
-                "accelerate compressed-tensors`",
-            ],
-            ["bnb", TORN],
-        ),
-        (
-            lambda leaf: "int8" if leaf == "q_proj" else "16bit",
-            "int8 and 16-bit",
-            ["merged ones must share a format", "self_attn.q_proj`"],
-            [VLLM],
-        ),
-        (lambda leaf: "16bit", "16-bit", [VLLM, "transformers accelerate`"], ["bnb", "Rounding"]),
+        (lambda leaf: "nf4", "guided", "NF4", [PLUGIN, "accelerate bitsandbytes`", "4-bit layers were"], []),
+        (lambda leaf: "16bit" if leaf == "up_proj" else "nf4", "nearest", "NF4 and 16-bit",
+         [PLUGIN, "scale that is nearest"], ["GPTQ"]),
+        (lambda leaf: {"o_proj": "int8", "up_proj": "16bit"}.get(leaf, "int4_g64"), "guided",
+         "int4, int8 and 16-bit", ["memory is not", "accelerate compressed-tensors`", "GPTQ"], ["bnb"]),
+        (lambda leaf: "int8", "guided", "int8", ["scale that is nearest"], ["GPTQ", "bnb"]),
+        (lambda leaf: "16bit", "guided", "16-bit", ["transformers accelerate`"], ["bnb", "Rounding"]),
     ],
-)
-def test_the_card_is_true_of_every_mix_of_formats(finished, choose, held, said, unsaid):
-    _, text = written(finished, choose)
+)  # fmt: skip
+def test_the_card_is_true_of_every_mix_of_formats(finished, choose, rounding, held, said, unsaid):
+    _, text = written(finished, choose, rounding=rounding)
     assert f"weight matrices in {held}," in text
     assert all(words in text for words in said) and not any(words in text for words in unsaid)
-
-
-def test_the_card_says_which_layers_guided_rounding_made(finished):
-    def mixed(leaf):
-        return "int8" if leaf == "o_proj" else "int4_g64"
-
-    _, guided = written(finished, mixed, rounding="guided")
-    assert "codes and scales of the int4 layers were chosen" in guided
-    assert "The int8 layers have the nearest levels." in guided
-    _, nearest = written(finished, mixed, rounding="nearest")
-    assert "level of its scale that is nearest" in nearest and "guided" not in nearest.split("How it was")[1]
 
 
 def test_the_verdict_comes_first_then_the_numbers_then_how_to_load(finished):
@@ -109,7 +70,7 @@ def test_a_model_with_code_of_its_own_is_loaded_with_leave(finished, tmp_path):
     run = Run(shutil.copytree(finished.path, tmp_path / "run"))
     runs.write_json(run.model_dir / "config.json", {"auto_map": {}})
     _, text = written(run, lambda leaf: "nf4")
-    assert text.count("trust_remote_code=True)") == 2 and f"{VLLM} --trust-remote-code" in text
+    assert text.count("trust_remote_code=True)") == 2
 
 
 # --- the licence -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from spi_utils.errors import AnalysisError, EvaluationError, RunError
 from spi_utils.formats import NF4_LEVELS
 from spi_utils.lab import arms, experiment, figures, numeric, summary, tables, verdicts
-from spi_utils.lab.experiment import Judge, noise_damage, rounded
+from spi_utils.lab.experiment import Judge, rounded
 from spi_utils.lab.network import Network, Shape, initialize, load_corpus, matrices
 from spi_utils.lab.training import Recipe, train
 
@@ -47,9 +47,6 @@ def test_the_stated_shares_arise_together_under_two_denominators():
     row = grid.query(query + " and among == 'all'").iloc[0]
     assert row["flat"] == sum(k**-0.5 * 3 >= 0.5 for k in range(1, 101)) == 36
     assert row["compact"] == sum(math.exp(-0.2 * (k - 1)) * 3 >= 0.5 for k in range(1, 101))
-    fine = numeric.quantizer_grid(n=12, bits=range(24, 25))
-    apart = fine.query("count == 'different codes' and scaling == 'largest value' and among == 'all'")
-    assert (apart["flat"] == 12).all() and (apart["compact"] == 12).all()
 
 
 @pytest.mark.parametrize("bases", numeric.BASES[1:])
@@ -108,7 +105,6 @@ def test_kl_and_loss_are_those_of_the_definitions_and_weights_come_back(corpus):
     before = {name: layer.weight.clone() for name, layer in judge.layers.items()}
     assert judge.damage(lambda weight: weight) == {"kl": 0.0, "dloss": 0.0}
     assert 0 < judge.damage("int4")["kl"] < judge.damage("int3")["kl"]
-    assert noise_damage(judge, 1) == noise_damage(judge, 1) != noise_damage(judge, 2)
     found = judge.damage(lambda weight: 1.1 * weight)
     assert all(torch.equal(layer.weight, before[name]) for name, layer in judge.layers.items())
     inputs, wanted = corpus.judge[:, :-1], corpus.judge[:, 1:]
@@ -210,16 +206,11 @@ def test_the_summary_pairs_by_seed_and_becomes_tables_figures_and_answers(result
     wanted = np.mean([math.log(kl["trace_0.001", s] / kl["standard", s]) for s in range(3)])
     assert row["damage_ratio"]["nf4"]["mean"] == pytest.approx(wanted, rel=1e-3)
     assert row["reached"] == 3 and row["damage_ratio"]["nf4"]["p_holm"] is not None
-    assert set(found["matched"]) == {"frobenius"} and len(found["through_training"]) == 4 * 3 * 6
-    alone = [r["final"]["layers"]["nf4"] for r in runs if r["arm"]["name"] == "nuclear"]
-    costs = next(row for row in found["layer_costs"] if row["arm"] == "nuclear")
-    assert costs["v"] == pytest.approx(np.mean([one["0.v"] for one in alone]), rel=1e-4)
+    assert set(found["matched"]) == {"frobenius"}
     assert len(tables.arm_frame(found)) == 4 and len(tables.plan_frame(found)) == 5
-    assert list(tables.layer_frame(found).columns) == ["arm", "type", "untrained", "loss 4.2", "loss 4"]
     assert len(tables.correlation_frame(found)) == 10 and len(tables.matched_frame(found)) == 1
     depth, curves = numeric.depth_table(20)
     for figure in (
-        figures.spectra_through_training(found, ["standard", "trace_0.001"]),
         figures.damage_against_compactness(found),
         figures.depth_collapse(depth, curves),
     ):
@@ -258,9 +249,7 @@ def test_an_effect_counts_where_its_interval_says_so(one, wanted):
         ([(-0.4, -0.2), (-0.3, -0.1)], (-0.2, -0.1), (-0.5, -0.3), "supported"),
         ([(-0.4, -0.2), (-0.3, -0.1)], (-0.2, 0.1), (-0.5, -0.3), "not separable"),
         ([(-0.4, -0.2), (-0.3, -0.1)], (0.1, 0.2), (-0.5, -0.3), "refuted"),
-        ([(-0.4, -0.2), (-0.3, 0.1)], (-0.2, -0.1), (-0.5, -0.3), "not separable"),
         ([(-0.4, -0.2), (0.1, 0.3)], (-0.2, -0.1), (-0.5, -0.3), "refuted"),
-        ([], (-0.2, -0.1), (-0.5, -0.3), "not separable"),
         # a more compact control that suffers more refutes the cause
         ([(-0.4, -0.2)], (-0.3, -0.1), (0.1, 0.2), "refuted"),
         ([(-0.4, -0.2)], (-0.3, -0.1), (-0.1, 0.2), "not separable"),

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 
@@ -18,33 +19,18 @@ from spi_utils.__main__ import main
 from spi_utils.card import read_base
 from spi_utils.errors import ModelError, PlatformError
 from spi_utils.models import resolve
-from spi_utils.publish import LONGEST_WAIT
 from spi_utils.runs import Run
-from tests.finished_run import make_finished_run
 from tests.hub_server import Fault, Repository, running_hub, sha256
 from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "Q7" * 17
 ECHO = f"400 Bad Request: header Authorization: Bearer {TOKEN}"
 REPO = "me/tiny-llama-SPI-nf4-16bit-11.6bpw"
-# Small "large" files, so that a tiny checkpoint is sent shard by shard.
-PUBLISH = """
-import sys
-from spi_utils import publish
-from spi_utils.__main__ import main
-publish.SENT_ALONE = 1000
-sys.exit(main(['publish', *sys.argv[1:]]))
-"""
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_finished_run(tmp_path_factory.mktemp("finished"), shard="200KB")
 
 
 @pytest.fixture
-def run(original, tmp_path):
-    return Run(shutil.copytree(original.path, tmp_path / "run"))
+def run(finished_run, tmp_path):
+    return Run(shutil.copytree(finished_run.path, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -66,7 +52,6 @@ def waits(monkeypatch):
 @pytest.fixture
 def published(hub, run, monkeypatch, capfd, caplog):
     """`spi-utils publish` in this process, against the hub: exit code and everything it said."""
-    monkeypatch.setattr(publish, "SENT_ALONE", 1000)
 
     def call(*more):
         code = main(["publish", str(run.path), "--allow-license", "mit", *more])
@@ -96,8 +81,6 @@ def test_what_arrives_is_bit_equal_private_in_one_commit_and_loads(hub, run, pub
     assert {name: held.files[name] for name in local} == local
     record = json.loads(held.files["environment.json"])
     assert all(sha256(held.files[name]) == entry["sha256"] for name, entry in record["files"].items())
-    order = [f"{request.method} {request.path}" for request in hub.requests]
-    assert order.index("POST /api/validate-yaml") < order.index("POST /api/repos/create")
     for request in hub.requests:
         headers = {name: value for name, value in request.headers.items() if name != "authorization"}
         assert TOKEN.encode() not in request.body and TOKEN not in json.dumps([request.path, headers])
@@ -133,9 +116,12 @@ def test_a_kill_in_mid_upload_resumes(hub, run, published):
     data = shards(run)
     first, second = (sha256(data[name]) for name in sorted(data)[:2])
     hub.stall_at = second
-    command = [sys.executable, "-c", PUBLISH, str(run.path), "--allow-license", "mit"]
+    command = [sys.executable, "-m", "spi_utils", "publish", str(run.path), "--allow-license", "mit"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert hub.stalled.wait(60)
+    for _ in range(100):  # files are sent side by side
+        if first not in hub.objects:
+            threading.Event().wait(0.1)
     process.send_signal(signal.SIGKILL)
     assert TOKEN not in process.communicate(timeout=30)[0]
     hub.stall_at = None
@@ -150,31 +136,12 @@ def test_a_kill_in_mid_upload_resumes(hub, run, published):
 # --- trouble ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "where", ["whoami", "repos/create", "preupload", "objects/batch", "/commit/", "PUT /lfs/"]
-)
+@pytest.mark.parametrize("where", ["whoami", "objects/batch", "/commit/"])
 def test_a_busy_hub_is_waited_for(hub, run, published, where):
     hub.faults = [Fault(where, 429, headers={"Retry-After": "1"}), Fault(where, 503), Fault("/commit/", -1)]
     code, said = published()
     assert code == 0, said
     assert len(hub.repositories[REPO].commits) == 2
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"RateLimit": '"api";r=0;t=47'}, 47),
-        ({"Retry-After": "31"}, 31),
-        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
-        ({"Retry-After": "9999999"}, LONGEST_WAIT),
-        ({"Retry-After": "soon", "RateLimit": '"api";r=0;t=3'}, 3),
-        ({}, 1),
-    ],
-)
-def test_the_servers_own_delay_is_kept(hub, waits, tmp_path, headers, seconds):
-    hub.faults = [Fault("whoami", 429, headers=headers)]
-    assert publish.owner_of(tokens.Token(TOKEN, "a test"), "name", tmp_path) == "me"
-    assert waits == [seconds]
 
 
 NO_ACCESS = "the token from the environment variable HF_TOKEN can't write to "
@@ -184,11 +151,9 @@ NO_ACCESS = "the token from the environment variable HF_TOKEN can't write to "
     ("fault", "words"),
     [
         (Fault("validate-yaml", 400, message="license: unknown"), "license: unknown"),
-        (Fault("whoami", 401, 9), NO_ACCESS),
         (Fault("/commit/", 403, 9), NO_ACCESS),
-        (Fault("repos/create", 404, 9), NO_ACCESS),
         (Fault("objects/batch", 403, 9, message="storage limit reached"), "storage limit reached"),
-        (Fault("whoami", 429, 99, {"Retry-After": "0"}), "the Hub is busy or in trouble"),
+        (Fault("whoami", 429, 99), "the Hub is busy or in trouble"),
         (Fault("/commit/", 409, 9), "changed while this ran"),
     ],
     ids=lambda value: value.match + str(value.status) if isinstance(value, Fault) else "",
@@ -212,29 +177,23 @@ def test_what_fails_for_good_is_explained_and_the_files_stay(hub, run, published
 def test_the_large_files_own_transport_is_waited_for_and_explained(
     hub, published, monkeypatch, failure, code, words
 ):
-    real, failures = HfApi.preupload_lfs_files, [failure]
+    real, failures = HfApi.create_commit, [failure]
 
     def breaking(*arguments, **options):
         if failures:
             raise failures.pop()
         return real(*arguments, **options)
 
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", breaking)
+    monkeypatch.setattr(HfApi, "create_commit", breaking)
     done, said = published()
     assert done == code and words in said
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words", "waited"),
-    [
-        ("ENDPOINT", "http://127.0.0.1:9", "no connection to the Hub", [1, 2, 4, 8]),
-        ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set", []),
-    ],
-)
-def test_no_connection_is_said(hub, published, monkeypatch, waits, name, value, words, waited):
+@pytest.mark.parametrize(("name", "value"), [("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", True)])
+def test_no_connection_is_said_after_some_tries(hub, published, monkeypatch, waits, name, value):
     monkeypatch.setattr(constants, name, value)
     code, said = published()
-    assert code == 1 and words in said and waits == waited
+    assert code == 1 and "no connection to the Hub" in said and waits == list(publish.WAITS)
 
 
 # --- a name that is taken --------------------------------------------------------------------------------
@@ -244,7 +203,6 @@ def test_no_connection_is_said(hub, published, monkeypatch, waits, name, value, 
     ("files", "words"),
     [
         ({}, "files of another origin (README.md"),
-        ({"environment.json": b"[1]"}, "files of another origin"),
         ({"environment.json": b'{"base_model": "other/base"}'}, "a model made from other/base"),
     ],
 )
@@ -295,8 +253,7 @@ def test_without_a_token_nothing_reaches_the_hub_and_the_command_for_later_is_sa
     monkeypatch.delenv("HF_TOKEN")
     code, said = published("--public")
     assert code == 0 and "Saved locally, not published" in said and not hub.repositories
-    name = REPO.removeprefix("me/")
-    assert f'publish "{run.path}" --repo-id {name} --public --allow-license mit' in said
+    assert f'spi-utils publish "{run.path}"' in said
 
 
 @pytest.mark.parametrize("where", ["validate-yaml", "whoami", "/commit/"])
@@ -328,7 +285,7 @@ def test_the_executed_notebook_of_a_refused_publication_holds_no_token(hub, run)
     assert hub.sent("POST", "/commit/") and TOKEN not in output.read_text()
 
 
-@pytest.mark.parametrize("value", ["hf_abc\r\nX-Evil: 1", "hf_ab cd", '"hf_abcdefgh"', "hf_ab\u00e9"])
+@pytest.mark.parametrize("value", ["hf_abc\r\nX-Evil: 1", '"hf_abcdefgh"'])
 def test_what_can_be_no_token_is_refused_without_being_shown(hub, run, monkeypatch, capsys, value):
     monkeypatch.setenv("HF_TOKEN", value)
     for act in (
@@ -368,5 +325,5 @@ def test_a_rehearsal_asks_nobody_and_a_publication_asks_the_hub_for_the_licence(
     assert hub.sent("HEAD", "/someone/tiny-llama/resolve/a+/README.md") and not hub.repositories
     card = {"README.md": b"---\nlicense: mit\nlanguage: en\n---\nbase\n"}
     hub.repositories["someone/tiny-llama"] = Repository(False, card, ["a" * 40])
-    assert publish.publish(run, dry_run=False).licence.id == "mit"
+    assert publish.publish(run, dry_run=False).ready
     assert publish.publish(run).ready  # it is in this machine's cache now

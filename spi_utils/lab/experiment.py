@@ -32,7 +32,6 @@ from spi_utils.spectra import analyze_matrix
 SCHEMA = 1
 GROUP = 64  # entries that share a scale, as in NF4
 FORMATS = ("nf4", "int4", "int3")
-NOISE_DRAWS = 4
 RANDOM_PLANS = 4
 STATISTICS = (
     *("alpha_hill", "alpha_pl", "alpha_decay", "alpha_excess", "effective_rank_rel"),
@@ -84,26 +83,14 @@ class Judge:
         return {"kl": float(kl), "dloss": float((losses - self.losses).double().mean())}
 
 
-def noise_damage(judge: Judge, seed: int) -> dict:
-    """Mean damage of Gaussian noise with the Frobenius norm of NF4's error, matrix by matrix."""
-    generator = torch.Generator().manual_seed(20_000 + seed)
-
-    def noisy(weight: Tensor) -> Tensor:
-        noise = torch.randn(weight.shape, generator=generator)
-        return weight + noise * ((rounded(weight, "nf4") - weight).norm() / noise.norm())
-
-    draws = [judge.damage(noisy) for _ in range(NOISE_DRAWS)]
-    return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
-
-
-def layer_statistics(network: Network) -> dict[str, dict[str, Any]]:
-    """For each matrix: the pipeline's spectral statistics, NF4's relative error, and σ (M,) descending."""
-    found: dict[str, dict[str, Any]] = {}
+def layer_statistics(network: Network) -> dict[str, dict[str, float]]:
+    """For each matrix: the pipeline's spectral statistics, and NF4's relative error."""
+    found: dict[str, dict[str, float]] = {}
     for name, layer in matrices(network):
         spectrum = analyze_matrix(layer.weight, farms=False, seed=0)
         error = (rounded(layer.weight, "nf4") - layer.weight).norm() / layer.weight.norm()
         found[name] = {key: spectrum.statistics[key] for key in STATISTICS}
-        found[name] |= {"nf4_error": float(error), "sigma": spectrum.singular_values}
+        found[name]["nf4_error"] = float(error)
     return found
 
 
@@ -159,7 +146,6 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
     for snapshot in train(arm, seed, setting.recipe, setting.shape, corpus):
         judge = Judge(snapshot.network, corpus.judge)
         statistics = layer_statistics(snapshot.network)
-        sigma = np.array([row.pop("sigma") for row in statistics.values()])  # (matrices, M)
         layers = {
             name: {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in row.items()}
             for name, row in statistics.items()
@@ -169,14 +155,11 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
             "judge_loss": float(judge.losses.double().mean()),
             "damage": {fmt: judge.damage(fmt) for fmt in FORMATS},
             "layers": layers,
-            # Mean over the matrices of σ_k/σ_1: the spectrum's shape.
-            "shape": [round(float(value), 5) for value in (sigma / sigma[:, :1]).mean(axis=0)],
         }
         found["levels"].append(level)
         if snapshot.level == setting.recipe.levels[-1]:
             found["reached"] = True
             found["final"] = {
-                "noise": noise_damage(judge, seed),
                 "layers": {
                     fmt: {name: judge.damage(fmt, [name])["kl"] for name in judge.layers}
                     for fmt in ("nf4", "int3")

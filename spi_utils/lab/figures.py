@@ -1,6 +1,6 @@
-"""The lab's three figures: spectra through training, damage against compactness, collapse with depth.
+"""The lab's figures: damage against compactness, collapse with depth.
 
-All draw from the summary (`summary.summarize`) or from `numeric.depth_table`; titles are computed.
+They draw from the summary (`summary.summarize`) or from `numeric.depth_table`; titles are computed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
 from spi_utils.figures import (
@@ -36,45 +34,12 @@ from spi_utils.lab.verdicts import sign
 
 Summary = Mapping[str, Any]
 DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-TITLES = {"nf4": "NF4", "int4": "int4", "int3": "int3", "noise": "Gaussian noise"}
 # Colour and marker of each arm; those of the trace norm's sweep are of one hue, darker with its coefficient.
 LOOKS = {
     **{"standard": (BLACK, "s"), "nuclear": (ORANGE, "D"), "both": (PURPLE, "X")},
     **{"frobenius": (GREEN, "v"), "spectral": (VERMILLION, "^"), "low_rank": (GREY, "P")},
 }
 SWEEP = (BLUE, SKY, "#A9D6F0")
-TICKS = [round(m * 10.0**e, 6) for e in range(-5, 2) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
-
-
-@styled
-def spectra_through_training(summary: Summary, arms: Sequence[str]) -> Figure:
-    """σ_k/σ_1 by rank at each loss level, a panel an arm: from pale (untrained) to dark (the last level)."""
-    held = {name: summary["shapes"]["arms"][name] for name in arms}
-    labels = {arm["name"]: arm["label"] for arm in summary["arms"]}
-    figure = new_figure(9.0, 4.3)
-    panels = figure.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
-    shades = LinearSegmentedColormap.from_list("levels", ["#9FC9E3", BLUE, "#001A2B"])
-    colours = shades(np.linspace(0, 1, len(held[arms[0]])))
-    for axes, name in zip(panels, arms, strict=True):
-        for level, colour in zip(held[name], colours, strict=True):
-            axes.plot(summary["shapes"]["ranks"], level["sigma"], color=colour, lw=1.8)
-        first, final = (f"{100 * held[name][i][COMPACTNESS]:.0f}" for i in (0, -1))
-        axes.set_title(f"{labels[name]}: {first} → {final} %", fontsize=9, loc="left")
-        axes.set(yscale="log", ylim=(2e-4, 1.3), xlabel="rank k of the singular value")
-    panels[0].set_ylabel("σₖ / σ₁, mean over the matrices")
-    levels = [one["level"] for one in held[arms[0]]]
-    titles = ["untrained" if level is None else f"at loss {level:g}" for level in levels]
-    handles = [Line2D([], [], color=c, lw=2.5, label=title) for c, title in zip(colours, titles, strict=True)]
-    note = f"Mean over {_seeds(summary)}; loss in nats a character, on held-out text"
-    _legend_below(figure, handles, note, len(handles))
-    last = {name: 100 * levels[-1][COMPACTNESS] for name, levels in held.items()}
-    low, high = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
-    headline(
-        figure,
-        f"At equal loss 90 % of Σσ takes {last[low]:.0f} % of the singular values with {labels[low]}, "
-        f"{last[high]:.0f} % with {labels[high]}",
-    )
-    return figure
 
 
 @styled
@@ -94,19 +59,13 @@ def damage_against_compactness(summary: Summary, kinds: Sequence[str] = ("nf4", 
             bars = {"xerr": _bars(x), "yerr": _bars(y), "elinewidth": 1.2, "capsize": 2}
             of_arm = {"fmt": marker, "color": colour, "ms": 8, "mec": "white", "mew": 0.8}
             axes.errorbar(x["mean"], y["mean"], **bars, **of_arm)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        low, high = axes.get_ylim()
-        axes.set_yticks([tick for tick in TICKS if low <= tick <= high])
-        axes.set_xlabel("share of singular values that hold 90 % of Σσ")
-        axes.set_ylabel(f"KL(16-bit ‖ {TITLES[kind]}), nats a character")
-        axes.set_title(TITLES[kind], fontsize=10, loc="left")
+        axes.set(yscale="log", xlabel="share of singular values that hold 90 % of Σσ")
+        axes.set_ylabel(f"KL(16-bit ‖ {kind.upper()}), nats a character")
     handles = [
         Line2D([], [], color=colour, marker=marker, ls="", ms=7, label=arm["label"])
         for arm, (colour, marker) in zip(arms, looks, strict=True)
     ]
-    note = f"Large: mean and 95 % interval over {_seeds(summary)}; small: one seed. "
+    note = f"Large: mean and 95 % interval over {len(summary['seeds'])} seeds; small: one seed. "
     _legend_below(figure, handles, note + "Compact is left, robust down", 3)
     others = [arm for arm in arms if arm["name"] != "standard"]
     compact = [arm for arm in others if sign(arm["compactness_ratio"]) < 0]
@@ -114,7 +73,7 @@ def damage_against_compactness(summary: Summary, kinds: Sequence[str] = ("nf4", 
     headline(
         figure,
         f"{len(compact)} of {len(others)} arms are more compact than standard training at equal loss; "
-        f"{len(less)} of these suffer less from {TITLES[kinds[0]]}",
+        f"{len(less)} of these suffer less from {kinds[0].upper()}",
     )
     return figure
 
@@ -162,8 +121,3 @@ def _bars(one: Mapping[str, Any]) -> list[list[float]]:
     if one["low"] is None or one["high"] is None:
         return [[0.0], [0.0]]
     return [[one["mean"] - max(one["low"], one["mean"] / 3)], [one["high"] - one["mean"]]]
-
-
-def _seeds(summary: Summary) -> str:
-    count = len(summary["seeds"])
-    return f"{count} seed{'s' if count != 1 else ''}"

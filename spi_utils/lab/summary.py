@@ -19,7 +19,6 @@ from spi_utils.lab.experiment import FORMATS, STATISTICS, Result
 from spi_utils.stats import Estimate, holm_family
 
 COMPACTNESS = "nuclear_rank_90_rel"  # the preprint's: the share of singular values that hold 90 % of Σσ
-DAMAGES = (*FORMATS, "noise")
 ALONE = ("nf4", "int3")  # formats in which each matrix was judged alone
 PREDICTORS = [*STATISTICS, "nf4_error"]
 
@@ -72,8 +71,8 @@ def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs that reached the last level, as two tables by arm and seed.
 
     A row a level: KL and Δloss by kind of damage, means of the statistics over the matrices, and at the last
-    level the plans' KL. A row a level and matrix: its type and statistics, and at the last level its KL in a
-    format alone (`alone …`) and the logarithm of that a weight (`cost …`). The untrained level is infinite.
+    level the plans' KL. A row a level and matrix: its type and statistics, and at the last level the
+    logarithm of its KL a weight in a format alone (`cost …`). The untrained level is infinite.
     """
     levels, layers = [], []
     for run in (run for run in results if run["reached"]):
@@ -82,15 +81,15 @@ def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
             row["level"] = math.inf if level["level"] is None else level["level"]
             own = {key: level[key] for key in ("step", "loss", "judge_loss")}
             final: dict[str, Any] = run["final"] if level is run["levels"][-1] else {}
-            hurt = level["damage"] | ({"noise": final["noise"]} if final else {})
-            own |= {f"{key} {kind}": one[key] for kind, one in hurt.items() for key in ("kl", "dloss")}
-            levels.append(row | own | (final["plans"] if final else {}) | {"shape": np.array(level["shape"])})
+            hurt = level["damage"].items()
+            own |= {f"{key} {kind}": one[key] for kind, one in hurt for key in ("kl", "dloss")}
+            levels.append(row | own | (final["plans"] if final else {}))
             for name, statistics in level["layers"].items():
                 layer = row | {"type": name.split(".")[1]} | statistics
                 for kind in ALONE if final else ():
                     cost = final["layers"][kind][name]
                     weight = math.log(max(cost, 1e-12) / final["weights"][name])
-                    layer |= {f"alone {kind}": cost, f"cost {kind}": weight}
+                    layer[f"cost {kind}"] = weight
                 layers.append(layer)
     keys = ["arm", "seed", "level"]
     by_layer = pd.DataFrame(layers).astype(dict.fromkeys(PREDICTORS, float))
@@ -105,7 +104,7 @@ def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, A
     nothing = last.iloc[:0].droplevel("arm")
     base = held.get("standard", nothing)
     adjusted: dict[str, dict[str, Estimate]] = {}
-    for kind in DAMAGES:  # Holm's family is the arms
+    for kind in FORMATS:  # Holm's family is the arms
         found = {k: log_ratio(v[f"kl {kind}"], base[f"kl {kind}"]) for k, v in held.items()}
         adjusted[kind] = holm_family({k: one for k, one in found.items() if one and k != "standard"})
     table = []
@@ -119,12 +118,12 @@ def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, A
             for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error"):
                 row[key] = t_estimate(runs[key]).as_dict()
             for key in ("kl", "dloss"):
-                row[key] = {kind: t_estimate(runs[f"{key} {kind}"]).as_dict() for kind in DAMAGES}
+                row[key] = {kind: t_estimate(runs[f"{key} {kind}"]).as_dict() for kind in FORMATS}
             ratio = log_ratio(runs[COMPACTNESS], base[COMPACTNESS])
             row["compactness_ratio"] = ratio.as_dict() if ratio and name != "standard" else None
             row["damage_ratio"] = {k: one[name].as_dict() for k, one in adjusted.items() if name in one}
             row["points"] = [
-                {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in DAMAGES}}
+                {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in FORMATS}}
                 for seed, one in runs.iterrows()
             ]
         table.append(row)
@@ -160,41 +159,6 @@ def plan_table(last: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {str(name): {str(pair): over_seeds(rows[pair]) for pair in ratios} for name, rows in groups}
 
 
-def layer_costs(last: pd.DataFrame, layers: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each arm: mean KL in NF4 of one matrix of each type alone, the sum of all, all at once."""
-    alone = layers.groupby(["arm", "type"], sort=False)["alone nf4"].mean().unstack(sort=False)
-    alone["sum of all matrices alone"] = (
-        layers.groupby(["arm", "seed"])["alone nf4"].sum().groupby("arm").mean()
-    )
-    alone["all at once"] = last.groupby("arm")["kl nf4"].mean()
-    rows: Any = alone.reset_index().to_dict("records")
-    return list(rows)
-
-
-def through_training(levels: pd.DataFrame, layers: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row for each arm, level and matrix type: mean α, effective rank, compactness; the arm's damage."""
-    keys = ["alpha_hill", "effective_rank_rel", COMPACTNESS]
-    rows = layers.groupby(["arm", "level", "type"], sort=False)[keys].mean()
-    rows = rows.join(levels.groupby(["arm", "level"])["kl nf4"].mean().rename("kl_nf4"))
-    return [
-        {str(key): _digits(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        for row in rows.reset_index().to_dict("records")
-    ]
-
-
-def shapes(levels: pd.DataFrame, points: int = 24) -> dict[str, Any]:
-    """Mean over matrices and seeds of σ_k/σ_1 at `points` ranks k, for every arm and level; for a figure."""
-    size = len(levels["shape"].iloc[0])
-    ranks = np.unique(np.linspace(0, size - 1, points).round().astype(int))
-    found: dict[str, Any] = {"size": size, "ranks": [int(k) + 1 for k in ranks], "arms": {}}
-    groups: Any = levels.groupby(["arm", "level"], sort=False)
-    for (name, level), rows in groups:
-        sigma = [_digits(x, 4) for x in np.mean(list(rows["shape"]), axis=0)[ranks]]
-        one = {"level": _digits(level, 4), "sigma": sigma, COMPACTNESS: float(rows[COMPACTNESS].mean())}
-        found["arms"].setdefault(name, []).append(one)
-    return found
-
-
 def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[str, Any]:
     """Everything that tables, figures and verdicts are made of, JSON-able.
 
@@ -209,10 +173,10 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
     if not any(one["reached"] for one in results):
         raise EvaluationError("No run reached the last level: raise it, or train longer.")
     levels, layers = tabled(results)
-    last, own = levels.dropna(subset=["high"]), layers.dropna(subset=["alone nf4"])
+    last, own = levels.dropna(subset=["high"]), layers.dropna(subset=["cost nf4"])
     controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control" and one["reached"]}
     # ln(reference arm / control) of compactness and of each damage, paired by seed
-    columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in DAMAGES}}
+    columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in FORMATS}}
     matched: dict[str, Any] = {}
     for name in sorted(controls):
         ours, theirs = (last.xs(arm, level="arm") for arm in (reference, name))
@@ -230,16 +194,8 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
         "correlations": correlations(levels, last, own),
         "alpha_through_training": {name: over_seeds(values) for name, values in alpha},
         "plans": plan_table(last),
-        "layer_costs": layer_costs(last, own),
-        "through_training": through_training(levels, layers),
-        "shapes": shapes(levels),
     }
     return _short(summary)
-
-
-def _digits(value: float, digits: int) -> float | None:
-    """A number with so many digits, as JSON holds it: None where there is none."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _short(value: Any) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import importlib.util
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,10 @@ def full_grid() -> dict[str, Any]:
     Raises:
         RunError: neither the checkout nor the installed package holds it.
     """
-    path = Path(__file__).resolve().parents[2] / "docs" / FILE
-    if not path.exists() and importlib.util.find_spec("spi_utils.docs") is not None:
-        path = Path(str(importlib.resources.files("spi_utils.docs"))) / FILE
-    if not path.exists():
-        raise RunError(f"{path} is missing: run python -m benchmarks.compactness --json {path}.")
+    package = Path(__file__).resolve().parents[1]
+    path = next(filter(Path.exists, (package / "docs" / FILE, package.parent / "docs" / FILE)), None)
+    if path is None:
+        raise RunError(f"{FILE} is missing: run python -m benchmarks.compactness --json docs/{FILE}.")
     return read_json(path, 1, "summary of the lab")
 
 
@@ -62,15 +58,6 @@ def plan_frame(summary: Summary) -> pd.DataFrame:
     """KL of plans that protect one end of a score, as ratios; a row an arm."""
     plans = {name: {key: ratio(one) for key, one in row.items()} for name, row in summary["plans"].items()}
     return pd.DataFrame.from_dict(plans, orient="index").rename_axis("arm").reset_index()
-
-
-def layer_frame(summary: Summary, statistic: str = COMPACTNESS) -> pd.DataFrame:
-    """A statistic by arm and matrix type (rows) through training (columns: the loss levels)."""
-    table = pd.DataFrame(summary["through_training"]).fillna({"level": math.inf})
-    wide = table.pivot_table(index=["arm", "type"], columns="level", values=statistic, sort=False)
-    wide = wide[sorted(wide.columns, reverse=True)]
-    titles = {level: "untrained" if level == math.inf else f"loss {level:g}" for level in wide.columns}
-    return wide.rename(columns=titles).rename_axis(columns=None).reset_index()
 
 
 def matched_frame(summary: Summary) -> pd.DataFrame:

@@ -20,7 +20,7 @@ def test_the_lab_runs_tiny_and_ends_on_its_table(tmp_path):
     assert outputs and all(output.output_type != "error" for output in outputs)
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     tables = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-    assert len(pictures) == 3 and len(list((tmp_path / "runs" / "trained").glob("*.json"))) == 6
+    assert len(pictures) == 2 and len(list((tmp_path / "runs" / "trained").glob("*.json"))) == 6
     assert any("82" in table and "83" in table for table in tables)
     for table in tables[-2:]:
         cells = set(re.findall(r"<td[^>]*>([^<]*)</td>", table))
