@@ -208,10 +208,10 @@ def saved_files(model_dir: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]
         return {name: (path, *entry) for path, header in found for name, entry in header.items()}
 
 
-def read_part(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def read_part(path: Path, name: str) -> torch.Tensor:
     """One tensor of the files, by their own name for it; CheckpointError if its bytes can't be read."""
     with _reading():
-        return read_tensor(path, name, shape)
+        return read_tensor(path, name)
 
 
 def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -239,8 +239,8 @@ def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[
                 value = weights.read_source(name)
         else:
             parts = {
-                part.removeprefix(stem): read_part(path, part, shape)
-                for part, (path, _, shape) in files.items()
+                part.removeprefix(stem): read_part(path, part)
+                for part, (path, *_) in files.items()
                 if part.startswith(f"{stem}weight")
             }
             value = BACKENDS[quantization["quant_method"]][1](fmt, parts)

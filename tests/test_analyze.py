@@ -126,23 +126,9 @@ def test_layers_is_a_regular_expression_and_embeddings_are_on_request(tiny, tmp_
 # --- the same everywhere ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {},
-        pytest.param({"backend": "loky"}, marks=pytest.mark.slow),
-        pytest.param({"backend": "dask"}, marks=pytest.mark.slow),
-    ],
-)
-def test_workers_change_no_bit(analysed, tiny, tmp_path, parameters):
+def test_workers_change_no_bit(analysed, tiny, tmp_path):
     run, _ = analysed
-    if parameters.get("backend") == "dask":  # a scheduler that is found by its address
-        distributed = pytest.importorskip("distributed")
-        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-            where = {"scheduler": cluster.scheduler_address, "workers": 2}
-            other, _ = run_analysis(tmp_path / "run", tiny("llama"), **parameters, **where)
-    else:
-        other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2, **parameters)
+    other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2)
     assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
     assert other.spectra.read_bytes() == run.spectra.read_bytes()
 
@@ -254,7 +240,6 @@ def test_a_flipped_bit_that_makes_an_infinity_fails_its_layer_alone(broken, tmp_
     [
         ({"layers": "nothing_like_it"}, AnalysisError, "nothing_like_it"),
         ({"layers": "("}, AnalysisError, "regular expression"),
-        ({"backend": "spark"}, AnalysisError, "'threading', 'loky', 'dask'"),
         ({"formats": ("nf3",)}, PlanError, "nf4"),
         ({"precision": "half"}, AnalysisError, "float64"),
     ],
