@@ -146,7 +146,7 @@ def make_checkpoint(
     One tensor in bfloat16 or float32 among float16 ones is not possible, so one that overflows moves all.
     Stock loaders keep a quantized checkpoint's dtypes as saved, and then refuse to multiply a float16
     activation by another dtype; a checkpoint without NF4 layers they cast to float16, where the value becomes
-    infinite. (`test_stock_loaders_cannot_run_one_tensor_in_another_dtype`.)
+    infinite.
     """
     wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
     if wide.exists():

@@ -200,22 +200,6 @@ def test_an_unknown_name_is_refused_before_any_request(name):
 # --- devices ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "capability, device, dtype",
-    [
-        ((6, 0), "cpu", torch.float32),  # a P100 is passed over
-        ((7, 5), "cuda:0", torch.float16),
-        ((8, 0), "cuda:0", torch.bfloat16),
-    ],
-)
-def test_device_and_compute_dtype_go_by_capability(monkeypatch, capability, device, dtype):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # by emulation, on a T4
-    assert models.resolve_device("auto") == torch.device(device)
-    assert models.resolve_dtype("auto", torch.device(device)) is dtype
-
-
 def test_wrong_devices_and_types_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (

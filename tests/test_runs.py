@@ -238,6 +238,7 @@ def test_small_promises_of_writing(run, tmp_path):
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_own():
     code = "from spi_utils.runs import peak_rss_bytes; print(peak_rss_bytes())"
     held = bytearray(400_000_000)

@@ -28,6 +28,7 @@ def made(tmp_path_factory):
     biases on q, k and v: loaded in another dtype than the file's, their products fail."""
     folder = tmp_path_factory.mktemp("stock")
     config = {"model_type": "qwen2", "bos_token_id": None, "tie_word_embeddings": True, "head_dim": 32}
+    config |= {"num_hidden_layers": 2}
     run, source = ready_run(
         make_tiny("llama", folder / "m", initializer_range=0.15, **config), folder / "run"
     )
