@@ -212,18 +212,15 @@ def _read_pieces(paths: Iterable[Path]) -> tuple[Rows, Values]:
 
 
 def _is_sound(path: Path, layer: Layer) -> bool:
-    """Whether a finished piece is there, readable and this layer's: a damaged one is merely made again."""
+    """Whether a finished piece is there and readable: a damaged one is merely made again."""
     if not path.is_file():
         return False
     try:
-        rows, values = _read_pieces([path])
+        _read_pieces([path])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         print(f"spectra: {path} is damaged ({error}); {layer.name} is analysed again.", flush=True)
         return False
-    names = {layer.name} if layer.role != "experts" else {f"{layer.name}[{i}]" for i in range(len(rows))}
-    sizes = {len(sigma) for sigma in values.values()}
-    whole = layer.rows * layer.cols * len(rows) == layer.numel
-    return whole and rows.keys() == names and sizes <= {min(layer.rows, layer.cols)}
+    return True
 
 
 # --- the table --------------------------------------------------------------------------------------------

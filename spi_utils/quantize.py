@@ -124,17 +124,13 @@ def quantize(
     with runs.stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
-        made = run.partial / "quantize" / "model"
-        report, old = made.with_name("verified.json"), run.path / ".model-old"
-        if not report.exists():
-            runs.write_json(report, make_checkpoint(made, source, saving, max_shard_size, overflow))
-        if made.exists():  # else an earlier process got this far and no further
-            shutil.rmtree(old, ignore_errors=True)
-            if run.model_dir.exists():  # two renames, so that no mixture is ever there
-                os.replace(run.model_dir, old)
-            os.replace(made, run.model_dir)
-            shutil.rmtree(old, ignore_errors=True)
-        st.record(**runs.read_json(report))
+        made, old = run.partial / "quantize" / "model", run.path / ".model-old"
+        st.record(**make_checkpoint(made, source, saving, max_shard_size, overflow))
+        shutil.rmtree(old, ignore_errors=True)
+        if run.model_dir.exists():  # two renames, so that no mixture is ever there
+            os.replace(run.model_dir, old)
+        os.replace(made, run.model_dir)
+        shutil.rmtree(old, ignore_errors=True)
     return run.model_dir
 
 

@@ -318,7 +318,8 @@ def test_damaged_pieces_of_unfinished_work_are_made_again(
             costed(path, small)
 
     killed_before("spectra.safetensors")
-    damage(sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1])
+    piece = sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1]
+    piece.write_bytes(piece.read_bytes()[:40])
     killed_before("layers.csv")
     for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
         if piece.suffix in (".npy", ".npz", ".json"):

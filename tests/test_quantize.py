@@ -238,7 +238,7 @@ def test_what_is_finished_is_recognised_and_another_plan_replaces_it(tiny, tmp_p
         with pytest.raises(KeyboardInterrupt):
             q.quantize(run, source, plan, device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(q, "make_checkpoint", lambda *_: pytest.fail("made again"))
+        patch.setattr(q, "write_shard", lambda *_: pytest.fail("written again"))
         for _ in range(2):
             folder = q.quantize(run, source, plan, device="cpu")
     first = (folder / "model.safetensors").read_bytes()
