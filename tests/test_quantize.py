@@ -36,7 +36,7 @@ from benchmarks.quantize import synthetic
 from spi_utils import fresh_check
 from spi_utils import quantize as q
 from spi_utils.analyze import analyze
-from spi_utils.checkpoint import BACKENDS, ct_formats, put_saved, read_part, read_saved, saved_files
+from spi_utils.checkpoint import BACKENDS, put_saved, read_part, read_saved, saved_files
 from spi_utils.errors import CheckpointError, ModelError, PlanError
 from spi_utils.formats import FORMATS, dequantize, fits
 from spi_utils.formats import quantize as round_to_nearest
@@ -506,13 +506,6 @@ def test_groups_that_do_not_divide_or_a_missing_package_are_refused(tmp_path, mo
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(CheckpointError, match="pip install compressed-tensors"):
         q.quantize(run, source, plan, **CT)
-
-
-@pytest.mark.parametrize("name", ["group_0", "int4_g64"])
-def test_another_programs_groups_are_refused(name):
-    zeros = {"num_bits": 4, "group_size": 64, "symmetric": False}
-    with pytest.raises(CheckpointError, match=rf"{name}.*03_quantize"):
-        ct_formats({"config_groups": {name: {"targets": ["a"], "weights": zeros}}})
 
 
 # --- guided rounding -------------------------------------------------------------------------------------
