@@ -45,6 +45,7 @@ def divergence(model, reference, windows):
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 def test_the_stock_numbers_are_those_of_the_loaded_model(made):
     run, source, unproven, stock = made
     assert unproven["agrees"] is None and "03_quantize" in unproven["reason"]
@@ -64,6 +65,7 @@ def test_the_stock_numbers_are_those_of_the_loaded_model(made):
     assert all(one["decode"][0] > 0 for one in speed.values())
 
 
+@pytest.mark.slow
 def test_a_file_whose_configuration_computes_another_model_is_refused(made, tmp_path):
     """Its tensors are right, so the float32 numbers are too; what users would load is another model."""
     run, source = runs.Run(shutil.copytree(made[0].path, tmp_path / "run")), made[1]
@@ -78,6 +80,7 @@ def test_a_file_whose_configuration_computes_another_model_is_refused(made, tmp_
     assert not run.evaluation_json.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model", "plan", "variants", "other_texts", "checkpoint_sha256", "hashes"])
 def test_a_damaged_evaluation_is_named_with_the_notebook_that_makes_it_again(made, key, tmp_path):
     path, held = tmp_path / "evaluation.json", json.loads(made[0].evaluation_json.read_text())
