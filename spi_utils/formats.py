@@ -334,7 +334,7 @@ def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
     code, scales = (torch.cat([one[place] for one in made]) for place in (0, 1))
     zeros = None
     if not row.symmetric:
-        zeros = torch.cat([one[2] for one in made]).to(torch.int8).view(rows, -1)  # type: ignore[misc]
+        zeros = torch.cat([zero for *_, zero in made if zero is not None]).to(torch.int8).view(rows, -1)
     if row.bits == 4:
         pairs = (code - LOWEST).to(torch.uint8).view(-1, 2)
         codes = (pairs[:, 0] | (pairs[:, 1] << 4)).view(rows, -1)
