@@ -331,7 +331,7 @@ def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
     for rows_here in weight.split(step):
         part = rows_here.float().reshape(-1, group)
         made.append(_searched(part, row, dtype) if row.searched else _rounded(part, row, 1.0, dtype))
-    code, scales = (torch.cat([one[place] for one in made]) for place in (0, 1))
+    code, scales = torch.cat([one[0] for one in made]), torch.cat([one[1] for one in made])
     zeros = None
     if not row.symmetric:
         zeros = torch.cat([zero for *_, zero in made if zero is not None]).to(torch.int8).view(rows, -1)

@@ -317,7 +317,9 @@ def run_info(run: Run) -> dict[str, Any]:
         RunError: missing; damaged, or of another version.
     """
     if not run.info_json.exists():
-        raise RunError(f"{run.path} holds no run. Run notebook {NOTEBOOKS['analyze']} first.")
+        raise RunError(
+            f"{run.info_json}: there is no run record here. Run notebook {NOTEBOOKS['analyze']} first."
+        )
     try:
         info = read_json(run.info_json, SCHEMA, "run record")
         # asked for here, so that nobody who reads the record has to ask
