@@ -51,8 +51,6 @@ def analyze(
     precision: str = "auto",
     seed: int = 0,
     workers: int | None = None,
-    backend: str = "threading",
-    scheduler: str | None = None,
     layers: str | None = None,
     include_embeddings: bool = False,
     min_tail: int | None = None,
@@ -79,8 +77,6 @@ def analyze(
         precision: of the decomposition, see `analyze_matrix`.
         seed: of the Gaussian null, the blocks of FARMS and the sensitivities.
         workers: layers at a time; None is one a core on the CPU, and one on CUDA.
-        backend: "threading", "loky" or "dask", see `spread`. It never changes a result.
-        scheduler: address of a Dask scheduler.
         layers: regular expression; only matrices whose name it finds are analysed.
         include_embeddings: analyse the embedding and an untied head too.
         min_tail: floor under the fitted tail of alpha_pl, see `fit_power_law`.
@@ -99,11 +95,7 @@ def analyze(
     formats = tuple(fmt for fmt in formats if number_formats.format_row(fmt).name != "16bit")
     options = {"device": str(place), "precision": choose_precision(precision, place), "seed": seed}
     options |= {"min_tail": min_tail, "formats": formats}
-    how: dict[str, Any] = {
-        "workers": 1 if place.type == "cuda" else workers,
-        "backend": backend,
-        "scheduler": scheduler,
-    }
+    workers = 1 if place.type == "cuda" else workers
     listed = list_layers(source)
     todo = _chosen(listed, layers, include_embeddings)
     inputs = {"engine": ENGINE, **options, "layers": [layer.name for layer in todo]}
@@ -112,12 +104,12 @@ def analyze(
             paths = {x.name: run.partial / "spectra" / f"{i:05d}.safetensors" for i, x in enumerate(todo)}
             left = [layer for layer in todo if not _is_sound(paths[layer.name], layer)]
             with open_weights(source) as weights:
-                jobs = ((layer, *_packed(weights, layer), options) for layer in left)
-                results = spread(analyze_weight, jobs, **how)
+                jobs = ((layer, _weight(weights, layer), options) for layer in left)
+                results = spread(analyze_weight, jobs, workers=workers)
                 for name, *piece in progress(results, len(todo), "spectra", done=len(todo) - len(left)):
                     _write_piece(paths[name], *piece)
             _write_piece(run.spectra, *_read_pieces(paths.values()))
-            current.record(resumed_layers=len(todo) - len(left), **how)
+            current.record(resumed_layers=len(todo) - len(left), workers=workers)
     rows, values = _read_pieces([run.spectra])
 
     settings: dict[str, Any] = {"sensitivity": sensitivity, "refine_at": list(refine_at), "text": text}
@@ -174,25 +166,20 @@ def _can_run(source: ModelSource, rows: Rows, values: Values) -> bool:
 # --- the spectra stage ------------------------------------------------------------------------------------
 
 
-def _packed(weights: Weights, layer: Layer) -> tuple[np.ndarray, torch.dtype]:
-    """A layer's weight as integers of its width (numpy has no bfloat16), and what they stand for."""
+def _weight(weights: Weights, layer: Layer) -> torch.Tensor:
     name = f"{layer.name}.weight"
-    weight = weights.read(name if name in weights.shapes else layer.name)
-    codes = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.view(codes).numpy(), weight.dtype
+    return weights.read(name if name in weights.shapes else layer.name)
 
 
 def analyze_weight(
-    layer: Layer, codes: np.ndarray, dtype: torch.dtype, options: Mapping[str, Any]
+    layer: Layer, weight: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[str, Rows, Values]:
     """The work on one tensor: its layer's name, and its matrices' results (of a stack, one an expert)."""
-    weight = torch.from_numpy(np.require(codes, requirements="W")).view(dtype)
     if layer.role == "conv1d":
         weight = weight.T.contiguous()
-    stacked = weight.ndim > 2
-    matrices = (
-        {f"{layer.name}[{i}]": one for i, one in enumerate(weight)} if stacked else {layer.name: weight}
-    )
+    matrices = {layer.name: weight}
+    if weight.ndim > 2:
+        matrices = {f"{layer.name}[{i}]": one for i, one in enumerate(weight)}
     rows, values = {}, {}
     how = {name: options[name] for name in ("precision", "min_tail", "seed")}
     for name, one in matrices.items():
@@ -225,18 +212,15 @@ def _read_pieces(paths: Iterable[Path]) -> tuple[Rows, Values]:
 
 
 def _is_sound(path: Path, layer: Layer) -> bool:
-    """Whether a finished piece is there, readable and this layer's: a damaged one is merely made again."""
+    """Whether a finished piece is there and readable: a damaged one is merely made again."""
     if not path.is_file():
         return False
     try:
-        rows, values = _read_pieces([path])
+        _read_pieces([path])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         print(f"spectra: {path} is damaged ({error}); {layer.name} is analysed again.", flush=True)
         return False
-    names = {layer.name} if layer.role != "experts" else {f"{layer.name}[{i}]" for i in range(len(rows))}
-    sizes = {len(sigma) for sigma in values.values()}
-    whole = layer.rows * layer.cols * len(rows) == layer.numel
-    return whole and rows.keys() == names and sizes <= {min(layer.rows, layer.cols)}
+    return True
 
 
 # --- the table --------------------------------------------------------------------------------------------

@@ -141,21 +141,9 @@ def _ct_config(
 
 
 def ct_formats(quantization: Mapping[str, Any]) -> dict[str, str]:
-    """{module: format} of a `quantization_config` that this project wrote for compressed-tensors.
-
-    Raises:
-        CheckpointError: a group whose name is no format of ours: another program's checkpoint.
-    """
-    formats: dict[str, str] = {}
-    for name, group in quantization["config_groups"].items():
-        row, held = FORMATS.get(name), group["weights"]
-        said = (held["num_bits"], held.get("group_size"), held.get("symmetric", True))
-        if row is None or said != (row.bits, row.group, True):
-            raise CheckpointError(
-                f"config.json: the group {name!r} of compressed-tensors is none of notebook 03_quantize's."
-            )
-        formats |= dict.fromkeys(group["targets"], name)
-    return formats
+    """{module: format} of a `quantization_config` that `_ct_config` made."""
+    groups = quantization["config_groups"].items()
+    return {target: name for name, group in groups for target in group["targets"]}
 
 
 # --- the table -------------------------------------------------------------------------------------------
@@ -208,10 +196,10 @@ def saved_files(model_dir: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]
         return {name: (path, *entry) for path, header in found for name, entry in header.items()}
 
 
-def read_part(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def read_part(path: Path, name: str) -> torch.Tensor:
     """One tensor of the files, by their own name for it; CheckpointError if its bytes can't be read."""
     with _reading():
-        return read_tensor(path, name, shape)
+        return read_tensor(path, name)
 
 
 def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -239,8 +227,8 @@ def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[
                 value = weights.read_source(name)
         else:
             parts = {
-                part.removeprefix(stem): read_part(path, part, shape)
-                for part, (path, _, shape) in files.items()
+                part.removeprefix(stem): read_part(path, part)
+                for part, (path, *_) in files.items()
                 if part.startswith(f"{stem}weight")
             }
             value = BACKENDS[quantization["quant_method"]][1](fmt, parts)

@@ -19,15 +19,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from spi_utils.errors import AnalysisError, PlanError, suggest
+from spi_utils.progress import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +161,7 @@ def relative_error(weight: torch.Tensor, fmt: str) -> float:
     _check_weight(weight)
     error = total = 0.0
     # Whole rows in multiples of BLOCK: every quantization block lies in one part, so parts are exact.
-    step = max(BLOCK, 16 * CHUNK // weight.shape[1] // BLOCK * BLOCK)
+    step = max(BLOCK, AT_ONCE // weight.shape[1] // BLOCK * BLOCK)
     for start in range(0, weight.shape[0], step):
         part = weight[start : start + step]
         diff = dequantize(quantize(part, fmt)).sub_(part)
@@ -192,46 +189,13 @@ def _check_weight(weight: torch.Tensor) -> None:
         )
 
 
-def check_finite(absmax: torch.Tensor) -> None:
-    """AnalysisError unless every absmax is finite: a NaN or infinity among the weights shows there."""
-    if not absmax.isfinite().all():
+def check_finite(values: torch.Tensor) -> None:
+    """AnalysisError unless every value is finite: a weight's, or those of its blocks' absmaxes."""
+    if not values.isfinite().all():
         raise AnalysisError(
             "The weight holds NaN or infinity, so it can't be quantized. "
             "Check the checkpoint, or the cast that made it 16-bit."
         )
-
-
-# --- threads ---------------------------------------------------------------------------------------------
-
-Part = TypeVar("Part")
-Result = TypeVar("Result")
-_THREADS = RLock()
-
-
-def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """`work` on every part, a thread a part, while torch's own operations use one thread.
-
-    Splitting each small operation between threads instead waits for the slowest of them every time: on a busy
-    machine that costs more than it gains.
-    """
-    if len(parts) < 2:
-        return [work(part) for part in parts]
-    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, parts))
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """torch operations use one thread here, so sums don't depend on the machine; yields how many it had."""
-    import torch
-
-    with _THREADS:  # the number is the process', not the caller's
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield threads
-        finally:
-            torch.set_num_threads(threads)
 
 
 # --- 16bit ----------------------------------------------------------------------------------------------
@@ -254,8 +218,7 @@ def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmaxes that share one second-level absmax (double quantization)
 TINY = 1e-38  # bitsandbytes divides by max(absmax, TINY), so that an all-zero block stays zero
-CHUNK = 1 << 18  # weights processed at once: the scratch arrays fit a CPU's cache
-CELLS_PER_UNIT = 128.0  # cells of the lookup table on [-1, 1]; narrower than any two midpoints are apart
+AT_ONCE = 1 << 22  # weights whose error is summed at once
 
 # bitsandbytes' levels (functional.get_4bit_type), ascending.
 NF4_LEVELS = (
@@ -287,62 +250,11 @@ def _size_nf4(row: Format, rows: int, cols: int, double_quant: bool, dtype: str)
 
 
 def _pack_nf4(row: Format, weight: torch.Tensor) -> Packed:
-    """On a CPU about ten times faster than bitsandbytes, which finds each index by a binary search."""
-    import torch
     from bitsandbytes import functional
 
-    if weight.device.type != "cpu":
-        codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        check_finite(state.absmax)
-        return Packed("nf4", tuple(weight.shape), weight.dtype, codes, state.absmax)
-    flat = weight.reshape(-1)
-    whole = flat.numel() - flat.numel() % BLOCK
-    codes = torch.empty(((flat.numel() + 1) // 2, 1), dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
-
-    def fill(start: int) -> None:
-        stop = min(start + CHUNK, whole)
-        x = flat[start:stop].float().view(-1, BLOCK)
-        peak = absmax[start // BLOCK : stop // BLOCK] = x.abs().amax(dim=1)
-        check_finite(peak)
-        x = (x * peak.clamp(min=TINY).reciprocal_()[:, None]).clamp_(-1, 1)
-        index = _nearest_level(x.view(-1))
-        codes[start // 2 : stop // 2, 0] = (index[::2] << 4) | index[1::2]
-
-    map_parts(fill, range(0, whole, CHUNK))
-    if whole < flat.numel():  # the last, partial block has rules of its own
-        check_finite(flat[whole:])
-        last, state = functional.quantize_4bit(flat[whole:].contiguous(), blocksize=BLOCK, quant_type="nf4")
-        codes[whole // 2 :], absmax[-1] = last, state.absmax[0]
-    return Packed("nf4", tuple(weight.shape), weight.dtype, codes, absmax)
-
-
-def _nearest_level(x: torch.Tensor) -> torch.Tensor:
-    """Index (uint8) of the NF4 level nearest to each x in [-1, 1]: the number of midpoints below x.
-
-    [-1, 1] is cut into equal cells so narrow that none holds two midpoints. A cell's first index, and the
-    midpoint inside it (or infinity), come from a table; one comparison decides. This is exact, not merely
-    close: as x grows its cell never falls, in floating point too, and the same arithmetic placed the
-    midpoints.
-    """
-    import torch
-
-    first, midpoint = _cell_tables()
-    cell = x.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int32)
-    return first.index_select(0, cell).add_(x > midpoint.index_select(0, cell))
-
-
-@cache
-def _cell_tables() -> tuple[torch.Tensor, torch.Tensor]:
-    # (cells,) uint8: midpoints below the cell; (cells,) float32: the midpoint inside it, or infinity
-    import torch
-
-    levels = nf4_levels()
-    midpoints = (levels[:-1] + levels[1:]) / 2  # in float32, as bitsandbytes computes them
-    cells = midpoints.mul(CELLS_PER_UNIT).add_(CELLS_PER_UNIT).to(torch.int64)
-    every = torch.arange(int(2 * CELLS_PER_UNIT) + 1)
-    inside = torch.full(every.shape, math.inf).scatter_(0, cells, midpoints)
-    return (cells < every[:, None]).sum(dim=1, dtype=torch.uint8), inside
+    check_finite(weight)
+    codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    return Packed("nf4", tuple(weight.shape), weight.dtype, codes, state.absmax)
 
 
 def _pack_nf4_dq(row: Format, weight: torch.Tensor) -> Packed:
@@ -412,29 +324,23 @@ def _pack_integers(row: Format, weight: torch.Tensor) -> Packed:
 
     rows, cols = weight.shape
     group, dtype, device = row.group or cols, weight.dtype, weight.device
-    per_byte = 2 if row.bits == 4 else 1
-    kind = torch.uint8 if row.bits == 4 else torch.int8
-    codes = torch.empty((rows, cols // per_byte), dtype=kind, device=device)
-    scales = torch.empty((rows, cols // group), dtype=dtype, device=device)
-    zeros = None if row.symmetric else torch.empty(scales.shape, dtype=torch.int8, device=device)
+    check_finite(weight)
     # few rows at once on a CPU, for its cache; many on a GPU, to fill it
     step = max(1, (SEARCHED_AT_ONCE if device.type == "cpu" else 256 * SEARCHED_AT_ONCE) // cols)
-
-    def fill(start: int) -> None:
-        here = slice(start, start + step)
-        part = weight[here].float().reshape(-1, group)
-        check_finite(part.abs().amax(dim=1))
-        code, scale, zero = _searched(part, row, dtype) if row.searched else _rounded(part, row, 1.0, dtype)
-        scales[here] = scale.view(-1, cols // group)
-        if zeros is not None and zero is not None:
-            zeros[here] = zero.to(torch.int8).view(-1, cols // group)
-        if row.bits == 4:
-            pairs = (code - LOWEST).to(torch.uint8).view(-1, 2)
-            code = pairs[:, 0] | (pairs[:, 1] << 4)
-        codes[here] = code.to(kind).view(-1, cols // per_byte)
-
-    map_parts(fill, range(0, rows, step))
-    scales = scales if row.group else scales.view(rows)
+    made: list[Triple] = []
+    for rows_here in weight.split(step):
+        part = rows_here.float().reshape(-1, group)
+        made.append(_searched(part, row, dtype) if row.searched else _rounded(part, row, 1.0, dtype))
+    code, scales = torch.cat([one[0] for one in made]), torch.cat([one[1] for one in made])
+    zeros = None
+    if not row.symmetric:
+        zeros = torch.cat([zero for *_, zero in made if zero is not None]).to(torch.int8).view(rows, -1)
+    if row.bits == 4:
+        pairs = (code - LOWEST).to(torch.uint8).view(-1, 2)
+        codes = (pairs[:, 0] | (pairs[:, 1] << 4)).view(rows, -1)
+    else:
+        codes = code.to(torch.int8).view(rows, cols)
+    scales = scales.view(rows, -1) if row.group else scales
     return Packed(row.name, tuple(weight.shape), dtype, codes, scales, zeros=zeros)
 
 

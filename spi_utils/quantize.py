@@ -51,8 +51,6 @@ OVERFLOW = ("keep_bf16", "error")
 SHARDS = "model{suffix}.safetensors"
 DTYPES = ("float16", "bfloat16", "float32")
 SPARE_DISK = 50_000_000  # bytes beside the weights: tokenizer, index, directory entries
-WORKING_MEMORY = 1_000_000_000  # bytes beside a shard and the tensor that is being read
-PIECE = 1 << 24  # values that are looked at and cast at once
 
 
 class NotFinite(CheckpointError):
@@ -61,15 +59,12 @@ class NotFinite(CheckpointError):
 
 @dataclass(frozen=True)
 class Saving:
-    """How a checkpoint is saved: its plan and kind, the dtypes of what isn't quantized and of the products,
-    where the work is done, and codes that guided rounding chose, by (module, format). `asked` is the storage
-    dtype that was asked for, should it have to be another."""
+    """How a checkpoint is saved: its plan and kind, the dtype of what isn't quantized, where the work is
+    done, and codes that guided rounding chose, by (module, format)."""
 
     plan: ProtectionPlan
     backend: str
-    asked: str
     storage: str
-    compute: str
     device: torch.device
     codes: Mapping[tuple[str, str], formats.Packed]
 
@@ -86,7 +81,6 @@ def quantize(
     device: str = "auto",
     max_shard_size: str = "2GB",
     storage_dtype: str = "auto",
-    compute_dtype: str = "auto",
     overflow: str = "keep_bf16",
     backend: str = "bitsandbytes",
     force: bool = False,
@@ -97,8 +91,7 @@ def quantize(
         device: where codes are computed and the checkpoint is tried: "auto", "cpu", "cuda:0".
         max_shard_size: such as "2GB" or "500MB" (10⁹ and 10⁶ bytes); a shard is made in memory.
         storage_dtype: of everything that isn't quantized; "auto" is the source's own 16-bit type, and float16
-            on a GPU without bfloat16 (T4). What the cast to it loses is counted for each tensor and recorded.
-        compute_dtype: what stock loaders multiply NF4 layers in; "auto" is the storage dtype.
+            on a GPU without bfloat16 (T4). Stock loaders multiply NF4 layers in it too.
         overflow: if weights, or activations in stock transformers, are too large for float16, "keep_bf16"
             saves the whole checkpoint in bfloat16 (one layer in another dtype doesn't run in stock loaders,
             see `make_checkpoint`), "error" refuses.
@@ -109,41 +102,35 @@ def quantize(
     Raises:
         PlanError: the plan is for another model, names unknown modules, or has formats that the backend can't
             hold. Nothing has been written then.
-        CheckpointError: the backend's package is missing; too little disk or memory; foreign files in the
-            target folder; or the written checkpoint isn't what was planned, in which case it stays out of
-            `run.model_dir`.
+        CheckpointError: the backend's package is missing; too little disk; foreign files in the target
+            folder; or the written checkpoint isn't what was planned: it then stays out of `run.model_dir`.
     """
     check_request(source, plan, backend)
     place = models.resolve_device(device)
     storage = auto_storage(source, place) if storage_dtype == "auto" else storage_dtype
-    compute = storage if compute_dtype == "auto" else compute_dtype
-    given = {"storage_dtype": (storage, DTYPES[:2]), "compute_dtype": (compute, DTYPES)}
-    for name, (value, known) in (given | {"overflow": (overflow, OVERFLOW)}).items():
-        if value not in known:
-            raise CheckpointError(f"{name}={value!r}: expected one of {', '.join(known)}.")
+    if storage not in DTYPES[:2] or overflow not in OVERFLOW:
+        raise CheckpointError(
+            f"storage_dtype={storage!r}, overflow={overflow!r}: expected {' or '.join(DTYPES[:2])}, and "
+            f"{' or '.join(OVERFLOW)}."
+        )
     _check_target(run, source)
     codes: Mapping[tuple[str, str], formats.Packed] = {}
     inputs = {"plan": plan.fingerprint, "max_shard_size": max_shard_size, "overflow": overflow}
-    inputs |= {"storage_dtype": storage, "compute_dtype": compute}
-    inputs |= {"device": place.type, backend: metadata.version(backend)}
+    inputs |= {"storage_dtype": storage, "device": place.type, backend: metadata.version(backend)}
     if plan.rounding == "guided":
         codes = _guided_codes(run, source, plan, place)
         inputs["rounded"] = runs.checkpoint_hash(run.rounded.glob("*.safetensors"))
-    saving = Saving(plan, backend, storage, storage, compute, place, codes)
+    saving = Saving(plan, backend, storage, place, codes)
     with runs.stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
-        made = run.partial / "quantize" / "model"
-        report, old = made.with_name("verified.json"), run.path / ".model-old"
-        if not report.exists():
-            runs.write_json(report, make_checkpoint(made, source, saving, max_shard_size, overflow))
-        if made.exists():  # else an earlier process got this far and no further
-            shutil.rmtree(old, ignore_errors=True)
-            if run.model_dir.exists():  # two renames, so that no mixture is ever there
-                os.replace(run.model_dir, old)
-            os.replace(made, run.model_dir)
-            shutil.rmtree(old, ignore_errors=True)
-        st.record(**runs.read_json(report))
+        made, old = run.partial / "quantize" / "model", run.path / ".model-old"
+        st.record(**make_checkpoint(made, source, saving, max_shard_size, overflow))
+        shutil.rmtree(old, ignore_errors=True)
+        if run.model_dir.exists():  # two renames, so that no mixture is ever there
+            os.replace(run.model_dir, old)
+        os.replace(made, run.model_dir)
+        shutil.rmtree(old, ignore_errors=True)
     return run.model_dir
 
 
@@ -155,12 +142,11 @@ def make_checkpoint(
     One tensor in bfloat16 or float32 among float16 ones is not possible, so one that overflows moves all.
     Stock loaders keep a quantized checkpoint's dtypes as saved, and then refuse to multiply a float16
     activation by another dtype; a checkpoint without NF4 layers they cast to float16, where the value becomes
-    infinite. (`test_stock_loaders_cannot_run_one_tensor_in_another_dtype`.)
+    infinite.
     """
     wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
     if wide.exists():
-        compute = "bfloat16" if saving.compute == saving.storage else saving.compute
-        saving = replace(saving, storage="bfloat16", compute=compute)
+        saving = replace(saving, storage="bfloat16")
     try:
         with models.open_weights(source) as weights:
             shards, notes = plan_shards(folder, weights, saving, max_shard_size), {}
@@ -178,8 +164,7 @@ def make_checkpoint(
         shutil.rmtree(folder)
         runs.write_text(wide, "")
         return make_checkpoint(folder, source, saving, max_shard_size, overflow)
-    casts = [cast for note in notes.values() for cast in note["casts"]]
-    return report | {"saved_as": saving.storage, "casts": casts}
+    return report | {"saved_as": saving.storage}
 
 
 # --- before anything is written --------------------------------------------------------------------------
@@ -210,15 +195,14 @@ def check_request(source: ModelSource, plan: ProtectionPlan, backend: str = "bit
     packs = backend == "compressed-tensors"
     for layer in layers:
         fmt = plan.formats.get(layer.name, "16bit")
-        planned = fmt != "16bit"
-        faults = {
-            "it is no plain linear layer of the text part": planned and not layer.quantizable,
-            f"its {layer.cols} columns can't be split into groups": not formats.fits(fmt, layer.cols),
-            "transformers can't load zero points": packs and not formats.FORMATS[fmt].symmetric,
-            "it is a Conv1D": packs and planned and layer.role == "conv1d",
-            "transformers wants a stack of experts packed": packs and layer.role == "experts",
-        }
-        if fault := next((fault for fault, found in faults.items() if found), None):
+        fault = None
+        if fmt != "16bit" and not layer.quantizable:
+            fault = "it is no plain linear layer of the text part"
+        elif not formats.fits(fmt, layer.cols):
+            fault = f"its {layer.cols} columns can't be split into groups"
+        elif packs and (layer.role == "experts" or (layer.role == "conv1d" and fmt != "16bit")):
+            fault = "transformers loads no Conv1D and no stack of experts from such a file"
+        if fault:
             cure = "Give it another format, or choose another backend."
             raise PlanError(f"{layer.name} can't be {fmt} in a {backend} checkpoint: {fault}. {cure}")
 
@@ -232,13 +216,9 @@ def auto_storage(source: ModelSource, place: torch.device) -> str:
 def _check_target(run: Run, source: ModelSource) -> None:
     """An earlier checkpoint of the same model may be replaced; anything else in `model/` may not."""
     folder, plan = run.model_dir, run.model_dir / "plan.json"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if "quantize" in runs.run_info(run)["stages"] or not any(folder.glob("*")):
         return
-    try:
-        owner = runs.read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
-    except RunError:  # cut or damaged, yet this run's own if its record says that it wrote the folder
-        written = runs.run_info(run)["stages"].get("quantize", {}).get("outputs", {})
-        owner = {"sha256": source.sha256} if "model/plan.json" in written else {}
+    owner = runs.read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
     if owner.get("sha256") != source.sha256:
         whose = f"a checkpoint of {owner.get('id')}" if owner else "files that this stage did not write"
         raise CheckpointError(f"{folder} holds {whose}. Move it away, or choose another `run_dir`.")
@@ -260,8 +240,7 @@ def _guided_codes(run: Run, source: ModelSource, plan: ProtectionPlan, place: to
 
 
 def plan_shards(folder: Path, weights: Weights, saving: Saving, max_shard_size: str) -> dict[str, list[str]]:
-    """The names of the model's tensors for each file. Disk and memory are judged before the first byte is
-    written."""
+    """The names of the model's tensors for each file. The disk is judged before the first byte is written."""
     sizes, double = {}, saving.plan.double_quant
     for name, shape in weights.shapes.items():
         sizes[name] = math.prod(shape) * (4 if name in weights.keep else 2)
@@ -270,23 +249,17 @@ def plan_shards(folder: Path, weights: Weights, saving: Saving, max_shard_size: 
     shards = split(sizes, get_storage_size=int, filename_pattern=SHARDS, max_shard_size=max_shard_size)
     names = shards.filename_to_tensors
     folder.mkdir(parents=True, exist_ok=True)
-    disk = sum(sizes.values()) - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    # In memory: a shard (older versions of safetensors copy it to write it), the tensor as read, of 32 bits
-    # at most, and scratch arrays of bounded size.
-    memory = 2 * max(sum(sizes[name] for name in part) for part in names.values())
-    memory += 4 * max(map(math.prod, weights.shapes.values())) + WORKING_MEMORY
-    free = {"disk": shutil.disk_usage(folder).free, "memory": psutil.virtual_memory().available}
-    for what, need in (("disk", disk + SPARE_DISK), ("memory", memory)):
-        if free[what] < need:
-            raise CheckpointError(
-                f"{folder}: {need / 1e9:.2f} GB of {what} are needed, {free[what] / 1e9:.2f} GB are free. "
-                "Free some, or choose another `run_dir` (disk) or a smaller max_shard_size (memory)."
-            )
+    need = SPARE_DISK + sum(sizes.values()) - sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise CheckpointError(
+            f"{folder}: {need / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free. Free some, or "
+            "choose another `run_dir`."
+        )
     return names
 
 
 def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, saving: Saving) -> None:
-    """Write one shard, atomically, and before it a note: its tensors' hashes and bytes, what casts lose.
+    """Write one shard, atomically, and before it a note: its tensors' hashes and bytes.
 
     Raises:
         NotFinite: a weight is too large for the storage dtype.
@@ -294,10 +267,9 @@ def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, 
             were meant.
     """
     tensors: dict[str, torch.Tensor] = {}
-    casts, conv1d, (parts_of, values_of, _) = [], conv1d_modules(weights.model), BACKENDS[saving.backend]
+    conv1d, (parts_of, values_of, _) = conv1d_modules(weights.model), BACKENDS[saving.backend]
     for name in names:
-        value, lost = read_and_cast(name, weights, saving)
-        casts += lost
+        value = read_and_cast(name, weights, saving)
         module, fmt = name.removesuffix(".weight"), saving.fmt(name)
         if fmt == "16bit":
             # A stack of experts becomes one tensor an expert, as published checkpoints have it.
@@ -319,7 +291,7 @@ def write_shard(path: Path, note: Path, names: Sequence[str], weights: Weights, 
         tensors |= {part: tensor.cpu().contiguous() for part, tensor in made.items()}
     hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    runs.write_json(note, {"casts": casts, "bytes": size, "sha256": hashes})
+    runs.write_json(note, {"bytes": size, "sha256": hashes})
     runs.write_tensors(path, tensors, format="pt")
 
 
@@ -336,30 +308,19 @@ def file_stem(weights: Weights, module: str) -> str:
     return next(iter(_as_in_files(weights, name, empty))).removesuffix("weight")
 
 
-def read_and_cast(name: str, weights: Weights, saving: Saving) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """A source tensor on the device in the dtype that it is saved in, and what a cast to the dtype that was
-    asked for loses, if anything: finite values that become infinite (`overflow`) or zero (`underflow`), and
-    the `largest` magnitude."""
+def read_and_cast(name: str, weights: Weights, saving: Saving) -> torch.Tensor:
+    """A source tensor on the device, in the dtype that it is saved in."""
     value = weights.read_source(name).to(saving.device)
     if not value.is_floating_point() or name in weights.keep:
-        return value, []
-    asked = getattr(torch, saving.asked)
-    bad, over, under, largest = 0, 0, 0, 0.0
-    for part in value.view(-1).split(PIECE):
-        bad += int((~part.isfinite()).sum())
-        if asked != part.dtype and part.numel():
-            cast = part.to(asked)
-            over += int((cast.isinf() & part.isfinite()).sum())
-            under += int(((cast == 0) & (part != 0)).sum())
-            largest = max(largest, part.abs().max().item())
-    if bad:
-        what = f"{name} holds {bad} values that are NaN or infinite in the source model itself"
+        return value
+    if not value.isfinite().all():
+        what = f"{name} holds values that are NaN or infinite in the source model itself"
         raise CheckpointError(f"{what}: no dtype mends that. Fetch it again, or ask those who made it.")
-    if over and saving.storage == saving.asked:
-        what = f"{name}: {over} values are too large for {saving.storage}, the largest {largest:.3g}"
+    cast = value.to(getattr(torch, saving.storage))
+    if over := int((~cast.isfinite()).sum()):
+        what = f"{name}: {over} values are too large for {saving.storage}"
         raise NotFinite(f"{what}. Use overflow='keep_bf16' or storage_dtype='auto'.")
-    lost = {"name": name, "overflow": over, "underflow": under, "largest": largest}
-    return value.to(getattr(torch, saving.storage)), [lost] if over or under else []
+    return cast
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -400,7 +361,7 @@ def write_companions(
     config.dtype = getattr(torch, saving.storage)
     if set(saving.plan.formats.values()) - {"16bit"}:
         _, _, configure = BACKENDS[saving.backend]
-        how = (saving.plan.double_quant, getattr(torch, saving.compute))
+        how = (saving.plan.double_quant, getattr(torch, saving.storage))
         config.quantization_config = configure(weights.model, saving.plan.formats, *how)
     config.save_pretrained(folder)
 
@@ -452,7 +413,7 @@ def prove(
         proof = check_use(answer, saving.storage)
         proof |= {"device": request["device"], "text": PROOF_TEXT, "windows": len(windows)}
         proof |= {"length": len(windows[0]), "tokens": sum(map(len, windows)), "start_token": reads[2]}
-        report["proof"] = proof | {"rewritten_in_bfloat16": saving.storage != saving.asked}
+        report["proof"] = proof
     remarks = {
         "The model is too large to be loaded on this machine: classes were checked without weights (meta "
         "device), all bits by reading the files; logits were not compared.": not load,
@@ -489,8 +450,7 @@ def check_bits(folder: Path, written: Mapping[str, str]) -> None:
     """
     files, found = saved_files(folder), {}
     for name in progress(list(files), len(files), "verify"):
-        path, _, shape = files[name]
-        found[name] = tensor_hash(read_part(path, name, shape))
+        found[name] = tensor_hash(read_part(files[name][0], name))
     wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
@@ -548,27 +508,27 @@ def check_use(answer: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
     Raises:
         NotFinite: logits that are not numbers, with the first module whose output isn't.
-        CheckpointError: other logits than the in-memory model's; an empty or degenerate answer.
+        CheckpointError: other logits than the in-memory model's; an empty answer.
     """
-    version, said = answer["transformers"], answer.get("generation")
+    said, loaded = answer.get("generation"), f"Loaded by transformers {answer['transformers']}"
     if said is None or not answer["finite"]:
         raise NotFinite(
-            f"logits are not numbers in stock transformers: activations overflow {dtype}, first in "
+            f"{loaded}, logits are not numbers: activations overflow {dtype}, first in "
             f"{answer.get('first_nonfinite')}. Save it with storage_dtype='bfloat16'; if it has that, "
             "check that the original model runs in it."
         )
     difference, spread = answer["max_logit_difference"], answer["logit_spread"]
     if not difference <= LOGIT_TOLERANCE * spread:
         raise CheckpointError(
-            f"Loaded by transformers {version}, logits differ from the in-memory model's by {difference:.3g} "
-            f"(their spread is {spread:.3g}), although all weights are equal. Please report this."
+            f"{loaded}, logits differ from the in-memory model's by {difference:.3g} (their spread is "
+            f"{spread:.3g}), although all weights are equal. Please report this."
         )
-    if problem := said.pop("problem"):
+    if not said["tokens"]:
         raise CheckpointError(
-            f"Loaded by transformers {version}, the answer to a prompt {problem}: {said['text'][:70]!r}. See "
-            "generation_config.json and tokenizer; if the 16-bit model answers well, protect more layers."
+            f"{loaded}, the answer to a prompt is empty. See generation_config.json and tokenizer; if the "
+            "16-bit model answers well, protect more layers."
         )
-    return {"dtype": dtype, "transformers": version, "finite": True, "generation": said}
+    return {"dtype": dtype, "transformers": answer["transformers"], "finite": True, "generation": said}
 
 
 # --- what was found, in words ----------------------------------------------------------------------------
@@ -580,16 +540,15 @@ def proof_of(run: Run) -> str:
     Raises:
         RunError: there is no checkpoint yet.
     """
-    record = runs.run_info(run)["stages"].get("quantize")
-    if record is None:
+    if (record := runs.run_info(run)["stages"].get("quantize")) is None:
         raise RunError(f"{run.path} holds no checkpoint yet: run notebook {runs.NOTEBOOKS['quantize']}.")
     fresh, off = record["fresh_process"], record["bytes"] / record["bytes_planned"] - 1
     bits = [f"{count} tensors in {fmt}" for fmt, count in record["bits"].items() if fmt != "against"]
-    logits = fresh.get("max_logit_difference", "not tried")
     lines = [
         f"size on disk: {record['bytes'] / 1e9:.4f} GB, {off:+.3%} against the plan",
         f"bit-equal to {record['bits']['against']}: {', '.join(bits)}",
-        f"fresh process: {fresh['modules']} modules as planned, largest logit difference {logits}",
+        f"fresh process: {fresh['modules']} modules as planned, largest logit difference "
+        f"{fresh.get('max_logit_difference', 'not tried')}",
     ]
     return "\n".join([*lines, proof_by_use(record), *fresh["notes"]])
 

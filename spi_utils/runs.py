@@ -52,13 +52,7 @@ WORDS = ("name", "type", "role", "status")  # the layer table's columns of text;
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
 OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
 FULL = (errno.ENOSPC, errno.EDQUOT)
-ADVICE = {
-    FULL: "Free some space or choose another `run_dir`, and run it again",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "Allow this user to write there, or choose another `run_dir`",
-    (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): "A file and a folder have one name: move that one away",
-}
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.[^.]+)?")  # an unfinished file of `atomic_path`
-STALE = 3600  # seconds after which a temporary file outside a stage's own folders has no writer any more
 _owned: set[Path] = set()  # run directories that this process owns
 
 
@@ -124,12 +118,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: OSError) -> RunError:
-    """What a failed write is called: its own cause, and what mends that cause."""
-    advice = next((words for codes, words in ADVICE.items() if error.errno in codes), "Mend that, and retry")
+    """What a failed write is called, and what mends it."""
     where = f" ({error.filename})" if error.filename else ""
     return RunError(
-        f"could not write {path}: {error.strerror or error}{where}. {advice}; "
-        "nothing that was there has been changed."
+        f"could not write {path}: {error.strerror or error}{where}. Free some space, or choose a "
+        "`run_dir` that this user may write to, and run it again; nothing that was there has been changed."
     )
 
 
@@ -175,15 +168,13 @@ def read_json(
     again = f" Run notebook {stage} again with force=True." if stage else ""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     except FileNotFoundError:
         first = f" Run notebook {stage} first." if stage else ""
         raise RunError(f"{path}: there is no {what} here.{first}") from None
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: this {what} can't be read: it is truncated or not JSON ({error}).{again}"
-        ) from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}.{again}")
+        raise RunError(f"{path}: this {what} is truncated or damaged ({error}).{again}") from error
     if schema not in (None, held := value.get("schema")):
         raise RunError(f"{path}: this {what} has schema {held!r}, this version reads {schema}.{again}")
     return value
@@ -262,28 +253,19 @@ def run_path(run_dir: str | Path, model_slug: str) -> Path:
 def open_run(run_dir: str | Path, identity: Mapping[str, Any]) -> Run:
     """Make a run directory for a model, or reopen one that belongs to the same model.
 
-    A damaged record is begun again, which is said: its stages are then done again.
-
     Args:
         run_dir: the directory; made if missing.
         identity: `ModelSource.identity()`.
 
     Raises:
-        RunError: the directory holds a run of another model or of a newer version, or foreign files.
+        RunError: the directory holds a run of another model or of another version, or foreign files.
     """
     run = Run(Path(run_dir))
     with _locked(run, RECORD):
         if run.info_json.exists():
-            try:
-                held = run_info(run)["model"]
-            except NewerRun:
-                raise
-            except RunError as error:
-                print(f"{error} A new record is begun: every stage is done again.", flush=True)
-            else:
-                require_same_model(run, held, identity)
-                return run
-        elif strangers := {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}:
+            require_same_model(run, run_info(run)["model"], identity)
+            return run
+        if strangers := {p.name for p in run.path.iterdir()} - {"notebooks", OWNER, RECORD}:
             raise RunError(
                 f"{run.path} is not a run directory, yet it holds {', '.join(sorted(strangers)[:3])}. "
                 "Choose an empty or a new `run_dir`."
@@ -328,28 +310,27 @@ def existing_run(run_dir: str | Path) -> Run:
     return run
 
 
-class NewerRun(RunError):
-    """A run directory that a newer version of this package made."""
-
-
 def run_info(run: Run) -> dict[str, Any]:
     """The content of `run.json`.
 
     Raises:
-        RunError: missing or damaged; notebook 01_analyze begins a damaged one again. Of a newer version.
+        RunError: missing; damaged, or of another version.
     """
-    what = "run record", NOTEBOOKS["analyze"]
-    info = read_json(run.info_json, None, *what)
-    with believing(run.info_json, *what):
-        if info["schema"] > SCHEMA:
-            raise NewerRun(
-                f"{run.info_json} has schema {info['schema']}, this version reads {SCHEMA}. "
-                "Install a newer spi_utils, or choose another `run_dir`."
-            )
+    if not run.info_json.exists():
+        raise RunError(
+            f"{run.info_json}: there is no run record here. Run notebook {NOTEBOOKS['analyze']} first."
+        )
+    try:
+        info = read_json(run.info_json, SCHEMA, "run record")
         # asked for here, so that nobody who reads the record has to ask
         _ = info["model"]["id"], info["model"]["sha256"]
         for entry in info["stages"].values():
             _ = [(one["bytes"], one["sha256"]) for one in entry.get("outputs", {}).values()]
+    except (RunError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run.info_json} is damaged, or another version made it ({error}). Choose another `run_dir`, or "
+            f"remove this one and run notebook {NOTEBOOKS['analyze']} again."
+        ) from error
     return info
 
 
@@ -442,7 +423,7 @@ def stage(
 
     done = is_finished()
     with contextlib.nullcontext() if done else owner_lock(run, name):
-        # Another process may have finished it between the question above and the lock.
+        # another process may have finished it between the question above and the lock
         current = Stage(name, mark, done or is_finished())
         if current.finished:
             yield current
@@ -454,20 +435,16 @@ def stage(
             seconds, gpu = time.monotonic() - started, _gpu()
             if missing := [output for output in outputs if not (run.path / output).exists()]:
                 raise RunError(f"stage {name} ended without writing {', '.join(missing)} in {run.path}.")
-            entry = {
+            entry: dict[str, Any] = {
                 "fingerprint": mark,
                 "inputs": dict(inputs),
                 "outputs": describe_files(run, outputs),
                 "seconds": round(seconds, 3),
                 "peak_rss_gb": round(peak_rss_bytes() / 1e9, 3),
-                **(
-                    {"peak_gpu_gb": round(gpu.max_memory_reserved() / 1e9, 3)}
-                    if gpu and gpu.is_initialized()
-                    else {}
-                ),
-                "environment": environment(),
-                **current.notes,
             }
+            if gpu and gpu.is_initialized():
+                entry["peak_gpu_gb"] = round(gpu.max_memory_reserved() / 1e9, 3)
+            entry |= {"environment": environment(), **current.notes}
             entry = json.loads(json.dumps(entry, default=str))
             update_info(run, lambda info: info["stages"].update({name: entry}))
             shutil.rmtree(run.partial / name, ignore_errors=True)
@@ -481,19 +458,16 @@ def stage(
 
 def _tidy(run: Run, name: str, mark: str, outputs: Sequence[str], force: bool) -> None:
     """Before a stage: only pieces that its inputs made stay in its folder for unfinished work, and killed
-    writers' temporary files go: in the stage's own folders all, elsewhere the old ones."""
+    writers' temporary files go."""
     folder, owner = run.partial / name, run.partial / name / "fingerprint"
-    for place in (run.partial, folder):
-        if place.is_file():
-            place.unlink()
     if folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     owner.write_text(mark)
-    own = [folder, *(run.path / output for output in outputs)]
-    for path in filter(is_temporary, run.path.rglob(".*")):
-        if any(map(path.is_relative_to, own)) or time.time() - path.stat().st_mtime > STALE:
-            path.unlink(missing_ok=True)
+    for place in (folder, *(run.path / output for output in outputs)):
+        for path in (*place.rglob(".*"), *place.parent.glob(f".{place.name}.*")):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
 
 
 def describe_files(run: Run, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -539,9 +513,9 @@ def owner_lock(run: Run, what: str) -> Iterator[None]:
         return
     with _locked(run, OWNER) as handle:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "stage": what}
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}, in stage {what}"
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        os.pwrite(handle, owner.encode(), 0)
         _owned.add(path)
         try:
             yield
@@ -559,20 +533,18 @@ def _locked(run: Run, name: str) -> Iterator[int]:
     except OSError as error:
         raise write_error(run.path, error) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if name == OWNER else 0))
-        except BlockingIOError:
-            held = os.pread(handle, 1000, 0).decode()
-            try:
-                who = "process {pid} on {host}, since {since}, in stage {stage}".format(**json.loads(held))
-            except (ValueError, KeyError):  # the owner is just writing its name
-                who = "another process"
-            raise RunError(
-                f"{run.path} is in use by {who}. Wait until it ends, end it, or choose another `run_dir`."
-            ) from None
-        except OSError as error:
-            if name == OWNER:
-                print(f"{run.path} can't be locked ({error}): let no other run use it now.", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if name == OWNER else 0))
+    except BlockingIOError:
+        who = os.pread(handle, 1000, 0).decode()
+        os.close(handle)
+        raise RunError(
+            f"{run.path} is in use by another process ({who}). Wait until it ends, end it, or choose another "
+            "`run_dir`."
+        ) from None
+    except OSError as error:
+        if name == OWNER:
+            print(f"{run.path} can't be locked ({error}): let no other run use it now.", flush=True)
+    try:
         yield handle
     finally:
         os.close(handle)

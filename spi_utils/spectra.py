@@ -30,7 +30,6 @@ GRAM_ENTRIES = 1 << 23  # of a weight that become float64 at a time: 64 MiB
 EIGENVALUE_FLOOR = 1e-5  # WeightWatcher drops eigenvalues up to this before it fits
 FEW_VALUES = 20  # below it WeightWatcher 0.7.7 fits with a bias correction and tails of at least 8
 SMALL_TAIL = 8
-BOUND_POSITIONS = 40  # of the tail, where the KS distance is bounded from below
 DRAWS = 24  # Gaussian matrices behind a null
 BLOCK = 128  # side of FARMS' blocks
 MIN_BLOCKS = 48  # fewer shift alpha by several per cent from draw to draw; half of a larger grid by 1 to 2
@@ -289,17 +288,11 @@ def fit_power_law(eigenvalues: np.ndarray, min_tail: int | None = None) -> Power
     starts = starts[np.isfinite(exponents[starts]) & (exponents[starts] > 0)]
     if len(starts) == 0:
         return NO_FIT
-    # A maximum over some positions never exceeds the maximum over all: starts are visited in the order of
-    # their lower bounds until the bound passes the best full distance.
-    bounds = _lower_bounds(logs, exponents, starts)
     best, distance = -1, np.inf
-    for row in np.argsort(bounds, kind="stable"):
-        if bounds[row] > distance:
-            break
-        start = int(starts[row])
+    for start in starts.tolist():
         steps = np.arange(len(x) - start) / (len(x) - start)
         full = float(np.abs(-np.expm1(-exponents[start] * (logs[start:] - logs[start])) - steps).max())
-        if full < distance or (full == distance and start < best):
+        if full < distance:
             best, distance = start, full
     exponent, tail = exponents[best], int(np.count_nonzero(x >= x[best]))
     sigma = exponent / np.sqrt(tails[best])
@@ -344,20 +337,6 @@ def decay_alpha(singular_values: np.ndarray) -> float:
     rank = np.log(np.arange(2, len(sigma) + 2))
     rank = rank - rank.mean()
     return float(-(rank @ np.log(sigma)) / (rank @ rank))
-
-
-def _lower_bounds(logs: np.ndarray, exponents: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """max_j |F_fit - F_observed| over a few positions j of every tail (starts, positions)."""
-    tails = len(logs) - starts
-    # Evenly spread positions and the last one; a tiny slack keeps a rounded bound below the rounded distance.
-    parts = np.append(np.arange(1, BOUND_POSITIONS) / BOUND_POSITIONS, 1.0)
-    jumps = ((tails - 1)[:, None] * parts).astype(np.int64)
-    gaps = logs[starts[:, None] + jumps] - logs[starts][:, None]
-    gaps *= -exponents[starts][:, None]
-    np.exp(gaps, out=gaps)
-    gaps += jumps / tails[:, None]
-    gaps -= 1
-    return np.maximum(gaps.max(axis=1), -gaps.min(axis=1)) - 1e-12
 
 
 # --- what alpha would be without learning, and alpha freed from the matrix's shape -----------------------

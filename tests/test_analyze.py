@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from spi_utils import formats as number_formats
 from spi_utils import runs, sensitivity
 from spi_utils.analyze import analyze
-from spi_utils.errors import AnalysisError, ModelError, PlanError, RunError
+from spi_utils.errors import AnalysisError, PlanError, RunError
 from spi_utils.models import list_layers, open_weights, resolve
 from spi_utils.runs import LAYER_KEYS, open_run, read_layers, read_spectra, run_info
 from spi_utils.spectra import COLUMNS, analyze_matrix
@@ -85,13 +85,6 @@ def test_a_second_run_reads_and_force_repeats(analysed, tiny, monkeypatch):
     assert stages["analyze"]["layers"] == len(table) and stages["spectra"]["seconds"] >= 0
 
 
-@pytest.mark.parametrize("arch", ["qwen3_5_multimodal", "gemma3", "phi3"])
-def test_architectures(arch, tiny, tmp_path):
-    _, table = run_analysis(tmp_path / arch, tiny(arch), formats=("nf4",))
-    planned = table[table["quantizable"]]
-    assert len(planned) >= 8 and planned["alpha_hill"].notna().all()
-
-
 def test_conv1d_is_shown_as_a_linear_layer(tiny, tmp_path):
     """GPT-2 keeps (in, out): rows are outputs here, and quantization blocks run along inputs."""
     _, table = run_analysis(tmp_path / "gpt2", tiny("gpt2"))
@@ -126,23 +119,9 @@ def test_layers_is_a_regular_expression_and_embeddings_are_on_request(tiny, tmp_
 # --- the same everywhere ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {},
-        pytest.param({"backend": "loky"}, marks=pytest.mark.slow),
-        pytest.param({"backend": "dask"}, marks=pytest.mark.slow),
-    ],
-)
-def test_workers_change_no_bit(analysed, tiny, tmp_path, parameters):
+def test_workers_change_no_bit(analysed, tiny, tmp_path):
     run, _ = analysed
-    if parameters.get("backend") == "dask":  # a scheduler that is found by its address
-        distributed = pytest.importorskip("distributed")
-        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-            where = {"scheduler": cluster.scheduler_address, "workers": 2}
-            other, _ = run_analysis(tmp_path / "run", tiny("llama"), **parameters, **where)
-    else:
-        other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2, **parameters)
+    other, _ = run_analysis(tmp_path / "run", tiny("llama"), workers=2)
     assert other.layers_csv.read_bytes() == run.layers_csv.read_bytes()
     assert other.spectra.read_bytes() == run.spectra.read_bytes()
 
@@ -228,33 +207,11 @@ def test_bad_weights_fail_alone_and_are_named(broken, tmp_path, capsys):
     assert len(others) == 25 and others["alpha_hill"].notna().all()
 
 
-def test_a_truncated_shard_leaves_no_run_behind(broken, tmp_path):
-    model = broken()
-    source = resolve(str(model))
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    run = open_run(tmp_path / "run", source.identity())
-    with pytest.raises(ModelError, match="truncated"):
-        analyze(run, source, device="cpu", sensitivity="none")
-    assert not run.layers_csv.exists() and not run.spectra.exists()
-
-
-def test_a_flipped_bit_that_makes_an_infinity_fails_its_layer_alone(broken, tmp_path):
-    def flipped(weight):
-        bits = weight.view(torch.int16)
-        bits[2, 2] = 0x7C00  # float16's exponent all ones: infinity
-        return weight
-
-    _, table = run_analysis(tmp_path / "run", broken(self_attn__o_proj=flipped))
-    assert list(table.loc[table["status"] == "failed", "name"]) == ["model.layers.1.self_attn.o_proj"]
-
-
 @pytest.mark.parametrize(
     ("parameters", "error", "said"),
     [
         ({"layers": "nothing_like_it"}, AnalysisError, "nothing_like_it"),
         ({"layers": "("}, AnalysisError, "regular expression"),
-        ({"backend": "spark"}, AnalysisError, "'threading', 'loky', 'dask'"),
         ({"formats": ("nf3",)}, PlanError, "nf4"),
         ({"precision": "half"}, AnalysisError, "float64"),
     ],
@@ -338,10 +295,8 @@ def reshape(path):
         np.save(path, np.zeros((2, 8), np.int64))
     elif path.suffix == ".npz":
         np.savez(path, nf4=np.zeros((1, 1, 1), np.float32))
-    elif path.suffix == ".json":
-        path.write_text('{"kl": {"int8": 1.0}}')
     else:
-        save_file({"a": torch.zeros(3)}, path, metadata={"rows": '{"a": ["ok", {}, {}]}'})
+        path.write_text('{"kl": {"int8": 1.0}}')
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:40]), reshape])
@@ -361,7 +316,8 @@ def test_damaged_pieces_of_unfinished_work_are_made_again(
             costed(path, small)
 
     killed_before("spectra.safetensors")
-    damage(sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1])
+    piece = sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1]
+    piece.write_bytes(piece.read_bytes()[:40])
     killed_before("layers.csv")
     for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
         if piece.suffix in (".npy", ".npz", ".json"):

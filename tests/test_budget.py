@@ -176,7 +176,7 @@ def test_a_checkpoint_is_loaded_for_its_check_only_where_it_fits(t4, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(6_000_000_000)  # a hole: no byte is written
     weights = SimpleNamespace(shapes={"a.weight": (60_000, 50_000)})  # 6 GB in 16-bit
-    stock = Saving(None, "bitsandbytes", "float16", "float16", "float16", torch.device("cuda:0"), {})
+    stock = Saving(None, "bitsandbytes", "float16", torch.device("cuda:0"), {})
     assert fits_in_memory(tmp_path, weights, stock)
     # compressed-tensors unpacks at the first forward pass: the packed file and the 16-bit weights at once
     assert not fits_in_memory(tmp_path, weights, replace(stock, backend="compressed-tensors"))

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,30 +45,6 @@ def assert_as_bitsandbytes(weight, double_quant=False):
     return packed, codes, state
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nf4_on_every_16_bit_pattern_and_around_every_midpoint(dtype):
-    every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    every = every[every.isfinite()].float().sort().values  # neighbours share a block: many ratios to absmax
-    levels = torch.tensor(NF4_LEVELS)
-    midpoints = ((levels[:-1] + levels[1:]) / 2).repeat_interleave(64)
-    inf = torch.full_like(midpoints, torch.inf)
-    near = torch.stack([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)], 1).reshape(-1)
-    blocks = torch.cat([torch.ones(near.numel(), 1), near[:, None].expand(-1, 63)], 1)  # absmax 1: exact ties
-    for values in (every[None], blocks, blocks * 0.0371):
-        assert_as_bitsandbytes(values.to(dtype).contiguous())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nf4_with_zero_denormal_and_huge_blocks(dtype):
-    weight = gaussian(8, 64, dtype)
-    weight[0] = 0
-    weight[1] = torch.finfo(dtype).smallest_normal / 8  # denormal
-    weight[2] = torch.finfo(dtype).max * gaussian(1, 64, scale=0.3).clamp(-1, 1)[0].to(dtype)
-    weight[3] = torch.finfo(dtype).tiny
-    packed, *_ = assert_as_bitsandbytes(weight)
-    assert dequantize(packed)[0].abs().max() == 0
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_double_quantization_is_bitsandbytes_whatever_the_threads(threads):
     before = torch.get_num_threads()
@@ -82,14 +57,6 @@ def test_double_quantization_is_bitsandbytes_whatever_the_threads(threads):
     torch.set_num_threads(before)
     assert torch.equal(packed.codes, expected.codes)
     assert packed.nested[2] == expected.nested[2]
-
-
-def test_many_callers_at_once_get_the_same_codes_and_leave_the_threads_alone():
-    weight, before = gaussian(700, 1031, torch.float16), torch.get_num_threads()  # three parts
-    expected = quantize(weight, "nf4").codes
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: quantize(weight, "nf4").codes, range(8)))
-    assert all(torch.equal(codes, expected) for codes in found) and torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

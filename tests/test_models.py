@@ -63,12 +63,6 @@ def test_float32_sources_are_stored_as_bfloat16_and_bfloat16_stays(tmp_path, dty
         assert torch.equal(weights.read(name), raw.bfloat16()) and torch.equal(weights.read_source(name), raw)
 
 
-def test_a_large_tensor_is_read_in_pieces(tiny, monkeypatch):
-    path, name = tiny("llama") / "model.safetensors", "model.embed_tokens.weight"
-    monkeypatch.setattr(models, "PIECE", 128 * 7)
-    assert torch.equal(models.read_tensor(path, name, (320, 128)), load_file(path)[name])
-
-
 # --- identity ------------------------------------------------------------------------------------------
 
 
@@ -156,28 +150,23 @@ UNREADABLE = "make a causal language model from its config.json"
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (mapped({"a": "model.safetensors", "b": "m-2.safetensors"}), r"shard m-2\.safetensors is missing"),
-        (mapped([]), "not an index"),
-        (mapped({"a": 5}), "not an index"),
-        (mapped({"a": "../elsewhere.safetensors"}), "not an index of this folder"),
-        (mapped({"a": "/etc/passwd"}), "not an index of this folder"),
+        (mapped({"a": "model.safetensors", "b": "m-2.safetensors"}), r"no m-2\.safetensors, which its index"),
+        (mapped([]), "which its index names"),
+        (mapped({"a": 5}), "which its index names"),
+        (mapped({"a": "../elsewhere.safetensors"}), r"no \.\./elsewhere\.safetensors"),
         (text(models.INDEX, "[]"), "expected a JSON object"),
-        (text(models.INDEX, "{}"), "not an index"),
         (bytes_of(lambda raw: raw[:-100]), "truncated, or its head is damaged"),
         (bytes_of(lambda raw: raw[:20] + b"\xff" * 8 + raw[28:]), "truncated, or its head is damaged"),
-        (to_pickle, "only pickle weights"),
+        (to_pickle, "no safetensors file here.*Pickle weights"),
         (tensors(lambda held: {k: v for k, v in held.items() if k != UP}), f"no file holds '{UP}'"),
         (tensors(lambda held: {k: v.to(torch.float8_e4m3fn) for k, v in held.items()}), "already quantized"),
         (lambda d: (d / "config.json").unlink(), r"config\.json: there is no"),
-        (text("config.json", "{"), "truncated or not JSON"),
-        (text("config.json", '"llama"'), "config.json: expected a JSON object"),
+        (text("config.json", "{"), "truncated or damaged"),
         (config(intermediate_size=64), r"shape \(256, 128\), but config.json asks for \(64, 128\)"),
         (config(vocab_size="many"), UNREADABLE),
-        (config(hidden_size=None), UNREADABLE),
         (config(model_type="llama9"), UNREADABLE),
         (config(model_type="vit", architectures=["ViTModel"]), UNREADABLE),
         (config(quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
-        (config(quantization_config="awq"), r"already quantized \(awq\)"),
     ],
 )
 def test_damage_is_named(copy, damage, message):
@@ -193,8 +182,8 @@ def test_a_flip_in_a_header_is_a_clear_error_wherever_it_is(tmp_path):
     for place in range(8 + length):
         flip(path, place, place % 7)
         try:
-            for name, (_, shape) in models.read_header(path).items():
-                models.read_tensor(path, name, shape)
+            for name in models.read_header(path):
+                models.read_tensor(path, name)
         except ModelError as error:
             assert str(path) in str(error)
             seen += 1
@@ -209,22 +198,6 @@ def test_an_unknown_name_is_refused_before_any_request(name):
 
 
 # --- devices ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "capability, device, dtype",
-    [
-        ((6, 0), "cpu", torch.float32),  # a P100 is passed over
-        ((7, 5), "cuda:0", torch.float16),
-        ((8, 0), "cuda:0", torch.bfloat16),
-    ],
-)
-def test_device_and_compute_dtype_go_by_capability(monkeypatch, capability, device, dtype):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # by emulation, on a T4
-    assert models.resolve_device("auto") == torch.device(device)
-    assert models.resolve_dtype("auto", torch.device(device)) is dtype
 
 
 def test_wrong_devices_and_types_are_refused(monkeypatch):
@@ -245,7 +218,7 @@ def test_wrong_devices_and_types_are_refused(monkeypatch):
 def test_the_bundled_model_equals_transformers_own_dequantization(bundled):
     from transformers import AutoModelForCausalLM
 
-    file, _ = models._bundled_file()
+    file = models._bundled_file()
     reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     state = reference.state_dict()
     with models.open_weights(bundled) as weights:
@@ -280,8 +253,6 @@ def test_of_two_conversions_at_once_the_first_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "_convert_into", convert)
     made = models.convert_gguf(tmp_path / "m.gguf", "a" * 64)
     assert (made / "config.json").read_text() == "theirs" and list(made.parent.iterdir()) == [made]
-    monkeypatch.setattr(models, "CONVERTER", models.CONVERTER + 1)  # another converter, another folder
-    assert models.convert_gguf(tmp_path / "m.gguf", "a" * 64) != made
 
 
 # --- the Hub, played by a local server -------------------------------------------------------------------
@@ -297,9 +268,6 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         if status in (403, 404):
             self.send_header("X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}[status])
-        if status == 429:
-            self.send_header("Retry-After", "0" if self.server.asked else "1")
-            self.server.asked += 1
         self.end_headers()
 
     do_HEAD = do_GET
@@ -319,12 +287,11 @@ for repo in sys.argv[1:]:
         print(error)
 """
 SAID = {
-    "a/status-404": ["knows no such model"],
-    "a/status-403": ["is gated"],
-    "a/status-503": ["answered 503"],
-    "a/status-000": ["can't be reached"],
-    # a limited address waits as long as the Hub asks, and then says so
-    "a/status-429": ["waiting 1 s, then try 2", "waiting 0 s, then try 3", "asks to wait 0 s more"],
+    "a/status-404": "knows no such model",
+    "a/status-403": "is gated",
+    "a/status-503": "answered 503",
+    "a/status-429": "answered 429",
+    "a/status-000": "can't be reached",
 }
 
 
@@ -332,27 +299,12 @@ SAID = {
 def test_hub_errors_say_what_to_do(tmp_path):
     """In a process of its own, from a local server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = 0  # how often it limited the client
     Thread(target=server.serve_forever, daemon=True).start()
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(tmp_path), "PATH": "/usr/bin"}
     command = [sys.executable, "-c", FETCH, *SAID]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     server.shutdown()
-    words = [word for said in SAID.values() for word in said]
     lines = found.stdout.splitlines()
-    assert len(lines) == len(words), found.stdout + found.stderr[-2000:]
-    assert all(word in line for word, line in zip(words, lines, strict=True)), lines
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        (["pytorch_model.bin"], "only pickle"),
-        (["m.gguf"], "It holds m.gguf"),
-        (["README.md"], "no safetensors"),
-    ],
-)
-def test_repositories_without_safetensors_are_refused(files, message):
-    with pytest.raises(ModelError, match=message):
-        models.require_safetensors("a/b", files)
+    assert len(lines) == len(SAID), found.stdout + found.stderr[-2000:]
+    assert all(word in line for word, line in zip(SAID.values(), lines, strict=True)), lines

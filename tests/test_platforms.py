@@ -126,16 +126,6 @@ def test_preparing_reports_and_fetches_the_small_model_only_without_a_gpu(monkey
         platforms.prepare()
 
 
-def test_the_requirements_come_from_the_package_or_the_checkout(monkeypatch):
-    def absent(name):
-        raise platforms.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(platforms.metadata, "requires", lambda name: ["a>=1"])
-    assert platforms.requirements() == ["a>=1"]
-    monkeypatch.setattr(platforms.metadata, "requires", absent)
-    assert platforms.requirements() == REQUIREMENTS
-
-
 def test_colab_is_offered_a_drive_and_works_there_if_asked(monkeypatch, tmp_path, capsys):
     mounted = []
     monkeypatch.chdir(tmp_path)

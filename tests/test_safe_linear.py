@@ -116,7 +116,7 @@ def test_isolate_swaps_exactly_the_protected_layers_and_changes_no_logit(tiny):
 # --- a whole model in float16 ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["llama_untied", "gemma3"])
 @pytest.mark.parametrize("factor", [1.0, 6e4])
 def test_what_overflows_in_float16_is_right(arch, factor, tmp_path):
     """One layer's weights times a factor: float16 holds them, not their products."""

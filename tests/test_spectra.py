@@ -75,15 +75,6 @@ def test_float32_is_close_to_float64():
         assert fast[column] == pytest.approx(exact[column], rel=1e-3), column
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_device_agrees_with_the_host():
-    weight = gaussian(512, 768, dtype=torch.float16)
-    host = analyze_matrix(weight, precision="float32").statistics
-    device = analyze_matrix(weight.cuda()).statistics
-    for column in ("alpha_hill", "effective_rank", "kurtosis", "alpha_farms", "mp_excess", "span"):
-        assert device[column] == pytest.approx(host[column], rel=1e-3), column
-
-
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_the_device_path_gives_the_host_numbers(precision):
     """The CUDA path is plain torch: on CPU tensors it must agree with the other one."""
@@ -123,11 +114,6 @@ def test_the_floor_lengthens_the_tail_and_stays_the_best_above_it():
     assert free.tail < 100 <= held.tail
     assert (held.alpha, held.xmin, held.ks) == pytest.approx(brute_force_fit(values, 100), rel=1e-10)
     assert fit_power_law(values, min_tail=999).tail == len(values)
-
-
-def test_eigenvalues_up_to_a_hundred_thousandth_are_dropped():
-    values = np.concatenate([np.full(50, 1e-5), np.random.default_rng(0).pareto(2, 80) + 1])
-    assert fit_power_law(values) == fit_power_law(values[50:])
 
 
 @pytest.mark.parametrize("values", [[], [3.0], [2.0, 2.0, 2.0], [0.0, 0.0], [1e-9, 5.0]])

@@ -28,6 +28,7 @@ def made(tmp_path_factory):
     biases on q, k and v: loaded in another dtype than the file's, their products fail."""
     folder = tmp_path_factory.mktemp("stock")
     config = {"model_type": "qwen2", "bos_token_id": None, "tie_word_embeddings": True, "head_dim": 32}
+    config |= {"num_hidden_layers": 2}
     run, source = ready_run(
         make_tiny("llama", folder / "m", initializer_range=0.15, **config), folder / "run"
     )
@@ -44,6 +45,7 @@ def divergence(model, reference, windows):
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 def test_the_stock_numbers_are_those_of_the_loaded_model(made):
     run, source, unproven, stock = made
     assert unproven["agrees"] is None and "03_quantize" in unproven["reason"]
@@ -63,6 +65,7 @@ def test_the_stock_numbers_are_those_of_the_loaded_model(made):
     assert all(one["decode"][0] > 0 for one in speed.values())
 
 
+@pytest.mark.slow
 def test_a_file_whose_configuration_computes_another_model_is_refused(made, tmp_path):
     """Its tensors are right, so the float32 numbers are too; what users would load is another model."""
     run, source = runs.Run(shutil.copytree(made[0].path, tmp_path / "run")), made[1]
@@ -77,6 +80,7 @@ def test_a_file_whose_configuration_computes_another_model_is_refused(made, tmp_
     assert not run.evaluation_json.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model", "plan", "variants", "other_texts", "checkpoint_sha256", "hashes"])
 def test_a_damaged_evaluation_is_named_with_the_notebook_that_makes_it_again(made, key, tmp_path):
     path, held = tmp_path / "evaluation.json", json.loads(made[0].evaluation_json.read_text())

@@ -39,7 +39,7 @@ def spectrum(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "pareto", "lognormal"])
-@pytest.mark.parametrize("count", [2, 5, 8, 19, 20, 50, 400])
+@pytest.mark.parametrize("count", [2, 8, 19, 20, 400])
 def test_fit_is_weightwatchers(kind, count):
     """Below 20 eigenvalues too, where 0.7.7 corrects the exponent's bias and wants tails of at least 8."""
     from weightwatcher.WW_powerlaw import WWFit
