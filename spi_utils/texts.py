@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import platform
 import zipfile
 from collections.abc import Callable, Sequence
@@ -32,6 +33,9 @@ HUB_PATIENCE = 5.0  # seconds to wait for a sign of the Hub before the offline t
 
 # Long modules of CPython's own library: code, a domain apart from `pydoc`'s prose, present on every machine.
 CODE_MODULES = ("argparse", "ast", "dataclasses", "datetime", "difflib", "doctest", "inspect", "statistics")
+
+CHAT = "chat"
+CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.json")  # [{"user", "system" if any}], < 120 tokens each
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,39 @@ def load_text(spec: str | Path = "auto") -> Text:
     return _text(path.stem, f"the file {path.name}", content)
 
 
-def load_texts(spec: str | Path | Sequence[str | Path] = "auto", *, at_least: int = 1) -> list[Text]:
+def load_texts(
+    spec: str | Path | Sequence[str | Path] = "auto", *, at_least: int = 1, template: bool = False
+) -> list[Text]:
     """Return several texts, each once.
 
     Args:
-        spec: one specification as in `load_text`, several separated by commas, or a sequence of them.
+        spec: one specification as in `load_text` or "chat" (`chat.converse`), several separated by commas, or
+            a sequence of them.
         at_least: with "auto", how many texts of different domains are wanted; what is missing is filled
-            from the texts that every machine has.
+            from "chat", if it can be, and from the texts that every machine has.
+        template: whether the tokenizer has a chat template, which "chat" needs.
 
     Raises:
-        EvaluationError: as in `load_text`, or nothing was named.
+        EvaluationError: as in `load_text`, nothing was named, or "chat" without a template.
     """
     specs = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, Path) else list(spec)
     specs = [s.strip() if isinstance(s, str) else s for s in specs if str(s).strip()]
     if not specs:
         raise EvaluationError("No text was named: texts is empty; give 'auto', a name or a file's path.")
-    texts = {text.sha256: text for text in map(load_text, specs)}
-    for extra in map(load_text, ("pydoc", "pycode") if "auto" in specs else ()):
+    if CHAT in specs and not template:
+        raise EvaluationError(
+            "The text 'chat' is made of the model's own answers, and this tokenizer has no chat template to "
+            "ask with; name another text, e.g. texts='pydoc,pycode'."
+        )
+    texts = {text.sha256: text for text in (_chat() if s == CHAT else load_text(s) for s in specs)}
+    more = (*([_chat] if template else []), _pydoc, _pycode) if "auto" in specs else ()
+    for load in more:
         if len(texts) < at_least:
+            extra = load()
             texts.setdefault(extra.sha256, extra)
+    if more and at_least > 1 and not template:
+        names = ", ".join(text.name for text in texts.values())
+        print(f"This tokenizer has no chat template, so none of the texts is the model's chat: {names}")
     return list(texts.values())
 
 
@@ -266,8 +284,14 @@ def _pycode() -> Text:
     return _text("pycode", f"library modules of CPython {platform.python_version()}", code)
 
 
+def _chat() -> Text:
+    prompts = CHAT_PROMPTS.read_text(encoding="utf-8")
+    source = f"the model's own answers to {len(json.loads(prompts))} prompts of this package"
+    return _text(CHAT, source, prompts)
+
+
 _LOADERS: dict[str, Callable[[], Text]] = {"wikitext2": _wikitext, "pydoc": _pydoc, "pycode": _pycode}
-NAMES = ("auto", *_LOADERS)
+NAMES = ("auto", *_LOADERS)  # of texts that are there before the model is; an evaluation knows "chat" too
 
 
 def _text(name: str, source: str, text: str) -> Text:

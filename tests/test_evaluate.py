@@ -83,7 +83,8 @@ def copy_of(ready, tmp_path):
 def test_reference_and_plan_are_what_transformers_say_of_the_two_files(evaluated):
     """Losses by labels; KL, flips and Δp from whole float64 logits of the dequantized checkpoint."""
     run, source, found = evaluated
-    _, ids = evaluate.make_samples(source, [texts.load_text("pydoc")], 12, 48, "auto")[0]
+    text = texts.load_text("pydoc")
+    ids = evaluate.make_samples(source, make_tokenizer(), [text], 12, 48, "auto")[0].windows
     reference = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
     saved = AutoModelForCausalLM.from_pretrained(run.model_dir).dequantize().float()
     with torch.no_grad():
