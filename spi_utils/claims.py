@@ -24,6 +24,7 @@ from spi_utils import runs, stats
 from spi_utils.formats import gigabytes
 from spi_utils.plan import EQUAL, held_words
 from spi_utils.stats import OPEN, REFUTED, SUPPORTED, Estimate, verdict
+from spi_utils.texts import CHAT
 
 SCHEMA = 1
 # Shares of tokens at which the KL survival curve is stored: 1, 0.79, 0.63 … down to 1e-5.
@@ -72,6 +73,11 @@ class Evaluation:
             if odd := [name for name, value in held.items() if not isinstance(value, kinds.get(name, dict))]:
                 raise TypeError(f"{', '.join(odd)} can't be read")
             return cls(**held)
+
+    @property
+    def by_text(self) -> list[dict[str, Any]]:
+        """The first text and the others, each {"text", "variants"}."""
+        return [{"text": self.text, "variants": self.variants}, *self.other_texts]
 
     def table(self) -> pd.DataFrame:
         """A row a variant: what a notebook shows. Sizes in GB (10⁹ bytes), losses in nats a token."""
@@ -168,10 +174,11 @@ def _quality(evaluation: Evaluation) -> dict[str, tuple[str, str | bool]]:
     # What the claim is about is the plan as bitsandbytes rounds it.
     key = "plan_nearest" if "plan_nearest" in variants else "plan"
     plan, stated, drawn = variants["plan"], variants[key], variants["plan"].get("vs_random")
-    texts = {evaluation.text["name"]: variants}
-    texts |= {other["text"]["name"]: other["variants"] for other in evaluation.other_texts}
-    deltas = {name: Estimate.from_dict(numbers[key]["delta"]) for name, numbers in texts.items()}
-    delta, verdicts = deltas[evaluation.text["name"]], {verdict(one, "lower") for one in deltas.values()}
+    delta = Estimate.from_dict(stated["delta"])
+    # Of the model's own writing no other model can have a lower loss: a chat can't answer for the claim.
+    others = [one for one in evaluation.by_text if one["text"]["name"] != CHAT]
+    deltas = {one["text"]["name"]: Estimate.from_dict(one["variants"][key]["delta"]) for one in others}
+    verdicts = {verdict(one, "lower") for one in deltas.values()}
     words = (
         f"{variants['reference']['perplexity']:.3f} → {stated['perplexity']:.3f}: {interval(delta)} nats a "
         f"token; {stated['effect']['share_improved']:.0%} of windows improve"
@@ -202,7 +209,7 @@ def _quality(evaluation: Evaluation) -> dict[str, tuple[str, str | bool]]:
     words = "; ".join(f"{name}: {interval(one)}" for name, one in deltas.items())
     found["texts"] = words, verdicts.pop() if len(verdicts) == 1 else OPEN
     if len(deltas) < 2:
-        found["texts"] = f"{words} (one text only; profile full has two)", NOT_TESTED
+        found["texts"] = f"{words} (fewer than two texts that the model didn't write)".strip(), NOT_TESTED
     return found
 
 

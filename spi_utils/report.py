@@ -72,7 +72,7 @@ def _believing(run: runs.Run) -> AbstractContextManager[None]:
 
 def table_html(evaluation: Evaluation) -> Any:
     """The evaluation's numbers as report.html shows them, the plan highlighted, a legend of columns below."""
-    return _shown(_pieces().evaluation_in_notebook(evaluation.variants))
+    return _shown(_pieces().evaluation_in_notebook(evaluation))
 
 
 def claims_html(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> Any:

@@ -387,7 +387,7 @@ def test_a_batch_of_a_tiny_model_with_mixed_formats_end_to_end(tiny, tmp_path, c
     assert config["quant_method"] == "compressed-tensors"
     evaluation = json.loads(run.evaluation_json.read_text())
     assert evaluation["checkpoint"]["int4_g64"] == plan.count("int4_g64")
-    assert {"int4", "int8", "nf4", "fisher_int4", "random_0"} <= set(evaluation["variants"])
+    assert {"int8", "nf4", "fisher", "random_0"} <= set(evaluation["variants"])
     assert "compressed-tensors" in (run.publish / "README.md").read_text()
     assert run.layers_csv.samefile(analysis / "layers.csv") and "analyze" in run_info(run)["stages"]
     before = run.evaluation_json.stat().st_mtime_ns
