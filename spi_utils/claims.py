@@ -11,7 +11,6 @@ a T4. A row of its audit is what was stated, in `STATED`, and what measures it, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -256,8 +255,6 @@ def _arithmetic(
 
 # --- in sentences ----------------------------------------------------------------------------------------
 
-# Variants that may hold more than two formats: what they were chosen from.
-MIXES = {"fisher_int8": "NF4, int8 and 16-bit", "fisher_int4": "int4, int8 and 16-bit"}
 # Variants that a stock checkpoint can hold, and the parameters that make them; {bits} are the plan's.
 RECIPES = {
     "fisher": "-p score fisher -p rule matrix_bits -p value {bits}",
@@ -273,7 +270,7 @@ WORTH = {
 
 
 def headline_of(evaluation: Evaluation) -> str:
-    """What this file is worth, the better one with the command that makes it, and the dearest layer."""
+    """What this file is worth, and the better one with the command that makes it."""
     variants, kept = evaluation.variants, evaluation.plan
     plan, reference = variants["plan"], variants["reference"]
     ratio, low, high = plan["perplexity_ratio"]
@@ -293,7 +290,7 @@ def headline_of(evaluation: Evaluation) -> str:
     if "vs_random" in plan:
         worth = WORTH[verdict(Estimate.from_dict(plan["vs_random"]["kl"]), "lower")]
         said += f" By KL to the 16-bit model, {worth}."
-    return " ".join(filter(None, [said, better_sentence(evaluation), dearest_sentence(evaluation)]))
+    return f"{said} {better_sentence(evaluation)}".rstrip()
 
 
 def _gap(one: Estimate) -> str:
@@ -322,18 +319,6 @@ def better_sentence(evaluation: Evaluation) -> str:
     )
 
 
-def dearest_sentence(evaluation: Evaluation) -> str:
-    """The layer that costs most of those that the plan quantized, by prediction; empty if unknown."""
-    dearest = evaluation.plan.get("dearest")
-    if dearest is None or dearest["predicted_kl"] < 0.1 * evaluation.variants["plan"]["kl_mean"]:
-        return ""
-    name = dearest["name"].removeprefix("model.layers.").removeprefix("transformer.h.")
-    return (
-        f"Of the layers that the plan quantizes, `{name}` costs most: {dearest['predicted_kl']:.3f} nats a "
-        f"token are predicted for its {dearest['format']} alone."
-    )
-
-
 def switching_sentence(evaluation: Evaluation) -> str:
     """What switching `score` to fisher would gain, from this run's own numbers."""
     score, variants = evaluation.plan["score"], evaluation.variants
@@ -344,18 +329,12 @@ def switching_sentence(evaluation: Evaluation) -> str:
         return f"What switching `score` to `fisher` would gain was not measured: {why}"
     plan, fisher, gain = variants["plan"], variants["fisher"], evaluation.difference("fisher", "plan")
     lower = 1 - fisher["kl_mean"] / plan["kl_mean"]
-    mixes = "".join(
-        f"; chosen from {menu} it holds {held_words(variants[key]['layers'])}, "
-        f"KL {variants[key]['kl_mean']:.4f}"
-        for key, menu in MIXES.items()
-        if key in variants
-    )
     return (
         f"Switching `score` from `{score}` to `fisher` would, at the same bytes, "
         f"{'lower' if lower >= 0 else 'raise'} the KL by {abs(lower):.0%}: from {plan['kl_mean']:.4f} to "
         f"{fisher['kl_mean']:.4f} nats a token (float32, from the file's tensors; {_gap(gain)}; “fisher is "
         f"better” is {verdict(gain, 'lower')}), and the perplexity from {plan['perplexity']:.3f} to "
-        f"{fisher['perplexity']:.3f}{mixes}."
+        f"{fisher['perplexity']:.3f}."
     )
 
 
@@ -384,15 +363,6 @@ QUESTIONS = {
 }
 
 
-def evaluated_beside(run: runs.Run) -> list[Path]:
-    """The evaluated runs in the folder that holds this one, itself among them, in name order.
-
-    A folder that can't be read is left out; a damaged run the report names itself.
-    """
-    beside, needed = sorted(run.path.resolve().parent.iterdir()), ("evaluation.json", "run.json")
-    return [path for path in beside if all(os.path.exists(path / name) for name in needed)]
-
-
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """Does it generalize? A row a run, with the audit's verdicts on what doesn't depend on the model.
 
@@ -418,10 +388,3 @@ def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         row |= {f"KL {key}": kls.get(key, np.nan) for key in controls}
         rows.append(row | {key: verdicts[key] for key in QUESTIONS})
     return pd.DataFrame(rows).astype({"Δ low": float, "Δ high": float})  # an unbounded end is NaN
-
-
-def count_verdicts(rows: pd.DataFrame, question: str) -> str:
-    """How a question was answered over all runs: "supported in 1 of 3 runs, refuted in 2"."""
-    counts = rows[question].value_counts(sort=False)
-    first, *others = (f"{verdict} in {count}" for verdict, count in counts.items())
-    return ", ".join([f"{first} of {len(rows)} runs", *others])

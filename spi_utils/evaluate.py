@@ -46,9 +46,7 @@ from spi_utils.progress import progress
 from spi_utils.rounding import Codes
 from spi_utils.scoring import Head, Switch, TokenScores, default_batch, reference_states, token_scores
 from spi_utils.speed import measure_in_subprocess
-from spi_utils.texts import CHAT, Text, check_windows, load_texts, make_windows, window_texts
-from spi_utils.texts import start_token as find_start
-from spi_utils.tokens import hub_token
+from spi_utils.texts import CHAT, Text, check_windows, load_texts, make_windows, start_token, window_texts
 
 BATCH = 8  # windows that a variant is run on at once, at most
 STOCK_WINDOWS = 4  # of the first text, its own first ones, that the model as loaded is scored on
@@ -96,7 +94,6 @@ def evaluate(
     texts: str | Path | Sequence[str | Path] = "auto",
     windows: int | None = None,
     length: int | None = None,
-    start_token: str | int | None = "auto",
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -114,8 +111,7 @@ def evaluate(
         run: a run with layers.csv, plan.json and model/. source: the model that it belongs to.
         profile: "quick" or "full"; `windows`, `length` (tokens a window, start token included) and
             `controls` (names of `FULL`) replace its parts.
-        texts, start_token: as `texts.load_texts` and `texts.start_token` take them; "chat" has no start token
-            but its template's.
+        texts: as `texts.load_texts` takes them.
         seed: of the random controls (seed … seed + random_seeds − 1), the noise and the bootstrap.
         rivals: further checkpoints that transformers loads: folders or Hub ids.
         speed_repeats: timed generations of the saved checkpoint and of the 16-bit model; 0 leaves speed out.
@@ -134,7 +130,7 @@ def evaluate(
     settings: dict[str, Any] = {"profile": profile, "windows": windows or chosen.windows}
     settings |= {"length": length or chosen.length, "texts": chosen.texts}
     settings["controls"] = list(chosen.controls if controls is None else controls)
-    settings |= {"start_token": start_token, "random_seeds": random_seeds, "seed": seed}
+    settings |= {"random_seeds": random_seeds, "seed": seed}
     # What is published names no path of this machine.
     settings |= {"rivals": [Path(one).name if Path(one).expanduser().exists() else one for one in rivals]}
     settings |= {"lm_eval": [*lm_eval_tasks, lm_eval_limit] if lm_eval_tasks else [], "device": str(place)}
@@ -170,9 +166,7 @@ def evaluate(
     with runs.stage(run, "evaluate", inputs, ["evaluation.json"], force=force) as stage:
         if stage.finished:
             return Evaluation.read(run.evaluation_json)
-        samples = make_samples(
-            source, tokenizer, judged, settings["windows"], settings["length"], start_token
-        )
+        samples = make_samples(source, tokenizer, judged, settings["windows"], settings["length"])
         # What other code has scored is not mixed with this one's scores.
         folder = run.partial / "evaluate" / hashes["code"][:12]
         kept = [folder / f"reference.{index}.npy" for index in range(min(STOCK_WINDOWS, settings["windows"]))]
@@ -244,15 +238,14 @@ def make_samples(
     texts: Sequence[Text],
     windows: int,
     length: int,
-    start_token: Any,
 ) -> list[Sample]:
     """Cut every text into windows with the source's tokenizer; a chat waits for the model (`answered`).
 
     Words and bytes are of the raw text behind the windows, as lm-evaluation-harness counts them. Raises
-    EvaluationError as `texts.make_windows` and `texts.start_token` do.
+    EvaluationError as `texts.make_windows` does.
     """
     config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    start = find_start(tokenizer, config, start_token)
+    start = start_token(tokenizer, config)
     samples = []
     for text in texts:
         described: dict[str, Any] = {"name": text.name, "source": text.source, "sha256": text.sha256}
@@ -438,14 +431,14 @@ def variant_numbers(scored: TokenScores, text: Mapping[str, Any], counted: Any =
     """
     nll = scored.nll.mean(axis=1, dtype=np.float64, where=counted)  # (W,): one mean a window
     total, mean = float(scored.nll.sum(dtype=np.float64, where=counted)), float(nll.mean())
-    window_kl = np.asarray(scored.kl).mean(axis=1, dtype=np.float64, where=counted)
+    window_kl = scored.kl.mean(axis=1, dtype=np.float64, where=counted)
     chosen = np.broadcast_to(counted, scored.nll.shape)
-    kl, dp = (np.asarray(one, np.float64)[chosen] for one in (scored.kl, scored.dp))  # (tokens,)
+    kl, dp = scored.kl[chosen].astype(np.float64), scored.dp[chosen].astype(np.float64)  # (tokens,)
     median, p99, p999 = np.quantile(kl, (0.5, 0.99, 0.999)).tolist()
     found = {"nll": mean, "nll_se": float(stats.cluster_se(nll)), "perplexity": _exp(mean)}
     found |= {f"{unit}_perplexity": _exp(total / text[f"{unit}s"]) for unit in ("word", "byte")}
     found |= {"kl_mean": float(window_kl.mean()), "kl_median": median, "kl_p99": p99, "kl_p999": p999}
-    found |= {"same_top1": float(np.asarray(scored.same_top1)[chosen].mean())}
+    found |= {"same_top1": float(scored.same_top1[chosen].mean())}
     found |= {"dp_mean": float(dp.mean()), "dp_rms": float(np.sqrt((dp**2).mean()))}
     survival = np.quantile(kl, [1 - share for share in SURVIVAL if share * kl.size >= 1])
     windows = {"window_nll": nll, "window_kl": window_kl, "kl_survival": survival}
@@ -497,23 +490,15 @@ def _describe(variant: Variant) -> dict[str, Any]:
 
 
 def _describe_plan(run: runs.Run, plan: ProtectionPlan, layers: pd.DataFrame) -> dict[str, Any]:
-    """What the plan keeps, and the layer whose format is predicted to cost most: what the audit needs."""
+    """What the plan keeps and weighs: what the audit needs."""
     planned = layers[layers["quantizable"]]
-    kept = planned["name"].isin(plan.protected)
-    costs = []
-    for row in planned.to_dict("records"):
-        fmt = plan.formats[row["name"]]
-        cost = {"name": row["name"], "format": fmt, "predicted_kl": row.get(f"predicted_{fmt}", np.nan)}
-        if fmt != "16bit" and np.isfinite(cost["predicted_kl"]):
-            costs.append(cost)
-    names = ("score", "direction", "rule", "reason", "double_quant", "bits_per_weight", "matrix_bits")
-    own = {name: getattr(plan, name) for name in (*names, "predicted_kl")}
-    weights = {"weights": layers, "matrix_weights": planned, "protected_weights": planned[kept]}
-    found = {name: own.pop(name) for name in names[:5]}
+    kept = planned[planned["name"].isin(plan.protected)]
+    found = {name: getattr(plan, name) for name in ("score", "direction", "rule", "reason", "double_quant")}
     found |= {"protected": len(plan.protected), "planned": len(planned)}
-    found |= {name: int(rows["numel"].sum()) for name, rows in weights.items()}
-    found |= {"bytes": dict(plan.bytes), "bytes_on_disk": disk_bytes(run.model_dir)} | own
-    return found | {"dearest": max(costs, key=lambda cost: cost["predicted_kl"], default=None)}
+    for name, rows in (("weights", layers), ("matrix_weights", planned), ("protected_weights", kept)):
+        found[name] = int(rows["numel"].sum())
+    found |= {"bytes": dict(plan.bytes), "bytes_on_disk": disk_bytes(run.model_dir)}
+    return found | {name: getattr(plan, name) for name in ("bits_per_weight", "matrix_bits", "predicted_kl")}
 
 
 # --- the model as a user loads it ------------------------------------------------------------------------
@@ -546,7 +531,6 @@ def score_stock(
         EvaluationError: logits that are not numbers, or a KL that isn't the file's.
         CheckpointError: stock transformers can't load the checkpoint.
     """
-    assert plan.kl is not None
     text, windows, dtype = sample.text, sample.windows[: len(reference)], _shipped_dtype(run)
     print("evaluate: the checkpoint as stock transformers loads it, then the 16-bit model", flush=True)
     request: dict[str, Any] = {
@@ -577,28 +561,19 @@ def score_stock(
 # GPTQ, AWQ, HQQ, compressed-tensors, an earlier run's `model/`: a rival is scored on the same token ids and
 # against the same reference.
 
-RIVAL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-
 
 def find_rivals(specs: Sequence[str]) -> dict[str, Path]:
-    """{key: folder} of folders and Hub ids; EvaluationError for one that is neither or has no safetensors."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    """{key: folder} of folders and Hub ids.
 
+    Raises EvaluationError for one that holds no checkpoint, ModelError where the Hub refuses one.
+    """
     found: dict[str, Path] = {}
     for spec in map(str, specs):
-        folder, token, why = Path(spec).expanduser(), hub_token(), "no config.json or no safetensors file"
-        try:
-            if not folder.is_dir():
-                value = None if token is None else token.value
-                folder = Path(snapshot_download(spec, allow_patterns=RIVAL_FILES, token=value))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            why = f"no folder here, and can't be fetched from the Hub ({type(error).__name__})"
-        # Not raised above: a Hub that echoes the request would put its header into the traceback.
+        folder = models.download(spec)[0] if models.is_hub_id(spec) else Path(spec).expanduser()
         if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
             raise EvaluationError(
-                f"the rival {spec!r}: {why}. Expected a folder or a Hub id of a checkpoint that transformers "
-                "loads; log in if the repository is gated."
+                f"the rival {spec!r}: no config.json or no safetensors file there. Expected a folder or a "
+                "Hub id of a checkpoint that transformers loads."
             )
         key = "rival:" + re.sub(r"[^A-Za-z0-9._-]+", "-", spec.rstrip("/").split("/")[-1])
         same = sum(other.split("#")[0] == key for other in found)  # every run's folder is called "model"

@@ -62,7 +62,6 @@ from spi_utils.scoring import (
     Head,
     Reference,
     Switch,
-    TokenScores,
     as_head_takes,
     default_batch,
     final_hidden,
@@ -953,10 +952,8 @@ class Measure:
         for rows, outputs in zip(self.batches, self.outputs, strict=True):
             with resumed(self.blocks, outputs, depth):
                 ids, held = self.windows[rows], self.reference[rows]
-                parts.append(token_scores(self.switch.model, ids, held, batch=len(ids), label=label))
-        kl = TokenScores.join(parts).kl
-        assert kl is not None
-        return float(kl.mean(dtype=np.float64))
+                parts.append(token_scores(self.switch.model, ids, held, batch=len(ids), label=label).kl)
+        return float(np.concatenate(parts).mean(dtype=np.float64))
 
     @torch.inference_mode()
     def _record(self, ids: torch.Tensor) -> list[Any]:

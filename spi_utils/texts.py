@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 WIKITEXT_REPOSITORY = "ggml-org/ci"
 WIKITEXT_ARCHIVE = "wikitext-2-raw-v1.zip"
 WIKITEXT_MEMBER = "wikitext-2-raw/wiki.test.raw"
-WIKITEXT_SHA256 = "71fa921e51ba607b4364d8787d05f4513b41b33732dd3504ff1af8952c6e7e77"  # of the joined rows
 HUB_PATIENCE = 5.0  # seconds to wait for a sign of the Hub before the offline text is used
 
 # Long modules of CPython's own library: code, a domain apart from `pydoc`'s prose, present on every machine.
@@ -130,38 +129,24 @@ def load_texts(
     return list(texts.values())
 
 
-def start_token(tokenizer: Any, config: Any, override: str | int | None = "auto") -> int | None:
-    """Return the id that every window begins with, or None for none.
+def start_token(tokenizer: Any, config: Any) -> int | None:
+    """Return the id that every window begins with, or None where the model knows no such token.
 
-    Models see some token first in training; without it many are out of their distribution. "auto" takes the
+    Models see some token first in training; without it many are out of their distribution. It is the
     beginning-of-sequence token of the tokenizer or else of the configuration, and where there is none the
     document separator ("<|endoftext|>" if the tokenizer has it, else the end-of-sequence token).
 
     Args:
         tokenizer: a transformers tokenizer.
         config: the model's configuration, nested text configuration included.
-        override: "auto", "none" or None (no start token), or a token id.
-
-    Raises:
-        EvaluationError: `override` is no id of this model's vocabulary.
     """
     config = _inner(config)
-    size = config.vocab_size
-    if override is None or override == "none":
-        return None
-    if override != "auto":
-        if not str(override).isdecimal() or int(override) >= size:
-            raise EvaluationError(
-                f"start token {override!r} is not in the model's vocabulary; expected 'auto', 'none' or an "
-                f"id of 0…{size - 1}."
-            )
-        return int(override)
     separator = tokenizer.get_vocab().get("<|endoftext|>")
     bos, eos = (getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos"))
     candidates = [tokenizer.bos_token_id, bos, separator, eos, tokenizer.eos_token_id]
     candidates = [next(iter(i), None) if isinstance(i, list | tuple) else i for i in candidates]
     # Some configurations carry another model's default id: one outside the vocabulary is no token.
-    return next((i for i in candidates if i is not None and 0 <= i < size), None)
+    return next((i for i in candidates if i is not None and 0 <= i < config.vocab_size), None)
 
 
 def make_windows(
@@ -249,14 +234,7 @@ def _wikitext() -> Text:
             f"({type(error).__name__}: {redacted(str(error) or 'no message').splitlines()[0]}); "
             "use texts='pydoc' or give a file's path."
         ) from None  # a Hub that echoes the request would put its header into the traceback
-    text = _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
-    if text.sha256 != WIKITEXT_SHA256:
-        print(
-            f"WikiText-2 from the Hub has the hash {text.sha256[:12]}, not {WIKITEXT_SHA256[:12]} as before: "
-            "perplexities on it aren't those of other runs. The evaluation records its hash.",
-            flush=True,
-        )
-    return text
+    return _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
 
 
 def join_rows(raw: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from IPython.display import HTML
 
 from spi_utils import evaluate, figures, report, runs
-from spi_utils.claims import Evaluation, audit, dearest_sentence
+from spi_utils.claims import Evaluation, audit
 from spi_utils.errors import RunError
 from spi_utils.figures import FORMAT_COLOURS, LOOKS, RANDOM, RIVAL
 from spi_utils.scoring import TokenScores
@@ -222,15 +222,6 @@ def test_headline_and_advice_are_the_runs_own_numbers(run, evaluation):
     assert "already uses" in advice(make_evaluation(plan={**PLAN, "score": "fisher"}))
 
 
-def test_the_dearest_quantized_layer_is_named_where_it_matters(evaluation):
-    kl = evaluation.variants["plan"]["kl_mean"]
-    dearest = {"name": "model.layers.29.mlp.down_proj", "format": "nf4", "predicted_kl": 0.4 * kl}
-    said = dearest_sentence(make_evaluation(plan={**PLAN, "dearest": dearest}))
-    assert "`29.mlp.down_proj`" in said and f"{0.4 * kl:.3f}" in said
-    for unknown in (None, {**dearest, "predicted_kl": 0.01 * kl}):
-        assert dearest_sentence(make_evaluation(plan={**PLAN, "dearest": unknown})) == ""
-
-
 def test_findings_follow_the_numbers(evaluation):
     assert "lower than random layers'" in figures.quality_finding(evaluation)
     worse = {**evaluation.variants, "plan": {**evaluation.variants["other_direction"], "label": "p"}}
@@ -287,24 +278,6 @@ def test_figures_follow_the_present_evaluation(run, evaluation):
     report.write_report(run)
     assert not list(run.figures.glob("predicted_and_real.*"))
     assert (run.figures / "quality_by_bytes.png").read_text() != first
-
-
-def test_runs_beside_this_one_are_compared(run, tmp_path, evaluation):
-    assert "Does it generalize?" not in report.write_report(run).read_text(encoding="utf-8")
-    other = runs.open_run(tmp_path / "other", {**evaluation.model, "id": "other/model", "sha256": "1" * 64})
-    variants = {**evaluation.variants, "plan": {**evaluation.variants["other_direction"], "label": "plan"}}
-    variants["plan"]["kl_mean"] = 0.4321
-    make_evaluation(variants={k: one for k, one in variants.items() if k != "int8"}).write(
-        other.evaluation_json
-    )
-    (tmp_path / "unfinished").mkdir()
-    seen = words_of(report.write_report(run).read_text(encoding="utf-8"))
-    assert "other: other/model, alpha_hill, high, 24 windows of pydoc" in seen and "0.4321" in seen
-    assert "“beats int8 everywhere” is not tested in 1 of 2 runs, refuted in 1" in seen
-    other.evaluation_json.write_text("{", encoding="utf-8")
-    assert "other: its evaluation can't be read" in html.unescape(report.write_report(run).read_text("utf-8"))
-    with pytest.raises(RunError, match="04_evaluate"):
-        report.write_report(runs.open_run(tmp_path / "empty", evaluation.model))
 
 
 def test_how_values_are_written():
