@@ -319,25 +319,6 @@ def better_sentence(evaluation: Evaluation) -> str:
     )
 
 
-def switching_sentence(evaluation: Evaluation) -> str:
-    """What switching `score` to fisher would gain, from this run's own numbers."""
-    score, variants = evaluation.plan["score"], evaluation.variants
-    if score == "fisher":
-        return "This plan already uses `fisher`: switching the score would gain nothing."
-    if "fisher" not in variants:
-        why = evaluation.skipped.get("fisher", "the control `fisher` was left out of this evaluation.")
-        return f"What switching `score` to `fisher` would gain was not measured: {why}"
-    plan, fisher, gain = variants["plan"], variants["fisher"], evaluation.difference("fisher", "plan")
-    lower = 1 - fisher["kl_mean"] / plan["kl_mean"]
-    return (
-        f"Switching `score` from `{score}` to `fisher` would, at the same bytes, "
-        f"{'lower' if lower >= 0 else 'raise'} the KL by {abs(lower):.0%}: from {plan['kl_mean']:.4f} to "
-        f"{fisher['kl_mean']:.4f} nats a token (float32, from the file's tensors; {_gap(gain)}; “fisher is "
-        f"better” is {verdict(gain, 'lower')}), and the perplexity from {plan['perplexity']:.3f} to "
-        f"{fisher['perplexity']:.3f}."
-    )
-
-
 def stock_sentence(stock: Mapping[str, Any]) -> str:
     """The KL of the model as loaded beside its file's, in a sentence; `stock` is evaluation.json's entry."""
     if stock.get("agrees") is None:
@@ -353,22 +334,12 @@ def stock_sentence(stock: Mapping[str, Any]) -> str:
 
 # --- several runs ----------------------------------------------------------------------------------------
 
-# Rows of the audit that don't depend on which model is run: key -> what "supported" says in a few words.
-QUESTIONS = {
-    "better": "lower loss than 16-bit",
-    "random": "beats random layers",
-    "direction": "beats the score's other end",
-    "int8": "beats int8 everywhere",
-    "fisher": "beats Fisher's choice",
-}
-
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """Does it generalize? A row a run, with the audit's verdicts on what doesn't depend on the model.
+    """A row a run: what a leaderboard says of it.
 
-    Columns: run (its folder), model, plan, text, windows, matrix bits, Δ loss with its interval, KL of plan,
-    of random and of Fisher's and int8's controls, and the verdicts named in `QUESTIONS`. Losses in nats a
-    token; NaN where a control was not run.
+    Columns: model, text, windows, matrix bits, Δ loss with its interval, KL of the plan and of controls, and
+    "random": whether the plan beats random layers. Losses in nats a token; NaN where a control was not run.
 
     Raises:
         RunError: a folder is no run, or has no evaluation yet.
@@ -376,15 +347,13 @@ def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     rows = []
     for run in map(runs.existing_run, run_dirs):
         evaluation = Evaluation.read(run.evaluation_json)
-        plan, delta = evaluation.plan, evaluation.variants["plan"]["delta"]
+        delta = evaluation.variants["plan"]["delta"]
         kls = pd.Series({key: one["kl_mean"] for key, one in evaluation.variants.items()})
         kls["random"] = kls[[key for key in kls.index if is_random(key)]].mean()
-        controls = ("plan", "random", "fisher", "fisher_int8", "fisher_int4", "int8")
-        verdicts = {row["key"]: row["verdict"] for row in audit(evaluation)}
-        row = {"run": run.path.resolve().name, "model": runs.run_info(run)["model"]["id"]}
-        row |= {"plan": f"{plan['score']}, {plan['direction']}", "text": evaluation.text["name"]}
-        row |= {"windows": evaluation.text["windows"], "matrix bits": plan["matrix_bits"]}
+        row = {"model": runs.run_info(run)["model"]["id"], "text": evaluation.text["name"]}
+        row |= {"windows": evaluation.text["windows"], "matrix bits": evaluation.plan["matrix_bits"]}
         row |= {"Δ loss": delta["mean"], "Δ low": delta["low"], "Δ high": delta["high"]}
+        controls = ("plan", "random", "fisher", "fisher_int8", "int8")
         row |= {f"KL {key}": kls.get(key, np.nan) for key in controls}
-        rows.append(row | {key: verdicts[key] for key in QUESTIONS})
+        rows.append(row | {"random": _quality(evaluation)["random"][1]})
     return pd.DataFrame(rows).astype({"Δ low": float, "Δ high": float})  # an unbounded end is NaN

@@ -21,7 +21,6 @@ import hashlib
 import importlib.util
 import math
 import re
-import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,11 +43,10 @@ from spi_utils.errors import EvaluationError
 from spi_utils.plan import ProtectionPlan
 from spi_utils.progress import progress
 from spi_utils.rounding import Codes
-from spi_utils.scoring import Head, Switch, TokenScores, default_batch, reference_states, token_scores
+from spi_utils.scoring import Head, Switch, TokenScores, reference_states, token_scores
 from spi_utils.speed import measure_in_subprocess
 from spi_utils.texts import CHAT, Text, check_windows, load_texts, make_windows, start_token, window_texts
 
-BATCH = 8  # windows that a variant is run on at once, at most
 STOCK_WINDOWS = 4  # of the first text, its own first ones, that the model as loaded is scored on
 STOCK_ALLOWED = 0.005  # nats a token, beside what the dtype costs the 16-bit model twice over
 UNPROVEN = "notebook 03_quantize could not run the checkpoint on this machine"
@@ -171,10 +169,9 @@ def evaluate(
         folder = run.partial / "evaluate" / hashes["code"][:12]
         kept = [folder / f"reference.{index}.npy" for index in range(min(STOCK_WINDOWS, settings["windows"]))]
         variants |= rival_variants(others, int(layers["numel"].sum()))
-        samples, scores, tasks, seconds = score(
+        samples, scores, tasks = score(
             run, source, plan, settings, variants, others, samples, folder, kept if proven else []
         )
-        stage.record(seconds_by_variant={key: round(value, 3) for key, value in seconds.items()})
         found: list[dict[str, Any]] = []
         for index, sample in enumerate(samples):
             text = sample.text
@@ -310,7 +307,7 @@ def score(
     samples: Sequence[Sample],
     folder: Path,
     kept: Sequence[Path],
-) -> tuple[list[Sample], dict[str, list[TokenScores]], dict[str, dict[str, Any]], dict[str, float]]:
+) -> tuple[list[Sample], dict[str, list[TokenScores]], dict[str, dict[str, Any]]]:
     """Load the model once, and score every variant and rival on every text.
 
     All variants are the one model, changed in place; the plan is read from the saved file. Each pair of
@@ -319,9 +316,8 @@ def score(
 
     Returns:
         the samples with the chat's windows, {variant: its scores, one a sample} in the order of `variants`,
-        {task: {variant: accuracy}}, and {variant: seconds spent on it in this process}. The reference's
-        log-probabilities on the first windows, float32 (T, V) each, are written to the paths of `kept` for
-        `score_stock`.
+        and {task: {variant: accuracy}}. The reference's log-probabilities on the first windows, float32
+        (T, V) each, are written to the paths of `kept` for `score_stock`.
     """
     device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
     scores: dict[str, list[TokenScores | None]] = {}
@@ -333,11 +329,9 @@ def score(
     todo = [key for key, held in scores.items() if None in held or key in asked]
     codes = Codes(run.rounded) if plan.rounding == "guided" else {}
     options = {"double_quant": plan.double_quant, "seed": settings["seed"]}
-    seconds: dict[str, float] = {}
     with models.open_weights(source) as weights:
         own = models.load_model(source, device=device, dtype=dtype)
         switch = Switch(own, weights, list(plan.formats), codes=codes, **options)
-        began = time.monotonic()
         seed, file = settings["seed"], folder / "chat.npz"
         samples = [
             answered(run, source, plan, seed, own, one, file) if one.text["name"] == CHAT else one
@@ -359,8 +353,7 @@ def score(
                 ids = sample.windows
                 made = references[index].scores()
                 if key != "reference":
-                    batch = min(BATCH, default_batch(device, ids.shape[1]))
-                    made = token_scores(model, ids, references[index], batch=batch, label=key, head=heads)
+                    made = token_scores(model, ids, references[index], label=key, head=heads)
                 _write_arrays(_scores_file(folder, key, index), vars(made))
                 scores[key][index] = made
             if key == "reference":
@@ -371,11 +364,10 @@ def score(
             if key == "plan":
                 switch.renew()  # the file's 16-bit layers may be a cast of the source's
             del model, heads  # one rival in memory at a time
-            seconds[key], began = time.monotonic() - began, time.monotonic()
     del own, switch, head, references
     gc.collect()
     torch.cuda.empty_cache()  # fresh processes need what this one keeps of a GPU's memory
-    return list(samples), scores, tasks, seconds  # type: ignore[return-value]  # none is None now
+    return list(samples), scores, tasks  # type: ignore[return-value]  # none is None now
 
 
 def _scores_file(folder: Path, key: str, index: int) -> Path:

@@ -119,9 +119,8 @@ def write_report(run: runs.Run) -> Path:
             "machine": pieces.machine(found) if found else "",
         }
     with _believing(run):
-        parts |= {"headline": claims.headline_of(evaluation), "advice": claims.switching_sentence(evaluation)}
-        parts |= {"claims": claims.audit(evaluation, speed), "layers": LAYERS}
-        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files}
+        parts |= {"headline": claims.headline_of(evaluation), "claims": claims.audit(evaluation, speed)}
+        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files, "layers": LAYERS}
         page = pieces.page(evaluation=evaluation, **parts)
     runs.write_text(run.report, page.strip() + "\n")
     return run.report

@@ -171,7 +171,7 @@ def reference_states(
         states = _states(model, ids)
         kinds = {"nll": torch.float32, "top1": torch.int64}
         columns = _rows(head, states.flatten(0, 1), ids[:, 1:].flatten(), kinds, _alone)
-        _check_finite(model, ids, columns["nll"], label)
+        _check_finite(columns["nll"], label)
         # at once: a copy that fails must leave no column longer
         parts.append((states.cpu(), *(column.view(len(ids), -1).cpu() for column in columns.values())))
 
@@ -199,8 +199,8 @@ def token_scores(
         head: makes both models' logits; the model's own if None, which must then be the reference's too.
 
     Raises:
-        EvaluationError: logits that are not numbers (names the variant and the first such layer), or out of
-            memory with a single window.
+        EvaluationError: logits that are not numbers (names the variant), or out of memory with a single
+            window.
     """
     head = head or Head(model)
     parts: list[dict[str, np.ndarray]] = []
@@ -209,7 +209,7 @@ def token_scores(
         hidden, goals = _states(model, ids).flatten(0, 1), ids[:, 1:].flatten()
         done = sum(len(part["nll"]) for part in parts)
         columns = _rows(head, hidden, goals, COLUMNS, _compare, reference[done : done + len(ids)])
-        _check_finite(model, ids, columns["nll"], label)
+        _check_finite(columns["nll"], label)
         parts.append({k: v.view(len(ids), -1).cpu().numpy() for k, v in columns.items()})
 
     _batches(model, windows, batch, score)
@@ -302,36 +302,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _check_finite(model: Any, ids: torch.Tensor, nll: torch.Tensor, label: str) -> None:
+def _check_finite(nll: torch.Tensor, label: str) -> None:
     if not torch.isfinite(nll).all():
-        where = first_nonfinite(model, ids) or "the head"
         raise EvaluationError(
-            f"Variant '{label}': the logits are not numbers; the first layer whose output overflows or is "
-            f"NaN is {where}. Try dtype='float32' or 'bfloat16', or keep that layer in 16-bit."
+            f"Variant '{label}': the logits are not numbers: a layer's output overflows or is NaN. Try "
+            "dtype='float32' or 'bfloat16'."
         )
-
-
-def first_nonfinite(model: Any, ids: torch.Tensor) -> str | None:
-    """Name of the first innermost module, in order of execution, whose output holds an infinity or a NaN."""
-    found: list[str] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def look(module: Any, inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-                found.append(name)
-
-        return look
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
 
 
 # --- a model switched between formats -------------------------------------------------------------------

@@ -186,16 +186,7 @@ def make_windows(
 
 
 def window_texts(text: Text | str, tokenizer: Any, n: int, length: int, start: int | None) -> list[str]:
-    """Return the raw characters behind each window of `make_windows`, for word and byte counts.
-
-    Raises:
-        EvaluationError: the tokenizer can't say which characters a token covers (a slow, Python-only one).
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise EvaluationError(
-            f"{type(tokenizer).__name__} can't map tokens to characters, as word and byte "
-            "perplexity need; expected a fast tokenizer (a repository with tokenizer.json)."
-        )
+    """Return the raw characters behind each window of `make_windows`, for word and byte counts."""
     raw = text.text if isinstance(text, Text) else text
     encoded = tokenizer(raw, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]

@@ -159,33 +159,6 @@ def test_rivals_are_judged_by_the_same_protocol(evaluated):
     assert list(kept) == ["rival:model", "rival:model#2", "rival:model#3"]
 
 
-@pytest.mark.slow
-def test_a_rival_in_compressed_tensors(copy_of, tmp_path):
-    """Four bits in groups of 32, data-free, packed by the compressed-tensors package itself."""
-    from compressed_tensors import quantization as packing
-    from compressed_tensors.compressors import ModelCompressor
-
-    run, source = copy_of()
-    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
-    four = packing.QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
-    groups = {"group_0": packing.QuantizationScheme(targets=["Linear"], weights=four)}
-    asked = packing.QuantizationConfig(config_groups=groups, ignore=["lm_head"])
-    packing.apply_quantization_config(model, asked)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            largest = module.weight.detach().unflatten(1, (-1, 32)).abs().amax(-1)
-            module.weight_scale.data.copy_(largest / 7.5)
-    compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path / "w4")
-    compressor.update_config(tmp_path / "w4")
-    asked = SMALL | {"controls": ["int8"], "rivals": [str(tmp_path / "w4")]}
-    found = evaluate.evaluate(run, source, **asked).variants
-    rival = found["rival:w4"]
-    assert rival["label"] == "w4 (compressed-tensors)" and rival["bytes"] < found["reference"]["bytes"]
-    assert found["int8"]["kl_mean"] < rival["kl_mean"] < 3 * found["nf4"]["kl_mean"]
-
-
 def test_a_rivals_4_bit_head_scores_as_its_dequantized_weights_do(tiny):
     from bitsandbytes import functional, nn
 
@@ -439,8 +412,7 @@ def test_a_row_of_a_run_holds_its_verdicts(evaluated):
     row = generalization([run.path]).iloc[0]
     assert (row["model"], row["KL plan"]) == (source.id, found.variants["plan"]["kl_mean"])
     assert row["KL random"] == np.mean([found.variants[f"random_{n}"]["kl_mean"] for n in (0, 1)])
-    verdicts = {claim["key"]: claim["verdict"] for claim in found.claims}
-    assert {key: row[key] for key in claims.QUESTIONS} == {key: verdicts[key] for key in claims.QUESTIONS}
+    assert row["random"] == {claim["key"]: claim["verdict"] for claim in found.claims}["random"]
 
 
 # --- the controls ----------------------------------------------------------------------------------------

@@ -165,10 +165,10 @@ def test_noise_has_the_norm_of_the_nf4_error_and_its_own_seed(model):
     assert not torch.equal(values[0], values[1])
 
 
-def test_overflow_names_the_variant_and_the_first_layer(model, windows):
+def test_overflow_names_the_variant_and_what_to_do(model, windows):
     reference = scoring.reference_states(model, windows)
     model.get_submodule("model.layers.2.mlp.down_proj").weight.fill_(torch.inf)
-    with pytest.raises(EvaluationError, match=r"'broken'.*model\.layers\.2\.mlp\.down_proj"):
+    with pytest.raises(EvaluationError, match=r"'broken'.*float32"):
         scoring.token_scores(model, windows, reference, label="broken")
 
 
@@ -206,14 +206,3 @@ def test_starting_at_a_layers_block_changes_no_number(arch, tmp_path, windows):
         assert started > 0
         switch.to({name: "nf4"})
         assert started == scoring.token_scores(model, windows, reference).kl.mean(dtype=np.float64)
-
-
-def test_memory_of_a_large_vocabulary_stays_under_a_gigabyte():
-    head = nn.Linear(8, 248_320, bias=False)
-    toy = type("Toy", (), {"get_output_embeddings": lambda self: head})()
-    toy.config = type("Config", (), {"get_text_config": lambda self: None})()
-    made = scoring.Head(toy)
-    row = 4 * 248_320
-    # two buffers of raw logits, and at most four float32 temporaries of a slice
-    assert 2 * made.chunk * row + 4 * made.rows * row < 1e9
-    assert made.chunk >= 16
