@@ -1,6 +1,7 @@
 """The model's own chat as a text: what stands in a window, what counts, and that it is sampled once."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from spi_utils.errors import EvaluationError
 from spi_utils.models import load_model, resolve
 from spi_utils.sensitivity import sample_windows
 from tests.evaluated_run import ready_run
+from tests.finished_run import make_finished_run
+from tests.test_card import written
 from tests.tiny import make_tiny, make_tokenizer
 
 TEMPLATE = (
@@ -127,6 +130,19 @@ def test_the_reports_table_by_text(evaluated):
         assert "<th>chat</th>" in table and table.count("</tr>") == 1 + len(found.variants)
         for one in found.by_text:
             assert f"{one['variants']['nf4']['kl']['mean']:.4f}" in table
+
+
+def test_the_card_has_a_line_by_text(tmp_path):
+    run = make_finished_run(tmp_path)
+    first = evaluate.Evaluation.read(run.evaluation_json)
+    first.variants["plan"]["kl"] = {"mean": 0.0321, "low": 0.03, "high": None}
+    other = {"plan": first.variants["plan"] | {"kl": {"mean": 0.0456, "low": 0.04, "high": 0.05}}}
+    text = first.text | {"name": "chat", "in_distribution": True}
+    others = [{"text": text, "variants": first.variants | other}]
+    replace(first, other_texts=others).write(run.evaluation_json)
+    said = written(run)[1]
+    assert "0.0321; chat" in said and "0.0456 (0.0400 … 0.0500)." in said
+    assert "chat (its base's own answers, in distribution" in said and "Measured on 2 texts" in said
 
 
 @pytest.mark.parametrize(
