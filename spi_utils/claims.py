@@ -11,7 +11,6 @@ a T4. A row of its audit is what was stated, in `STATED`, and what measures it, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from spi_utils import runs, stats
 from spi_utils.formats import gigabytes
 from spi_utils.plan import EQUAL, held_words
 from spi_utils.stats import OPEN, REFUTED, SUPPORTED, Estimate, verdict
+from spi_utils.texts import CHAT
 
 SCHEMA = 1
 # Shares of tokens at which the KL survival curve is stored: 1, 0.79, 0.63 … down to 1e-5.
@@ -72,6 +72,11 @@ class Evaluation:
             if odd := [name for name, value in held.items() if not isinstance(value, kinds.get(name, dict))]:
                 raise TypeError(f"{', '.join(odd)} can't be read")
             return cls(**held)
+
+    @property
+    def by_text(self) -> list[dict[str, Any]]:
+        """The first text and the others, each {"text", "variants"}."""
+        return [{"text": self.text, "variants": self.variants}, *self.other_texts]
 
     def table(self) -> pd.DataFrame:
         """A row a variant: what a notebook shows. Sizes in GB (10⁹ bytes), losses in nats a token."""
@@ -168,10 +173,11 @@ def _quality(evaluation: Evaluation) -> dict[str, tuple[str, str | bool]]:
     # What the claim is about is the plan as bitsandbytes rounds it.
     key = "plan_nearest" if "plan_nearest" in variants else "plan"
     plan, stated, drawn = variants["plan"], variants[key], variants["plan"].get("vs_random")
-    texts = {evaluation.text["name"]: variants}
-    texts |= {other["text"]["name"]: other["variants"] for other in evaluation.other_texts}
-    deltas = {name: Estimate.from_dict(numbers[key]["delta"]) for name, numbers in texts.items()}
-    delta, verdicts = deltas[evaluation.text["name"]], {verdict(one, "lower") for one in deltas.values()}
+    delta = Estimate.from_dict(stated["delta"])
+    # Of the model's own writing no other model can have a lower loss: a chat can't answer for the claim.
+    others = [one for one in evaluation.by_text if one["text"]["name"] != CHAT]
+    deltas = {one["text"]["name"]: Estimate.from_dict(one["variants"][key]["delta"]) for one in others}
+    verdicts = {verdict(one, "lower") for one in deltas.values()}
     words = (
         f"{variants['reference']['perplexity']:.3f} → {stated['perplexity']:.3f}: {interval(delta)} nats a "
         f"token; {stated['effect']['share_improved']:.0%} of windows improve"
@@ -202,7 +208,7 @@ def _quality(evaluation: Evaluation) -> dict[str, tuple[str, str | bool]]:
     words = "; ".join(f"{name}: {interval(one)}" for name, one in deltas.items())
     found["texts"] = words, verdicts.pop() if len(verdicts) == 1 else OPEN
     if len(deltas) < 2:
-        found["texts"] = f"{words} (one text only; profile full has two)", NOT_TESTED
+        found["texts"] = f"{words} (fewer than two texts that the model didn't write)".strip(), NOT_TESTED
     return found
 
 
@@ -249,8 +255,6 @@ def _arithmetic(
 
 # --- in sentences ----------------------------------------------------------------------------------------
 
-# Variants that may hold more than two formats: what they were chosen from.
-MIXES = {"fisher_int8": "NF4, int8 and 16-bit", "fisher_int4": "int4, int8 and 16-bit"}
 # Variants that a stock checkpoint can hold, and the parameters that make them; {bits} are the plan's.
 RECIPES = {
     "fisher": "-p score fisher -p rule matrix_bits -p value {bits}",
@@ -266,7 +270,7 @@ WORTH = {
 
 
 def headline_of(evaluation: Evaluation) -> str:
-    """What this file is worth, the better one with the command that makes it, and the dearest layer."""
+    """What this file is worth, and the better one with the command that makes it."""
     variants, kept = evaluation.variants, evaluation.plan
     plan, reference = variants["plan"], variants["reference"]
     ratio, low, high = plan["perplexity_ratio"]
@@ -286,7 +290,7 @@ def headline_of(evaluation: Evaluation) -> str:
     if "vs_random" in plan:
         worth = WORTH[verdict(Estimate.from_dict(plan["vs_random"]["kl"]), "lower")]
         said += f" By KL to the 16-bit model, {worth}."
-    return " ".join(filter(None, [said, better_sentence(evaluation), dearest_sentence(evaluation)]))
+    return f"{said} {better_sentence(evaluation)}".rstrip()
 
 
 def _gap(one: Estimate) -> str:
@@ -315,43 +319,6 @@ def better_sentence(evaluation: Evaluation) -> str:
     )
 
 
-def dearest_sentence(evaluation: Evaluation) -> str:
-    """The layer that costs most of those that the plan quantized, by prediction; empty if unknown."""
-    dearest = evaluation.plan.get("dearest")
-    if dearest is None or dearest["predicted_kl"] < 0.1 * evaluation.variants["plan"]["kl_mean"]:
-        return ""
-    name = dearest["name"].removeprefix("model.layers.").removeprefix("transformer.h.")
-    return (
-        f"Of the layers that the plan quantizes, `{name}` costs most: {dearest['predicted_kl']:.3f} nats a "
-        f"token are predicted for its {dearest['format']} alone."
-    )
-
-
-def switching_sentence(evaluation: Evaluation) -> str:
-    """What switching `score` to fisher would gain, from this run's own numbers."""
-    score, variants = evaluation.plan["score"], evaluation.variants
-    if score == "fisher":
-        return "This plan already uses `fisher`: switching the score would gain nothing."
-    if "fisher" not in variants:
-        why = evaluation.skipped.get("fisher", "the control `fisher` was left out of this evaluation.")
-        return f"What switching `score` to `fisher` would gain was not measured: {why}"
-    plan, fisher, gain = variants["plan"], variants["fisher"], evaluation.difference("fisher", "plan")
-    lower = 1 - fisher["kl_mean"] / plan["kl_mean"]
-    mixes = "".join(
-        f"; chosen from {menu} it holds {held_words(variants[key]['layers'])}, "
-        f"KL {variants[key]['kl_mean']:.4f}"
-        for key, menu in MIXES.items()
-        if key in variants
-    )
-    return (
-        f"Switching `score` from `{score}` to `fisher` would, at the same bytes, "
-        f"{'lower' if lower >= 0 else 'raise'} the KL by {abs(lower):.0%}: from {plan['kl_mean']:.4f} to "
-        f"{fisher['kl_mean']:.4f} nats a token (float32, from the file's tensors; {_gap(gain)}; “fisher is "
-        f"better” is {verdict(gain, 'lower')}), and the perplexity from {plan['perplexity']:.3f} to "
-        f"{fisher['perplexity']:.3f}{mixes}."
-    )
-
-
 def stock_sentence(stock: Mapping[str, Any]) -> str:
     """The KL of the model as loaded beside its file's, in a sentence; `stock` is evaluation.json's entry."""
     if stock.get("agrees") is None:
@@ -367,31 +334,12 @@ def stock_sentence(stock: Mapping[str, Any]) -> str:
 
 # --- several runs ----------------------------------------------------------------------------------------
 
-# Rows of the audit that don't depend on which model is run: key -> what "supported" says in a few words.
-QUESTIONS = {
-    "better": "lower loss than 16-bit",
-    "random": "beats random layers",
-    "direction": "beats the score's other end",
-    "int8": "beats int8 everywhere",
-    "fisher": "beats Fisher's choice",
-}
-
-
-def evaluated_beside(run: runs.Run) -> list[Path]:
-    """The evaluated runs in the folder that holds this one, itself among them, in name order.
-
-    A folder that can't be read is left out; a damaged run the report names itself.
-    """
-    beside, needed = sorted(run.path.resolve().parent.iterdir()), ("evaluation.json", "run.json")
-    return [path for path in beside if all(os.path.exists(path / name) for name in needed)]
-
 
 def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """Does it generalize? A row a run, with the audit's verdicts on what doesn't depend on the model.
+    """A row a run: what a leaderboard says of it.
 
-    Columns: run (its folder), model, plan, text, windows, matrix bits, Δ loss with its interval, KL of plan,
-    of random and of Fisher's and int8's controls, and the verdicts named in `QUESTIONS`. Losses in nats a
-    token; NaN where a control was not run.
+    Columns: model, text, windows, matrix bits, Δ loss with its interval, KL of the plan and of controls, and
+    "random": whether the plan beats random layers. Losses in nats a token; NaN where a control was not run.
 
     Raises:
         RunError: a folder is no run, or has no evaluation yet.
@@ -399,22 +347,13 @@ def generalization(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     rows = []
     for run in map(runs.existing_run, run_dirs):
         evaluation = Evaluation.read(run.evaluation_json)
-        plan, delta = evaluation.plan, evaluation.variants["plan"]["delta"]
+        delta = evaluation.variants["plan"]["delta"]
         kls = pd.Series({key: one["kl_mean"] for key, one in evaluation.variants.items()})
         kls["random"] = kls[[key for key in kls.index if is_random(key)]].mean()
-        controls = ("plan", "random", "fisher", "fisher_int8", "fisher_int4", "int8")
-        verdicts = {row["key"]: row["verdict"] for row in audit(evaluation)}
-        row = {"run": run.path.resolve().name, "model": runs.run_info(run)["model"]["id"]}
-        row |= {"plan": f"{plan['score']}, {plan['direction']}", "text": evaluation.text["name"]}
-        row |= {"windows": evaluation.text["windows"], "matrix bits": plan["matrix_bits"]}
+        row = {"model": runs.run_info(run)["model"]["id"], "text": evaluation.text["name"]}
+        row |= {"windows": evaluation.text["windows"], "matrix bits": evaluation.plan["matrix_bits"]}
         row |= {"Δ loss": delta["mean"], "Δ low": delta["low"], "Δ high": delta["high"]}
+        controls = ("plan", "random", "fisher", "fisher_int8", "int8")
         row |= {f"KL {key}": kls.get(key, np.nan) for key in controls}
-        rows.append(row | {key: verdicts[key] for key in QUESTIONS})
+        rows.append(row | {"random": _quality(evaluation)["random"][1]})
     return pd.DataFrame(rows).astype({"Δ low": float, "Δ high": float})  # an unbounded end is NaN
-
-
-def count_verdicts(rows: pd.DataFrame, question: str) -> str:
-    """How a question was answered over all runs: "supported in 1 of 3 runs, refuted in 2"."""
-    counts = rows[question].value_counts(sort=False)
-    first, *others = (f"{verdict} in {count}" for verdict, count in counts.items())
-    return ", ".join([f"{first} of {len(rows)} runs", *others])

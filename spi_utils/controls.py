@@ -33,8 +33,8 @@ from spi_utils.plan import (
 )
 from spi_utils.scoring import NEAREST
 
-QUICK = ("other_direction", "fisher", "fisher_int8", "fisher_int4", "int8", "int4", "random")
-FULL = (*QUICK, "noise", "first_last", "smallest_first", "type_prior")
+QUICK = ("other_direction", "fisher", "int8", "random")
+FULL = (*QUICK, "fisher_int8", "fisher_int4", "int4", "noise", "first_last", "smallest_first", "type_prior")
 INT4 = "int4_g64"  # the uniform 4-bit rival, and the low tier of the mixes for vLLM
 Formats = Mapping[str, str]
 

@@ -17,10 +17,10 @@ evaluation.json holds no time: the same inputs and seed give the same file. Spee
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
 import math
 import re
-import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from spi_utils import models, quantize, runs, stats
+from spi_utils import chat, models, quantize, runs, stats
 from spi_utils.checkpoint import disk_bytes, put_saved, weight_files
 from spi_utils.claims import SURVIVAL, Evaluation, audit, is_random
 from spi_utils.controls import FULL, QUICK, Variant, make_variants
@@ -43,13 +43,10 @@ from spi_utils.errors import EvaluationError
 from spi_utils.plan import ProtectionPlan
 from spi_utils.progress import progress
 from spi_utils.rounding import Codes
-from spi_utils.scoring import Head, Switch, TokenScores, default_batch, reference_states, token_scores
+from spi_utils.scoring import Head, Switch, TokenScores, reference_states, token_scores
 from spi_utils.speed import measure_in_subprocess
-from spi_utils.texts import Text, load_texts, make_windows, window_texts
-from spi_utils.texts import start_token as find_start
-from spi_utils.tokens import hub_token
+from spi_utils.texts import CHAT, Text, check_windows, load_texts, make_windows, start_token, window_texts
 
-BATCH = 8  # windows that a variant is run on at once, at most
 STOCK_WINDOWS = 4  # of the first text, its own first ones, that the model as loaded is scored on
 STOCK_ALLOWED = 0.005  # nats a token, beside what the dtype costs the 16-bit model twice over
 UNPROVEN = "notebook 03_quantize could not run the checkpoint on this machine"
@@ -75,7 +72,16 @@ class Profile:
 
 
 PROFILES = {"quick": Profile(24, 256, 1, QUICK), "full": Profile(96, 512, 2, FULL)}
-Sample = tuple[dict[str, Any], torch.Tensor]  # a text as evaluation.json describes it, and its windows (W, T)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text as evaluation.json describes it, its windows (W, T), and which of the predicted tokens count,
+    bool (W, T - 1) or True for all; a chat has no window before the model has answered."""
+
+    text: dict[str, Any]
+    windows: torch.Tensor
+    counted: NDArray[np.bool_] | bool = True
 
 
 def evaluate(
@@ -86,7 +92,6 @@ def evaluate(
     texts: str | Path | Sequence[str | Path] = "auto",
     windows: int | None = None,
     length: int | None = None,
-    start_token: str | int | None = "auto",
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -104,7 +109,7 @@ def evaluate(
         run: a run with layers.csv, plan.json and model/. source: the model that it belongs to.
         profile: "quick" or "full"; `windows`, `length` (tokens a window, start token included) and
             `controls` (names of `FULL`) replace its parts.
-        texts, start_token: as `texts.load_texts` and `texts.start_token` take them.
+        texts: as `texts.load_texts` takes them.
         seed: of the random controls (seed … seed + random_seeds − 1), the noise and the bootstrap.
         rivals: further checkpoints that transformers loads: folders or Hub ids.
         speed_repeats: timed generations of the saved checkpoint and of the 16-bit model; 0 leaves speed out.
@@ -123,7 +128,7 @@ def evaluate(
     settings: dict[str, Any] = {"profile": profile, "windows": windows or chosen.windows}
     settings |= {"length": length or chosen.length, "texts": chosen.texts}
     settings["controls"] = list(chosen.controls if controls is None else controls)
-    settings |= {"start_token": start_token, "random_seeds": random_seeds, "seed": seed}
+    settings |= {"random_seeds": random_seeds, "seed": seed}
     # What is published names no path of this machine.
     settings |= {"rivals": [Path(one).name if Path(one).expanduser().exists() else one for one in rivals]}
     settings |= {"lm_eval": [*lm_eval_tasks, lm_eval_limit] if lm_eval_tasks else [], "device": str(place)}
@@ -140,7 +145,8 @@ def evaluate(
     layers, table_mark = runs.read_layers(run), runs.layers_fingerprint(run)
     plan = ProtectionPlan.read(run.plan_json, model=source.identity(), layers_fingerprint=table_mark)
     variants, skipped = make_variants(layers, plan, settings["controls"], random_seeds, seed)
-    judged, others = load_texts(texts, at_least=chosen.texts), find_rivals(rivals)
+    tokenizer, others = models.load_tokenizer(source), find_rivals(rivals)
+    judged = load_texts(texts, at_least=chosen.texts, template=bool(tokenizer.chat_template))
     codes = list(run.rounded.glob("*.safetensors"))
     hashes = {
         "weights": source.sha256,
@@ -158,18 +164,18 @@ def evaluate(
     with runs.stage(run, "evaluate", inputs, ["evaluation.json"], force=force) as stage:
         if stage.finished:
             return Evaluation.read(run.evaluation_json)
-        samples = make_samples(source, judged, settings["windows"], settings["length"], start_token)
+        samples = make_samples(source, tokenizer, judged, settings["windows"], settings["length"])
         # What other code has scored is not mixed with this one's scores.
         folder = run.partial / "evaluate" / hashes["code"][:12]
         kept = [folder / f"reference.{index}.npy" for index in range(min(STOCK_WINDOWS, settings["windows"]))]
         variants |= rival_variants(others, int(layers["numel"].sum()))
-        scores, tasks, seconds = score(
+        samples, scores, tasks = score(
             run, source, plan, settings, variants, others, samples, folder, kept if proven else []
         )
-        stage.record(seconds_by_variant={key: round(value, 3) for key, value in seconds.items()})
         found: list[dict[str, Any]] = []
-        for index, (text, _) in enumerate(samples):
-            numbers = {key: variant_numbers(one[index], text) for key, one in scores.items()}
+        for index, sample in enumerate(samples):
+            text = sample.text
+            numbers = {key: variant_numbers(one[index], text, sample.counted) for key, one in scores.items()}
             numbers = {key: _describe(variants[key]) | one for key, one in numbers.items()}
             compare(numbers, seed=seed)
             found.append({"text": text, "variants": numbers})
@@ -224,26 +230,71 @@ def _shipped_dtype(run: runs.Run) -> str:
 
 
 def make_samples(
-    source: models.ModelSource, texts: Sequence[Text], windows: int, length: int, start_token: Any
+    source: models.ModelSource,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    windows: int,
+    length: int,
 ) -> list[Sample]:
-    """Cut every text into windows with the source's tokenizer.
+    """Cut every text into windows with the source's tokenizer; a chat waits for the model (`answered`).
 
     Words and bytes are of the raw text behind the windows, as lm-evaluation-harness counts them. Raises
-    EvaluationError as `texts.make_windows` and `texts.start_token` do.
+    EvaluationError as `texts.make_windows` does.
     """
     config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    tokenizer = models.load_tokenizer(source)
-    start = find_start(tokenizer, config, start_token)
+    start = start_token(tokenizer, config)
     samples = []
     for text in texts:
-        ids = make_windows(text, tokenizer, windows, length, start, config=config)
-        pieces = window_texts(text, tokenizer, windows, length, start)
         described: dict[str, Any] = {"name": text.name, "source": text.source, "sha256": text.sha256}
         described |= {"tokens": windows * (length - 1), "windows": windows, "window_length": length}
-        described |= {"start_token": start, "words": sum(len(re.split(r"\s+", piece)) for piece in pieces)}
-        described |= {"bytes": sum(len(piece.encode()) for piece in pieces), "convention": CONVENTION}
-        samples.append((described, ids))
+        if text.name == CHAT:
+            check_windows(windows, length, None, config)
+            described |= {"start_token": None, "convention": chat.CONVENTION}
+            samples.append(Sample(described, torch.empty(0, length, dtype=torch.long)))
+            continue
+        ids = make_windows(text, tokenizer, windows, length, start, config=config)
+        pieces = window_texts(text, tokenizer, windows, length, start)
+        described |= {"start_token": start, **_counts(pieces), "convention": CONVENTION}
+        samples.append(Sample(described, ids))
     return samples
+
+
+def _counts(pieces: Sequence[str]) -> dict[str, int]:
+    words = sum(len(re.split(r"\s+", piece)) for piece in pieces)
+    return {"words": words, "bytes": sum(len(piece.encode()) for piece in pieces)}
+
+
+def answered(
+    run: runs.Run,
+    source: models.ModelSource,
+    plan: ProtectionPlan,
+    seed: int,
+    own: Any,
+    chatting: Sample,
+    file: Path,
+) -> Sample:
+    """A chat's windows, read from `file`, or sampled from the 16-bit model `own` once and kept there.
+
+    Words and bytes are of the answers, `sha256` is that of the token ids (int64), and `in_distribution` says
+    that the plan's costs or codes were made on the model's own text, as this one is: with other prompts and
+    other draws, yet no text of other people. Raises EvaluationError as `chat.converse` does.
+    """
+    text, tokenizer = chatting.text, models.load_tokenizer(source)
+    held = _read_arrays(file)
+    if held is None:
+        ids, answers = chat.converse(own, tokenizer, text["windows"], text["window_length"], seed)
+        held = {"ids": ids.numpy(), "answers": answers}
+        _write_arrays(file, held)
+    pairs = zip(held["ids"], held["answers"], strict=True)
+    pieces = [str(tokenizer.decode(row[mine], skip_special_tokens=True)) for row, mine in pairs]
+    counted = held["answers"][:, 1:]  # no window begins with an answer
+    described = text | _counts(pieces) | {"tokens": int(counted.sum())}
+    described |= {"sha256": hashlib.sha256(held["ids"].tobytes()).hexdigest()}
+    analysis = runs.run_info(run)["stages"].get("analyze", {})
+    kind = analysis.get("inputs", {}).get("sensitivity")
+    guided = kind == "self" or (kind in ("measured", "none") and plan.rounding == "guided")
+    described["in_distribution"] = guided and "own_text" not in (analysis.get("sensitivity") or {})
+    return Sample(described, torch.from_numpy(held["ids"]), counted)
 
 
 def score(
@@ -256,7 +307,7 @@ def score(
     samples: Sequence[Sample],
     folder: Path,
     kept: Sequence[Path],
-) -> tuple[dict[str, list[TokenScores]], dict[str, dict[str, Any]], dict[str, float]]:
+) -> tuple[list[Sample], dict[str, list[TokenScores]], dict[str, dict[str, Any]]]:
     """Load the model once, and score every variant and rival on every text.
 
     All variants are the one model, changed in place; the plan is read from the saved file. Each pair of
@@ -264,23 +315,29 @@ def score(
     evaluation goes on where it stopped. The stage empties that folder when its inputs change.
 
     Returns:
-        {variant: its scores, one a sample}, {task: {variant: accuracy}}, and {variant: seconds spent on it in
-        this process}. The reference's log-probabilities on the first windows, float32 (T, V) each, are
-        written to the paths of `kept` for `score_stock`.
+        the samples with the chat's windows, {variant: its scores, one a sample} in the order of `variants`,
+        and {task: {variant: accuracy}}. The reference's log-probabilities on the first windows, float32
+        (T, V) each, are written to the paths of `kept` for `score_stock`.
     """
     device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
-    scores = {key: [_read_scores(folder, key, index) for index in range(len(samples))] for key in variants}
+    scores: dict[str, list[TokenScores | None]] = {}
+    for key in variants:
+        held = [_read_arrays(_scores_file(folder, key, index)) for index in range(len(samples))]
+        scores[key] = [None if one is None else TokenScores(**one) for one in held]
     tasks: dict[str, dict[str, Any]] = {name: {} for name in settings["lm_eval"][:-1]}
     asked = ANSWERING if tasks else ("reference",)
     todo = [key for key, held in scores.items() if None in held or key in asked]
     codes = Codes(run.rounded) if plan.rounding == "guided" else {}
     options = {"double_quant": plan.double_quant, "seed": settings["seed"]}
-    seconds: dict[str, float] = {}
     with models.open_weights(source) as weights:
         own = models.load_model(source, device=device, dtype=dtype)
         switch = Switch(own, weights, list(plan.formats), codes=codes, **options)
-        began = time.monotonic()
-        head, references = Head(own), [reference_states(own, ids) for _, ids in samples]
+        seed, file = settings["seed"], folder / "chat.npz"
+        samples = [
+            answered(run, source, plan, seed, own, one, file) if one.text["name"] == CHAT else one
+            for one in samples
+        ]
+        head, references = Head(own), [reference_states(own, one.windows) for one in samples]
         for key in progress(todo, len(scores), "evaluate: variants", done=len(scores) - len(todo)):
             model, heads = own, head
             if key in rivals:
@@ -290,48 +347,48 @@ def score(
                 switch.to(variants[key].formats)
             if key == "plan":
                 put_saved(model, weights, plan.formats, run.model_dir)
-            for index, (_, ids) in enumerate(samples):
+            for index, sample in enumerate(samples):
                 if scores[key][index] is not None:
                     continue
+                ids = sample.windows
                 made = references[index].scores()
                 if key != "reference":
-                    batch = min(BATCH, default_batch(device, ids.shape[1]))
-                    made = token_scores(model, ids, references[index], batch=batch, label=key, head=heads)
-                columns: dict[str, Any] = vars(made)
-                path = _scores_file(folder, key, index)
-                with runs.atomic_path(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, **columns)
+                    made = token_scores(model, ids, references[index], label=key, head=heads)
+                _write_arrays(_scores_file(folder, key, index), vars(made))
                 scores[key][index] = made
             if key == "reference":
-                _save_reference(model, samples[0][1], kept)
+                _save_reference(model, samples[0].windows, kept)
             if key in ANSWERING and tasks:
                 for name, answer in ask_tasks(model, source, settings).items():
                     tasks[name][key] = answer
             if key == "plan":
                 switch.renew()  # the file's 16-bit layers may be a cast of the source's
             del model, heads  # one rival in memory at a time
-            seconds[key], began = time.monotonic() - began, time.monotonic()
     del own, switch, head, references
     gc.collect()
     torch.cuda.empty_cache()  # fresh processes need what this one keeps of a GPU's memory
-    return scores, tasks, seconds  # type: ignore[return-value]  # none is None now
+    return list(samples), scores, tasks  # type: ignore[return-value]  # none is None now
 
 
 def _scores_file(folder: Path, key: str, index: int) -> Path:
     return folder / f"{key.replace('/', '_')}.{index}.npz"
 
 
-def _read_scores(folder: Path, key: str, index: int) -> TokenScores | None:
-    """Scores that are there and whole; None for others: damaged ones are said, and made again."""
-    path = _scores_file(folder, key, index)
+def _read_arrays(path: Path) -> dict[str, Any] | None:
+    """Arrays that are there and whole; None for others: damaged ones are said, and made again."""
     try:
         with np.load(path) as held:
-            return TokenScores(**held)
+            return dict(held)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        print(f"evaluate: {path} is damaged ({error}); scored again", flush=True)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        print(f"evaluate: {path} is damaged ({error}) and made again", flush=True)
         return None
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    with runs.atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 @torch.inference_mode()
@@ -344,24 +401,39 @@ def _save_reference(model: Any, windows: torch.Tensor, paths: Sequence[Path]) ->
 # --- the numbers -----------------------------------------------------------------------------------------
 
 
-def variant_numbers(scored: TokenScores, text: Mapping[str, Any]) -> dict[str, Any]:
+def all_numbers(
+    sample: Sample, variants: Mapping[str, Variant], scored: Sequence[TokenScores], seed: int
+) -> dict[str, dict[str, Any]]:
+    """{variant: what it is, its own numbers and every comparison}, from its scores on one text."""
+    numbers = {
+        key: _describe(variants[key]) | variant_numbers(one, sample.text, sample.counted)
+        for key, one in zip(variants, scored, strict=True)
+    }
+    compare(numbers, seed=seed)
+    return numbers
+
+
+def variant_numbers(scored: TokenScores, text: Mapping[str, Any], counted: Any = True) -> dict[str, Any]:
     """A variant's own numbers, without comparisons: perplexities, KL, flips, Δp and its window means.
 
-    `text` holds the counts of `words` and `bytes` behind the windows. KL quantiles are over tokens, linearly
+    `text` holds the counts of `words` and `bytes` behind the windows, `counted` (W, T − 1) which tokens
+    count. `nll` and `kl_mean` are means over windows, all else is over tokens. KL quantiles are linearly
     interpolated; `kl_survival` is the KL that a share of `SURVIVAL` of the tokens reaches or exceeds, shares
     below one token left out.
     """
-    nll = scored.nll.mean(axis=1, dtype=np.float64)  # (W,): one mean a window
-    total, mean = float(scored.nll.sum(dtype=np.float64)), float(nll.mean())
-    kl, dp = np.asarray(scored.kl, np.float64), np.asarray(scored.dp, np.float64)  # (W, T - 1)
+    nll = scored.nll.mean(axis=1, dtype=np.float64, where=counted)  # (W,): one mean a window
+    total, mean = float(scored.nll.sum(dtype=np.float64, where=counted)), float(nll.mean())
+    window_kl = scored.kl.mean(axis=1, dtype=np.float64, where=counted)
+    chosen = np.broadcast_to(counted, scored.nll.shape)
+    kl, dp = scored.kl[chosen].astype(np.float64), scored.dp[chosen].astype(np.float64)  # (tokens,)
     median, p99, p999 = np.quantile(kl, (0.5, 0.99, 0.999)).tolist()
     found = {"nll": mean, "nll_se": float(stats.cluster_se(nll)), "perplexity": _exp(mean)}
     found |= {f"{unit}_perplexity": _exp(total / text[f"{unit}s"]) for unit in ("word", "byte")}
-    found |= {"kl_mean": float(kl.mean()), "kl_median": median, "kl_p99": p99, "kl_p999": p999}
-    found |= {"same_top1": float(np.asarray(scored.same_top1).mean())}
+    found |= {"kl_mean": float(window_kl.mean()), "kl_median": median, "kl_p99": p99, "kl_p999": p999}
+    found |= {"same_top1": float(scored.same_top1[chosen].mean())}
     found |= {"dp_mean": float(dp.mean()), "dp_rms": float(np.sqrt((dp**2).mean()))}
     survival = np.quantile(kl, [1 - share for share in SURVIVAL if share * kl.size >= 1])
-    windows = {"window_nll": nll, "window_kl": kl.mean(axis=1), "kl_survival": survival}
+    windows = {"window_nll": nll, "window_kl": window_kl, "kl_survival": survival}
     # float32 scores carry 7 digits; 10 decimals lose nothing and keep the file small.
     return found | {name: [round(float(one), 10) for one in held] for name, held in windows.items()}
 
@@ -410,23 +482,15 @@ def _describe(variant: Variant) -> dict[str, Any]:
 
 
 def _describe_plan(run: runs.Run, plan: ProtectionPlan, layers: pd.DataFrame) -> dict[str, Any]:
-    """What the plan keeps, and the layer whose format is predicted to cost most: what the audit needs."""
+    """What the plan keeps and weighs: what the audit needs."""
     planned = layers[layers["quantizable"]]
-    kept = planned["name"].isin(plan.protected)
-    costs = []
-    for row in planned.to_dict("records"):
-        fmt = plan.formats[row["name"]]
-        cost = {"name": row["name"], "format": fmt, "predicted_kl": row.get(f"predicted_{fmt}", np.nan)}
-        if fmt != "16bit" and np.isfinite(cost["predicted_kl"]):
-            costs.append(cost)
-    names = ("score", "direction", "rule", "reason", "double_quant", "bits_per_weight", "matrix_bits")
-    own = {name: getattr(plan, name) for name in (*names, "predicted_kl")}
-    weights = {"weights": layers, "matrix_weights": planned, "protected_weights": planned[kept]}
-    found = {name: own.pop(name) for name in names[:5]}
+    kept = planned[planned["name"].isin(plan.protected)]
+    found = {name: getattr(plan, name) for name in ("score", "direction", "rule", "reason", "double_quant")}
     found |= {"protected": len(plan.protected), "planned": len(planned)}
-    found |= {name: int(rows["numel"].sum()) for name, rows in weights.items()}
-    found |= {"bytes": dict(plan.bytes), "bytes_on_disk": disk_bytes(run.model_dir)} | own
-    return found | {"dearest": max(costs, key=lambda cost: cost["predicted_kl"], default=None)}
+    for name, rows in (("weights", layers), ("matrix_weights", planned), ("protected_weights", kept)):
+        found[name] = int(rows["numel"].sum())
+    found |= {"bytes": dict(plan.bytes), "bytes_on_disk": disk_bytes(run.model_dir)}
+    return found | {name: getattr(plan, name) for name in ("bits_per_weight", "matrix_bits", "predicted_kl")}
 
 
 # --- the model as a user loads it ------------------------------------------------------------------------
@@ -459,8 +523,7 @@ def score_stock(
         EvaluationError: logits that are not numbers, or a KL that isn't the file's.
         CheckpointError: stock transformers can't load the checkpoint.
     """
-    assert plan.kl is not None
-    text, windows, dtype = sample[0], sample[1][: len(reference)], _shipped_dtype(run)
+    text, windows, dtype = sample.text, sample.windows[: len(reference)], _shipped_dtype(run)
     print("evaluate: the checkpoint as stock transformers loads it, then the 16-bit model", flush=True)
     request: dict[str, Any] = {
         "model": str(run.model_dir.resolve()),
@@ -490,28 +553,19 @@ def score_stock(
 # GPTQ, AWQ, HQQ, compressed-tensors, an earlier run's `model/`: a rival is scored on the same token ids and
 # against the same reference.
 
-RIVAL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-
 
 def find_rivals(specs: Sequence[str]) -> dict[str, Path]:
-    """{key: folder} of folders and Hub ids; EvaluationError for one that is neither or has no safetensors."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    """{key: folder} of folders and Hub ids.
 
+    Raises EvaluationError for one that holds no checkpoint, ModelError where the Hub refuses one.
+    """
     found: dict[str, Path] = {}
     for spec in map(str, specs):
-        folder, token, why = Path(spec).expanduser(), hub_token(), "no config.json or no safetensors file"
-        try:
-            if not folder.is_dir():
-                value = None if token is None else token.value
-                folder = Path(snapshot_download(spec, allow_patterns=RIVAL_FILES, token=value))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            why = f"no folder here, and can't be fetched from the Hub ({type(error).__name__})"
-        # Not raised above: a Hub that echoes the request would put its header into the traceback.
+        folder = models.download(spec)[0] if models.is_hub_id(spec) else Path(spec).expanduser()
         if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
             raise EvaluationError(
-                f"the rival {spec!r}: {why}. Expected a folder or a Hub id of a checkpoint that transformers "
-                "loads; log in if the repository is gated."
+                f"the rival {spec!r}: no config.json or no safetensors file there. Expected a folder or a "
+                "Hub id of a checkpoint that transformers loads."
             )
         key = "rival:" + re.sub(r"[^A-Za-z0-9._-]+", "-", spec.rstrip("/").split("/")[-1])
         same = sum(other.split("#")[0] == key for other in found)  # every run's folder is called "model"

@@ -35,7 +35,7 @@ from spi_utils.platforms import ATTACHED
 from spi_utils.presets import DEFAULT, PRESETS, for_all_stages, resolve
 from spi_utils.progress import interactive
 from spi_utils.runs import NOTEBOOKS, Run, run_info, sha256_file
-from spi_utils.texts import NAMES
+from spi_utils.texts import CHAT, NAMES
 from spi_utils.tokens import hub_token, with_token, without_token
 
 ALL = "00_run_all"
@@ -95,7 +95,7 @@ def _run_dir(text: str) -> bool:
 
 
 def _texts(text: str) -> bool:
-    return all(part.strip() in NAMES or os.path.isfile(part.strip()) for part in text.split(","))
+    return all(part.strip() in (*NAMES, CHAT) or os.path.isfile(part.strip()) for part in text.split(","))
 
 
 def _checkpoint(text: str) -> bool:
@@ -144,7 +144,7 @@ TABLE: dict[str, Parameter] = {
     "max_shard_size": Parameter(str, "a size such as '2GB' or '500MB'", SHARD.fullmatch),
     "storage_dtype": Parameter(str, choices=("auto", "float16", "bfloat16")),
     "overflow": Parameter(str, choices=("keep_bf16", "error")),
-    "texts": Parameter(str, FILE, _texts, NAMES, "either", least=1),
+    "texts": Parameter(str, FILE, _texts, (*NAMES, CHAT), "either", least=1),
     "rivals": Parameter(str, "a folder or a Hub id", _checkpoint, many="list"),
     "lm_eval_tasks": Parameter(str, "a task's name", str.strip, many="list"),
 }

@@ -23,7 +23,6 @@ from markupsafe import Markup
 from spi_utils import claims, runs, stats
 from spi_utils import figures as draw
 from spi_utils.claims import Evaluation
-from spi_utils.errors import SPIError
 from spi_utils.formats import gigabytes
 from spi_utils.quantize import proof_by_use
 
@@ -72,7 +71,7 @@ def _believing(run: runs.Run) -> AbstractContextManager[None]:
 
 def table_html(evaluation: Evaluation) -> Any:
     """The evaluation's numbers as report.html shows them, the plan highlighted, a legend of columns below."""
-    return _shown(_pieces().evaluation_in_notebook(evaluation.variants))
+    return _shown(_pieces().evaluation_in_notebook(evaluation))
 
 
 def claims_html(evaluation: Evaluation, speed: Mapping[str, Any] | None = None) -> Any:
@@ -120,30 +119,11 @@ def write_report(run: runs.Run) -> Path:
             "machine": pieces.machine(found) if found else "",
         }
     with _believing(run):
-        parts |= {"headline": claims.headline_of(evaluation), "advice": claims.switching_sentence(evaluation)}
-        parts |= {"claims": claims.audit(evaluation, speed), "beside": other_runs(run), "layers": LAYERS}
-        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files}
+        parts |= {"headline": claims.headline_of(evaluation), "claims": claims.audit(evaluation, speed)}
+        parts |= {"draws": stats.DRAWS, "least": stats.MIN_CLUSTERS, "files": files, "layers": LAYERS}
         page = pieces.page(evaluation=evaluation, **parts)
     runs.write_text(run.report, page.strip() + "\n")
     return run.report
-
-
-def other_runs(run: runs.Run) -> str:
-    """The section on the evaluated runs beside this one: does it generalize? Empty if there are none."""
-    tables, unread = [], []
-    for folder in claims.evaluated_beside(run):
-        try:
-            tables.append(claims.generalization([folder]))
-        # Another run's broken file is no reason to withhold this run's report.
-        except (SPIError, LookupError, TypeError, ValueError):
-            unread.append(folder.name)
-    if len(tables) + len(unread) < 2:
-        return ""
-    held = pd.concat(tables, ignore_index=True)
-    rows = held.to_dict("records")
-    asked = claims.QUESTIONS
-    answers = "; ".join(f"“{words}” is {claims.count_verdicts(held, key)}" for key, words in asked.items())
-    return _pieces().other_runs(rows, asked, answers, unread, run.path.resolve().name)
 
 
 # --- how values are written ------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,24 +32,15 @@ class TokenScores:
 
     Attributes:
         nll: float32, negative log-likelihood in nats.
-        kl: float32, KL(reference ‖ this model) in nats, over the whole vocabulary; None if not asked for.
-        same_top1: bool, the reference's most likely token is also this model's; None likewise.
-        dp: float32, probability of the true token here minus in the reference; None likewise.
+        kl: float32, KL(reference ‖ this model) in nats, over the whole vocabulary.
+        same_top1: bool, the reference's most likely token is also this model's.
+        dp: float32, probability of the true token here minus in the reference.
     """
 
     nll: np.ndarray
-    kl: np.ndarray | None = None
-    same_top1: np.ndarray | None = None
-    dp: np.ndarray | None = None
-
-    @staticmethod
-    def join(parts: Sequence[TokenScores]) -> TokenScores:
-        """Stack the scores of successive groups of windows."""
-        names = ("nll", "kl", "same_top1", "dp")
-        columns = {name: [getattr(part, name) for part in parts] for name in names}
-        return TokenScores(
-            **{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()}  # type: ignore[arg-type]
-        )
+    kl: np.ndarray
+    same_top1: np.ndarray
+    dp: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -181,7 +171,7 @@ def reference_states(
         states = _states(model, ids)
         kinds = {"nll": torch.float32, "top1": torch.int64}
         columns = _rows(head, states.flatten(0, 1), ids[:, 1:].flatten(), kinds, _alone)
-        _check_finite(model, ids, columns["nll"], label)
+        _check_finite(columns["nll"], label)
         # at once: a copy that fails must leave no column longer
         parts.append((states.cpu(), *(column.view(len(ids), -1).cpu() for column in columns.values())))
 
@@ -192,10 +182,9 @@ def reference_states(
 def token_scores(
     model: Any,
     windows: torch.Tensor,
-    reference: Reference | None = None,
+    reference: Reference,
     *,
     batch: int | None = None,
-    need_kl: bool = True,
     label: str = "variant",
     head: Head | None = None,
 ) -> TokenScores:
@@ -204,36 +193,27 @@ def token_scores(
     Args:
         model: a causal LM.
         windows: LongTensor (W, T); every token but the first of each window is predicted.
-        reference: `reference_states` on the same windows; needed for the divergence.
+        reference: `reference_states` on the same windows.
         batch: windows at once; halved, and said so, where memory runs out.
-        need_kl: also compute `kl`, `same_top1` and `dp`: twice the work in the head.
         label: name of the variant, for messages.
         head: makes both models' logits; the model's own if None, which must then be the reference's too.
 
     Raises:
-        EvaluationError: logits that are not numbers (names the variant and the first such layer), a
-            reference of other windows, or out of memory with a single window.
+        EvaluationError: logits that are not numbers (names the variant), or out of memory with a single
+            window.
     """
-    if need_kl and (reference is None or reference.nll.shape != (len(windows), windows.shape[1] - 1)):
-        raise EvaluationError(
-            f"{label}: KL needs the reference on the same {tuple(windows.shape)} windows; "
-            "make it with reference_states, or pass need_kl=False."
-        )
     head = head or Head(model)
-    parts: list[TokenScores] = []
+    parts: list[dict[str, np.ndarray]] = []
 
     def score(ids: torch.Tensor) -> None:
         hidden, goals = _states(model, ids).flatten(0, 1), ids[:, 1:].flatten()
-        if need_kl and reference is not None:
-            done = sum(len(part.nll) for part in parts)
-            columns = _rows(head, hidden, goals, COLUMNS, _compare, reference[done : done + len(ids)])
-        else:
-            columns = _rows(head, hidden, goals, {"nll": torch.float32}, partial(_alone, best=False))
-        _check_finite(model, ids, columns["nll"], label)
-        parts.append(TokenScores(**{k: v.view(len(ids), -1).cpu().numpy() for k, v in columns.items()}))
+        done = sum(len(part["nll"]) for part in parts)
+        columns = _rows(head, hidden, goals, COLUMNS, _compare, reference[done : done + len(ids)])
+        _check_finite(columns["nll"], label)
+        parts.append({k: v.view(len(ids), -1).cpu().numpy() for k, v in columns.items()})
 
     _batches(model, windows, batch, score)
-    return TokenScores.join(parts)
+    return TokenScores(**{name: np.concatenate([part[name] for part in parts]) for name in COLUMNS})
 
 
 def _states(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -267,12 +247,9 @@ def _rows(
     return columns
 
 
-def _alone(
-    head: Head, raw: torch.Tensor, targets: torch.Tensor, *, best: bool = True
-) -> dict[str, torch.Tensor]:
+def _alone(head: Head, raw: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     log_p = torch.log_softmax(head.finish(raw), dim=-1)  # (rows, V)
-    loss = {"nll": -log_p.gather(1, targets[:, None])[:, 0]}
-    return loss | {"top1": log_p.argmax(dim=-1)} if best else loss
+    return {"nll": -log_p.gather(1, targets[:, None])[:, 0], "top1": log_p.argmax(dim=-1)}
 
 
 def _compare(
@@ -325,46 +302,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _check_finite(model: Any, ids: torch.Tensor, nll: torch.Tensor, label: str) -> None:
+def _check_finite(nll: torch.Tensor, label: str) -> None:
     if not torch.isfinite(nll).all():
-        where = first_nonfinite(model, ids) or "the head"
         raise EvaluationError(
-            f"Variant '{label}': the logits are not numbers; the first layer whose output overflows or is "
-            f"NaN is {where}. Try dtype='float32' or 'bfloat16', or keep that layer in 16-bit."
+            f"Variant '{label}': the logits are not numbers: a layer's output overflows or is NaN. Try "
+            "dtype='float32' or 'bfloat16'."
         )
-
-
-def first_nonfinite(model: Any, ids: torch.Tensor) -> str | None:
-    """Name of the first innermost module, in order of execution, whose output holds an infinity or a NaN."""
-    found: list[str] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def look(module: Any, inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-                found.append(name)
-
-        return look
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def mean_kl(
-    switch: Switch, formats: Mapping[str, str], windows: torch.Tensor, reference: Reference, label: str
-) -> float:
-    """Mean KL(16-bit ‖ hybrid) in nats a token, in float64; the model is left in that hybrid."""
-    switch.to(formats)
-    scores = token_scores(switch.model, windows, reference, label=label)
-    assert scores.kl is not None
-    return float(scores.kl.mean(dtype=np.float64))
 
 
 # --- a model switched between formats -------------------------------------------------------------------
@@ -408,16 +351,7 @@ class Switch:
         self._packed: dict[tuple[str, str], Packed] = {}
 
     def to(self, formats: Mapping[str, str]) -> None:
-        """Put each named layer into its format, and every other one back into 16-bit.
-
-        Raises:
-            EvaluationError: a name that is not among `layers`.
-        """
-        unknown = [name for name in formats if name not in self.state]
-        if unknown:
-            raise EvaluationError(
-                f"The model has no layer {unknown[0]!r} to switch; expected names like {self.layers[0]!r}."
-            )
+        """Put each named layer into its format, and every other one back into 16-bit."""
         for name, held in self.state.items():
             fmt = formats.get(name, "16bit")
             if fmt != held:

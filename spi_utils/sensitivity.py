@@ -62,7 +62,6 @@ from spi_utils.scoring import (
     Head,
     Reference,
     Switch,
-    TokenScores,
     as_head_takes,
     default_batch,
     final_hidden,
@@ -837,7 +836,15 @@ def pick(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def sample_windows(
-    model: Any, n: int, length: int, start: int | None, seed: int, steps: Callable[..., Any] | None = None
+    model: Any,
+    n: int,
+    length: int,
+    start: int | None,
+    seed: int,
+    steps: Callable[..., Any] | None = None,
+    *,
+    purpose: str = "text",
+    script: Callable[[int, int, int], int] | None = None,
 ) -> torch.Tensor:
     """Text that the model writes itself: LongTensor (n, length), from the start token, temperature 1.
 
@@ -848,11 +855,21 @@ def sample_windows(
         start: first token, or None: the first token is drawn evenly from the vocabulary.
         seed: of the samples; a window hangs on it and on its index alone.
         steps: as `progress`, for the columns to sample.
+        purpose: of the draws (`draws`).
+        script: (window, column, the token drawn) -> the token that stands there instead.
     """
     device = next(model.parameters()).device
     head = Head(model)
-    uniform = draws(seed, "text", n, length).to(device)
+    uniform = draws(seed, purpose, n, length).to(device)
+
+    def told(tokens: torch.Tensor, window: int, column: int) -> torch.Tensor:
+        if script is None:
+            return tokens
+        rows = enumerate(tokens[:, 0].tolist(), start=window)
+        return torch.tensor([[script(row, column, token)] for row, token in rows], device=tokens.device)
+
     first = torch.full((n, 1), start) if start is not None else random_windows(model, n, 1, None, seed)
+    first = told(first, 0, 0)
     groups = range(0, n, SAMPLED)
     todo = ((group, column) for group in groups for column in range(1, length))
     rows: list[torch.Tensor] = []
@@ -865,7 +882,7 @@ def sample_windows(
         last = as_head_takes(model, output.last_hidden_state[:, -1])
         drawn = zip(last.split(head.chunk), uniform[part, column, None].split(head.chunk), strict=True)
         tokens = [pick(torch.softmax(head.finish(head.raw(h, "variant")), -1), u) for h, u in drawn]
-        columns.append(torch.cat(tokens))
+        columns.append(told(torch.cat(tokens), group, column))
         if column == length - 1:
             rows.append(torch.cat(columns, dim=1).cpu())
     return torch.cat(rows) if rows else first
@@ -961,10 +978,8 @@ class Measure:
         for rows, outputs in zip(self.batches, self.outputs, strict=True):
             with resumed(self.blocks, outputs, depth):
                 ids, held = self.windows[rows], self.reference[rows]
-                parts.append(token_scores(self.switch.model, ids, held, batch=len(ids), label=label))
-        kl = TokenScores.join(parts).kl
-        assert kl is not None
-        return float(kl.mean(dtype=np.float64))
+                parts.append(token_scores(self.switch.model, ids, held, batch=len(ids), label=label).kl)
+        return float(np.concatenate(parts).mean(dtype=np.float64))
 
     @torch.inference_mode()
     def _record(self, ids: torch.Tensor) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import platform
 import zipfile
 from collections.abc import Callable, Sequence
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 WIKITEXT_REPOSITORY = "ggml-org/ci"
 WIKITEXT_ARCHIVE = "wikitext-2-raw-v1.zip"
 WIKITEXT_MEMBER = "wikitext-2-raw/wiki.test.raw"
-WIKITEXT_SHA256 = "71fa921e51ba607b4364d8787d05f4513b41b33732dd3504ff1af8952c6e7e77"  # of the joined rows
 HUB_PATIENCE = 5.0  # seconds to wait for a sign of the Hub before the offline text is used
 
 # Long modules of CPython's own library: code, a domain apart from `pydoc`'s prose, present on every machine.
 CODE_MODULES = ("argparse", "ast", "dataclasses", "datetime", "difflib", "doctest", "inspect", "statistics")
+
+CHAT = "chat"
+CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.json")  # [{"user", "system" if any}], < 120 tokens each
 
 
 @dataclass(frozen=True)
@@ -90,60 +93,60 @@ def load_text(spec: str | Path = "auto") -> Text:
     return _text(path.stem, f"the file {path.name}", content)
 
 
-def load_texts(spec: str | Path | Sequence[str | Path] = "auto", *, at_least: int = 1) -> list[Text]:
+def load_texts(
+    spec: str | Path | Sequence[str | Path] = "auto", *, at_least: int = 1, template: bool = False
+) -> list[Text]:
     """Return several texts, each once.
 
     Args:
-        spec: one specification as in `load_text`, several separated by commas, or a sequence of them.
+        spec: one specification as in `load_text` or "chat" (`chat.converse`), several separated by commas, or
+            a sequence of them.
         at_least: with "auto", how many texts of different domains are wanted; what is missing is filled
-            from the texts that every machine has.
+            from "chat", if it can be, and from the texts that every machine has.
+        template: whether the tokenizer has a chat template, which "chat" needs.
 
     Raises:
-        EvaluationError: as in `load_text`, or nothing was named.
+        EvaluationError: as in `load_text`, nothing was named, or "chat" without a template.
     """
     specs = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, Path) else list(spec)
     specs = [s.strip() if isinstance(s, str) else s for s in specs if str(s).strip()]
     if not specs:
         raise EvaluationError("No text was named: texts is empty; give 'auto', a name or a file's path.")
-    texts = {text.sha256: text for text in map(load_text, specs)}
-    for extra in map(load_text, ("pydoc", "pycode") if "auto" in specs else ()):
+    if CHAT in specs and not template:
+        raise EvaluationError(
+            "The text 'chat' is made of the model's own answers, and this tokenizer has no chat template to "
+            "ask with; name another text, e.g. texts='pydoc,pycode'."
+        )
+    texts = {text.sha256: text for text in (_chat() if s == CHAT else load_text(s) for s in specs)}
+    more = (*([_chat] if template else []), _pydoc, _pycode) if "auto" in specs else ()
+    for load in more:
         if len(texts) < at_least:
+            extra = load()
             texts.setdefault(extra.sha256, extra)
+    if more and at_least > 1 and not template:
+        names = ", ".join(text.name for text in texts.values())
+        print(f"This tokenizer has no chat template, so none of the texts is the model's chat: {names}")
     return list(texts.values())
 
 
-def start_token(tokenizer: Any, config: Any, override: str | int | None = "auto") -> int | None:
-    """Return the id that every window begins with, or None for none.
+def start_token(tokenizer: Any, config: Any) -> int | None:
+    """Return the id that every window begins with, or None where the model knows no such token.
 
-    Models see some token first in training; without it many are out of their distribution. "auto" takes the
+    Models see some token first in training; without it many are out of their distribution. It is the
     beginning-of-sequence token of the tokenizer or else of the configuration, and where there is none the
     document separator ("<|endoftext|>" if the tokenizer has it, else the end-of-sequence token).
 
     Args:
         tokenizer: a transformers tokenizer.
         config: the model's configuration, nested text configuration included.
-        override: "auto", "none" or None (no start token), or a token id.
-
-    Raises:
-        EvaluationError: `override` is no id of this model's vocabulary.
     """
     config = _inner(config)
-    size = config.vocab_size
-    if override is None or override == "none":
-        return None
-    if override != "auto":
-        if not str(override).isdecimal() or int(override) >= size:
-            raise EvaluationError(
-                f"start token {override!r} is not in the model's vocabulary; expected 'auto', 'none' or an "
-                f"id of 0…{size - 1}."
-            )
-        return int(override)
     separator = tokenizer.get_vocab().get("<|endoftext|>")
     bos, eos = (getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos"))
     candidates = [tokenizer.bos_token_id, bos, separator, eos, tokenizer.eos_token_id]
     candidates = [next(iter(i), None) if isinstance(i, list | tuple) else i for i in candidates]
     # Some configurations carry another model's default id: one outside the vocabulary is no token.
-    return next((i for i in candidates if i is not None and 0 <= i < size), None)
+    return next((i for i in candidates if i is not None and 0 <= i < config.vocab_size), None)
 
 
 def make_windows(
@@ -183,16 +186,7 @@ def make_windows(
 
 
 def window_texts(text: Text | str, tokenizer: Any, n: int, length: int, start: int | None) -> list[str]:
-    """Return the raw characters behind each window of `make_windows`, for word and byte counts.
-
-    Raises:
-        EvaluationError: the tokenizer can't say which characters a token covers (a slow, Python-only one).
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise EvaluationError(
-            f"{type(tokenizer).__name__} can't map tokens to characters, as word and byte "
-            "perplexity need; expected a fast tokenizer (a repository with tokenizer.json)."
-        )
+    """Return the raw characters behind each window of `make_windows`, for word and byte counts."""
     raw = text.text if isinstance(text, Text) else text
     encoded = tokenizer(raw, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
@@ -231,14 +225,7 @@ def _wikitext() -> Text:
             f"({type(error).__name__}: {redacted(str(error) or 'no message').splitlines()[0]}); "
             "use texts='pydoc' or give a file's path."
         ) from None  # a Hub that echoes the request would put its header into the traceback
-    text = _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
-    if text.sha256 != WIKITEXT_SHA256:
-        print(
-            f"WikiText-2 from the Hub has the hash {text.sha256[:12]}, not {WIKITEXT_SHA256[:12]} as before: "
-            "perplexities on it aren't those of other runs. The evaluation records its hash.",
-            flush=True,
-        )
-    return text
+    return _text("wikitext2", "WikiText-2 raw, test split", join_rows(raw))
 
 
 def join_rows(raw: str) -> str:
@@ -266,8 +253,14 @@ def _pycode() -> Text:
     return _text("pycode", f"library modules of CPython {platform.python_version()}", code)
 
 
+def _chat() -> Text:
+    prompts = CHAT_PROMPTS.read_text(encoding="utf-8")
+    source = f"the model's own answers to {len(json.loads(prompts))} prompts of this package"
+    return _text(CHAT, source, prompts)
+
+
 _LOADERS: dict[str, Callable[[], Text]] = {"wikitext2": _wikitext, "pydoc": _pydoc, "pycode": _pycode}
-NAMES = ("auto", *_LOADERS)
+NAMES = ("auto", *_LOADERS)  # of texts that are there before the model is; an evaluation knows "chat" too
 
 
 def _text(name: str, source: str, text: str) -> Text:

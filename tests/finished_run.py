@@ -111,7 +111,7 @@ def make_evaluation(run: Run) -> dict:
         **{"schema": 1, "model": plan["model"], "settings": {"seed": 0, "rivals": []}, "skipped": {}},
         "plan": {
             **{name: plan[name] for name in ("score", "direction", "rule", "reason", "matrix_bits")},
-            **{"protected": len(plan["protected"]), "planned": len(plan["formats"]), "dearest": None},
+            **{"protected": len(plan["protected"]), "planned": len(plan["formats"])},
             **{"bytes_on_disk": plan["bytes"]["total"], "predicted_kl": None},
         },
         **{"checkpoint": {}, "checkpoint_sha256": checkpoint_hash(run.model_dir)},

@@ -383,7 +383,7 @@ def test_a_batch_of_a_tiny_model_with_mixed_formats_end_to_end(tmp_path, capsys,
     assert plan.options["group"] == "fused" and {"int4_g64", "int8"} <= set(plan.formats.values())
     evaluation = json.loads(run.evaluation_json.read_text())
     assert evaluation["checkpoint"]["int4_g64"] == plan.count("int4_g64")
-    assert {"int4", "int8", "nf4", "fisher_int4", "random_0"} <= set(evaluation["variants"])
+    assert {"int8", "nf4", "fisher", "random_0"} <= set(evaluation["variants"])
     assert "compressed-tensors" in (run.publish / "README.md").read_text()
     assert run.layers_csv.samefile(analysis / "layers.csv")
     assert main(call) == 0

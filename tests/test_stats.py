@@ -36,14 +36,6 @@ def test_intervals_cover_the_truth_and_5_per_cent_are_called_different(kind, clu
         assert np.mean((low <= 0) & (high >= 0)) < 0.925
 
 
-def test_familywise_error_under_holm():
-    """11 variants without any effect: at least one false verdict in about 5 % of runs, not 43 %."""
-    values = window_means("normal", QUICK, 300 * 11, seed=3)
-    p = np.array([one.p for one in stats.estimates(values, draws=1000)]).reshape(300, 11)
-    assert np.mean([(stats.holm(row) < 0.05).any() for row in p]) < 0.09
-    assert np.mean((p < 0.05).any(axis=1)) > 0.3
-
-
 def test_agrees_with_scipys_bootstrap():
     values = np.random.default_rng(5).gamma(2, size=30)
     mean, se = values.mean(), values.std(ddof=1) / math.sqrt(30)
@@ -71,13 +63,6 @@ def test_one_draw_by_hand():
     values, counts = np.array([[1.0], [2.0], [6.0]]), np.array([[2, 1, 0]])
     # the sample 1, 1, 2: mean 4/3, sd 1/√3, se 1/3
     assert stats.studentized(values, counts)[0, 0] == pytest.approx((4 / 3 - 3) / (1 / 3))
-
-
-def test_columns_share_draws_and_do_not_interact():
-    values = np.random.default_rng(0).normal(size=(24, 3))
-    together, alone = stats.estimates(values), stats.estimate(values[:, 1])
-    assert together == stats.estimates(values)
-    assert (together[1].low, together[1].high) == pytest.approx((alone.low, alone.high), rel=1e-12)
 
 
 def test_windows_that_all_agree_and_a_single_one():

@@ -76,9 +76,7 @@ def test_start_token_prefers_bos_then_the_document_separator(token, config, expe
     bos, eos, vocabulary = token
     fake = SimpleNamespace(bos_token_id=bos, eos_token_id=eos, get_vocab=lambda: vocabulary)
     held = SimpleNamespace(bos_token_id=config[0], eos_token_id=config[1], vocab_size=10)
-    assert [texts.start_token(fake, held, x) for x in ("auto", "none", 4)] == [expected, None, 4]
-    with pytest.raises(EvaluationError, match="0…9"):
-        texts.start_token(fake, held, "10")
+    assert texts.start_token(fake, held) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_files_are_read_as_utf8_and_refused_otherwise(tmp_path, content, message
         texts.load_text(file)
 
 
-def test_wikitext_is_the_rows_of_the_dataset_joined_by_blank_lines(monkeypatch, tmp_path, capsys):
+def test_wikitext_is_the_rows_of_the_dataset_joined_by_blank_lines(monkeypatch, tmp_path):
     raw = " \n = Title = \n \n A line with\u2028an odd break . \n"
     with zipfile.ZipFile(tmp_path / "wikitext.zip", "w") as file:
         file.writestr(texts.WIKITEXT_MEMBER, raw)
@@ -107,7 +105,6 @@ def test_wikitext_is_the_rows_of_the_dataset_joined_by_blank_lines(monkeypatch, 
     text = texts.load_text("auto")
     assert (text.name, text.text) == ("wikitext2", "\n\n".join(rows))
     assert rows == ["", " = Title = \n", "", " A line with\u2028an odd break . \n"]
-    assert text.sha256[:12] in capsys.readouterr().out  # another hash than the real one's is said
 
 
 def test_auto_falls_back_to_a_text_that_every_machine_has_and_says_why(monkeypatch):
@@ -115,7 +112,6 @@ def test_auto_falls_back_to_a_text_that_every_machine_has_and_says_why(monkeypat
     text = texts.load_text("auto")
     assert text.name == "pydoc" and "ConnectError" in text.source
     assert text.sha256 == texts.load_text("pydoc").sha256
-    assert [t.name for t in texts.load_texts("auto", at_least=2)] == ["pydoc", "pycode"]
     assert [t.name for t in texts.load_texts("pydoc, auto")] == ["pydoc"]  # the same text once
 
 
