@@ -14,7 +14,6 @@ from spi_utils import scoring
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
 from spi_utils.scoring import Switch
-from spi_utils.sensitivity import Measure
 from tests.tiny import Originals, make_tiny
 
 
@@ -205,19 +204,6 @@ def test_divergence_needs_the_reference_on_the_same_windows(model, windows):
         scoring.token_scores(model, windows, reference)
     with pytest.raises(EvaluationError, match=r"no layer 'lm_head'"):
         make_switch(model).to({"lm_head": "nf4"})
-
-
-@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "gpt2"])
-def test_starting_at_a_layers_block_changes_no_number(arch, tmp_path, windows):
-    model = load(make_tiny(arch, tmp_path, initializer_range=0.15))
-    switch = make_switch(model)
-    reference = scoring.reference_states(model, windows)
-    measure = Measure(switch, windows, reference)
-    assert len(measure.blocks) == 4
-    for name in (switch.layers[0], switch.layers[len(switch.layers) // 2], switch.layers[-1]):
-        started = measure.one(name, "nf4")
-        assert started > 0
-        assert started == scoring.mean_kl(switch, {name: "nf4"}, windows, reference, "whole")
 
 
 def test_memory_of_a_large_vocabulary_stays_under_a_gigabyte():
