@@ -784,8 +784,6 @@ def _highs(cost: Floats, size: Floats, limit: float, contending: Mask) -> tuple[
 
 # --- making a plan ---------------------------------------------------------------------------------------
 
-STOCK = "bitsandbytes"  # the checkpoint writer of the claim and of the defaults
-
 
 def make_plan(
     layers: pd.DataFrame,
@@ -795,7 +793,6 @@ def make_plan(
     model: Mapping[str, Any] | None = None,
     layers_fingerprint: str = "",
     origin: str = "parameters",
-    writer: str = STOCK,
     **wishes: Any,
 ) -> ProtectionPlan:
     """Decide every layer's format.
@@ -805,7 +802,6 @@ def make_plan(
         rule: a key of `RULES`. value: the rule's number (layers, score, GB of 10⁹ bytes, bits, or nats a
             token); None for `claim`.
         model, layers_fingerprint, origin: recorded in the plan.
-        writer: the checkpoint writer that is meant; the plan's reason says what it can't hold.
         wishes: what `Problem` takes, with its defaults:
         score: a row of `SCORES`. direction: "high" or "low", the end of the score that is protected.
         formats: what to choose from; more than two need an additive score, `high`, and a budget.
@@ -850,14 +846,14 @@ def make_plan(
         predicted_kl=predicted_kl(layers, assigned),
         layers_fingerprint=layers_fingerprint,
         origin=origin,
-        reason=" ".join([sentence, *_remarks(p, choice, weight, writer)]),
+        reason=" ".join([sentence, *_remarks(p, weight)]),
         options=p.options,
     )
 
 
-def _remarks(p: Problem, choice: Ints, weight: Mapping[str, int], writer: str) -> list[str]:
-    """What else a reader of the plan must know: layers without a score, what the checkpoint `writer` can't
-    hold, a missed budget."""
+def _remarks(p: Problem, weight: Mapping[str, int]) -> list[str]:
+    """What else a reader of the plan must know: layers without a score, shapes that don't fit, a missed
+    budget."""
     said = []
     if missing := int(p.count[np.isnan(p.raw) & p.free].sum()):
         said.append(f"{missing} layers have no {p.score} and come last.")
@@ -866,11 +862,6 @@ def _remarks(p: Problem, choice: Ints, weight: Mapping[str, int], writer: str) -
             said.append(
                 f"{unfit} layers can't be {fmt}: {format_row(fmt).group} doesn't divide their columns."
             )
-    used = [p.formats[place] for place in np.unique(choice)]
-    if foreign := [fmt for fmt in used if writer not in format_row(fmt).writers]:
-        others = sorted(writers_of(used))
-        hint = f"; backend={others[0]!r} can" if others else ", and no writer holds all of these formats"
-        said.append(f"A stock {writer} checkpoint can't hold {', '.join(foreign)}{hint}.")
     miss = weight.get("miss", 0)
     share = miss / weight["total_16bit"]
     if abs(share) > EQUAL:
@@ -1055,7 +1046,7 @@ DEFAULTS |= {"force_16bit": None, "forbid_16bit": None}
 def decide(
     run: Run,
     *,
-    backend: str = STOCK,
+    backend: str = "bitsandbytes",
     formats: Sequence[str] = (),
     group: str | None = "auto",
     force: bool = False,
@@ -1108,7 +1099,7 @@ def decide(
     _check("rule", asked["rule"], RULES)
     menu = TIERS[backend][_spends(asked["rule"], asked["score"], asked["direction"])]
     choices |= {"formats": tuple(formats) or menu, "group": AUTO_GROUP[backend] if group == "auto" else group}
-    plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
+    plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, **choices)
     plan = replace(plan, rounding=runs.run_rounding(run))
     plan.write(run.plan_json)
     return plan

@@ -16,9 +16,9 @@ input was kept on the way up, the gradient at its output comes from the block ab
 
 `fisher` squares the slopes' sums over 8 neighbouring positions: (Σ_t s_t)² over a whole sequence is unbiased
 but one noisy number, Σ_t s_t² drops the products of neighbours, which are not zero (benchmarks/fisher.py).
-`measured` is the oracle, an evaluation a layer; `refined` measures only the layers that decide a budget's
-cut. Every column adds up over layers; `predicted` is scaled so that its sum is the KL measured with all
-layers in that format.
+`measured` is the oracle, an evaluation of the whole model a layer; `refined` measures only the layers that
+decide a budget's cut. Every column adds up over layers; `predicted` is scaled so that its sum is the KL
+measured with all layers in that format.
 """
 
 from __future__ import annotations
