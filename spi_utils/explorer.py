@@ -536,9 +536,11 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
     """What explorer.js reads as DATA: layers, and for each score and direction a table of its cuts."""
     table, unit, band = state.planned, state.unit[0], None
     facts = state.consequences(state.chooser, 0)
-    fixed = np.where(state.chooser.held, "16-bit", state.rest).astype(object)  # what no threshold changes
+    p = state.chooser.problem
+    upper = (p.start == p.tiers[1])[p.member]
+    fixed = np.where(upper, "16-bit", state.rest).astype(object)  # of layers that no threshold changes
     fixed[table["name"].isin(state.held)] = "16-bit, analysis failed"
-    fixed[~state.chooser.settled] = None
+    fixed[p.free[p.member]] = None
     if state.field is not None:
         low, high = np.quantile(state.field.random, (0.05, 0.95), axis=0)
         curves = {"size": state.field.file_bytes / unit, "low": low, "high": high}

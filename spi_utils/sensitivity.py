@@ -28,7 +28,6 @@ import hashlib
 import math
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -125,7 +124,7 @@ def sensitivities(
     Returns:
         A row a quantizable layer, indexed by name, nats a token: `fisher_<fmt>` and its standard error
         `fisher_<fmt>_se`; `measured_<fmt>` or `refined_<fmt>` where asked for; and `predicted_<fmt>`.
-        `attrs["sensitivity"]` tells the texts, the rounding, the costs in seconds and the measured sums.
+        `attrs["sensitivity"]` tells the texts, the rounding and the measured sums.
 
     Raises:
         AnalysisError: not enough memory (says how much, and what to change).
@@ -197,7 +196,6 @@ class Work:
         self.start = start_token(self.tokenizer, self.model.config)
         check_windows(settings["windows"], settings["length"], self.start, self.model.config)
         self.notes: dict[str, Any] = {"start_token": self.start, "rounding": settings["rounding"]}
-        self.notes |= {"seconds": {}}
         if text:
             self.notes["text"] = {"name": text.name, "source": text.source, "sha256": text.sha256}
         widths = {self.switch.live(name).shape[1] for name in names}
@@ -243,8 +241,7 @@ class Work:
         for fmt in self.settings["formats"] if self.settings["refine_at"] else ():
             refined = self.refined(fmt, layers, best[fmt], columns[f"fisher_{fmt}_se"])
             best[fmt] = columns[f"refined_{fmt}"] = refined
-        with self._timed("totals"):
-            total = {fmt: self.measure("text", fmt, self.able(fmt)) for fmt in best}
+        total = {fmt: self.measure("text", fmt, self.able(fmt)) for fmt in best}
         self.notes["kl_all_layers"] = total
         for fmt, values in best.items():
             own = np.nansum(values)  # NaN: the format can't hold the layer
@@ -258,8 +255,7 @@ class Work:
         path, count = self.folder / "windows.safetensors", self.settings["windows"]
         if not path.exists():
             held_out = max(2, count // HELD_OUT) if self.guiding else 0
-            with self._timed("text"):
-                write_tensors(path, {"ids": self._make_windows(count + held_out)})
+            write_tensors(path, {"ids": self._make_windows(count + held_out)})
         return load_file(path)["ids"]
 
     def _make_windows(self, count: int) -> torch.Tensor:
@@ -300,9 +296,8 @@ class Work:
             return self._backwards(windows, formats, batch)
 
         try:
-            with self._timed("gradients"):
-                most = max(1, BATCH_TOKENS // windows.shape[1])
-                found = find_executable_batch_size(backwards, starting_batch_size=most)()
+            most = max(1, BATCH_TOKENS // windows.shape[1])
+            found = find_executable_batch_size(backwards, starting_batch_size=most)()
         except RuntimeError as error:
             if "No executable batch size" not in str(error):
                 raise
@@ -393,8 +388,7 @@ class Work:
             return self.measure("own", fmt, [names[index]])
 
         whole = values.copy()
-        with self._timed(f"refine_{fmt}"):
-            whole[able], done, settled = refine(values[able], errors[able], extra, budgets, measure, limit)
+        whole[able], done, settled = refine(values[able], errors[able], extra, budgets, measure, limit)
         self.notes[f"refined_{fmt}"] = {
             "matrix_bits": self.settings["refine_at"],
             "evaluations": int(done.sum()),
@@ -416,12 +410,6 @@ class Work:
             self.kl[key] = mean_kl(self.switch, dict.fromkeys(names, fmt), *self.measures[where], key)
             write_json(self.folder / "kl.json", self.kl)
         return self.kl[key]
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.notes["seconds"][what] = round(time.monotonic() - started, 1)
 
 
 # --- one pass, block by block -----------------------------------------------------------------------------

@@ -334,14 +334,7 @@ def test_a_changed_analysis_is_refused_and_made_again_without_force(whole, small
 
 
 def reshape(path):
-    if path.suffix == ".npy":
-        np.save(path, np.zeros((2, 8), np.int64))
-    elif path.suffix == ".npz":
-        np.savez(path, nf4=np.zeros((1, 1, 1), np.float32))
-    elif path.suffix == ".json":
-        path.write_text('{"kl": {"int8": 1.0}}')
-    else:
-        save_file({"a": torch.zeros(3)}, path, metadata={"rows": '{"a": ["ok", {}, {}]}'})
+    save_file({"a": torch.zeros(3)}, path, metadata={"rows": '{"a": ["ok", {}, {}]}'})
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:40]), reshape])
@@ -364,8 +357,8 @@ def test_damaged_pieces_of_unfinished_work_are_made_again(
     damage(sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1])
     killed_before("layers.csv")
     for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
-        if piece.suffix in (".npy", ".npz", ".json"):
-            damage(piece)
+        if piece.suffix:
+            piece.write_bytes(piece.read_bytes()[:40])
     run = costed(path, small)
     assert "damaged" in capsys.readouterr().out
     assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()

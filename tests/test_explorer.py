@@ -149,11 +149,7 @@ def test_failed_layers_stay_in_16bit_and_that_is_said(tmp_path):
 
 def test_the_runs_plan_keeps_its_wishes_when_the_slider_saves(tmp_path):
     run = make_run(tmp_path / "run", 70)
-    wishes = {
-        "group": "fused",
-        "force_16bit": ["layers.9.mlp"],
-        "forbid_16bit": ["q_proj$", "k_proj$", "v_proj$"],
-    }
+    wishes = {"group": "fused", "force_16bit": ["layers.9.mlp"], "forbid_16bit": ["[qkv]_proj$"]}
     first = make_plan(read_layers(run), model=MODEL, double_quant=True, **wishes)
     first.write(run.plan_json)
     state = ExplorerState.open(run)
@@ -176,12 +172,8 @@ def test_save_writes_the_plan_and_a_reopened_explorer_starts_there(tmp_path):
     state.set_threshold(float(np.median(state.chooser.cut)))
     assert state.save() == run.plan_json
     plan = ProtectionPlan.read(run.plan_json, model=MODEL)
-    assert (plan.origin, plan.rule, plan.score, plan.direction) == (
-        "slider",
-        "threshold",
-        "alpha_decay",
-        "low",
-    )
+    said = (plan.origin, plan.rule, plan.score, plan.direction)
+    assert said == ("slider", "threshold", "alpha_decay", "low")
     assert plan.protected == kept(state) and plan.layers_fingerprint == layers_fingerprint(run)
     again = ExplorerState.open(run.path)
     assert (again.score, again.direction, again.threshold) == ("alpha_decay", "low", state.threshold)

@@ -33,7 +33,7 @@ def title(figure) -> str:
 
 def broken(**values):
     """A table with some values of the first planned layers replaced."""
-    table = layer_table(70)
+    table = layer_table(28)
     for column, replacements in values.items():
         table.loc[table.index[1 : 1 + len(replacements)], column] = replacements
     return table
@@ -134,7 +134,7 @@ UNUSUAL = {
     "all alpha equal": lambda: layer_table(28).assign(alpha_hill=3.0, alpha_pl=3.0, alpha_excess=0.5),
     "missing and infinite": lambda: broken(alpha_hill=[np.nan, np.inf, -np.inf], alpha_pl=[np.inf, np.nan]),
     "long names": lambda: layer_table(28).assign(type=lambda table: "x" * 120 + table["type"]),
-    "many layers": lambda: layer_table(2000),
+    "many layers": lambda: layer_table(700),
 }
 
 
@@ -151,13 +151,13 @@ def test_every_figure_copes(case, monkeypatch):
 
 
 def test_draw_all_saves_every_figure_and_the_same_bytes_again(tmp_path):
-    run = make_run(tmp_path / "run", 35)
-    drawn = draw_all(run, make_plan(layer_table(35), model={"sha256": "0" * 64}))
+    run = make_run(tmp_path / "run", 14)
+    drawn = draw_all(run, make_plan(layer_table(14), model={"sha256": "0" * 64}))
     names = {"score_by_depth", "spectra", "rank_decay", "histogram", "plan_map", "sensitivity", "frontier"}
     assert set(drawn) == names and {path.stem for path in run.figures.glob("*.svg")} == names
     assert figures.show(drawn, "plan_map").data[:4] == b"\x89PNG"
     again = Run(tmp_path / "again")
-    figures.save_figure(figures.score_by_depth(layer_table(35)), again, "score_by_depth")
+    figures.save_figure(figures.score_by_depth(layer_table(14)), again, "score_by_depth")
     for suffix in ("png", "svg"):
         name = f"score_by_depth.{suffix}"
         assert (run.figures / name).read_bytes() == (again.figures / name).read_bytes()

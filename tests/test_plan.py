@@ -140,12 +140,8 @@ def test_orders_by_place_size_type_and_chance():
 
 def test_the_default_is_the_claim():
     large, less = make_plan(layer_table(248)), make_plan(layer_table(210))
-    assert (large.score, large.direction, large.rule, large.double_quant) == (
-        "alpha_hill",
-        "high",
-        "claim",
-        False,
-    )
+    asked = (large.score, large.direction, large.rule, large.double_quant)
+    assert asked == ("alpha_hill", "high", "claim", False)
     assert len(large.protected) == 129 and "scaled" not in large.reason
     assert len(less.protected) == round(0.52 * 210) == 109 and "round(0.52·210) = 109" in less.reason
     highest = layer_table(248).nlargest(129, "alpha_hill")["name"]
@@ -197,16 +193,6 @@ def test_the_additive_budget_is_the_optimum_by_brute_force():
         if bit_rates(layers, dict(zip(plan.formats, kept, strict=True)), False)[1] <= 8.0:
             best = min(best, layers["fisher_nf4"][1:][np.array(kept) == "nf4"].sum())
     assert plan.predicted_kl == pytest.approx(best)
-
-
-def test_three_formats_beat_two_and_the_low_end_of_costs_is_worse_than_chance():
-    layers = layer_table(210)
-    two, three = (make_plan(layers, **FISHER, value=6.0, formats=f) for f in (("nf4", "16bit"), MIX))
-    assert three.predicted_kl < two.predicted_kl and three.matrix_bits <= 6.0
-    assert set(three.formats.values()) >= {"nf4", "int8"}
-    low = make_plan(layers, **FISHER, value=6.0, direction="low")
-    chance = make_plan(layers, score="random", rule="matrix_bits", value=6.0)
-    assert two.predicted_kl < chance.predicted_kl < low.predicted_kl
 
 
 @pytest.mark.parametrize("score", ["fisher", "alpha_hill"])
@@ -322,10 +308,8 @@ def test_small_knapsacks_are_the_optimum_by_brute_force(seed):
 
 def test_a_greedy_trap_and_the_ends_of_the_range():
     # Per byte the first item is best (6/5), but it leaves room for nothing; the other two together save 10.
-    cost, size = (
-        np.array([[6.0, 0.0], [5.0, 0.0], [5.0, 0.0]]),
-        np.array([[0.0, 5.0], [0.0, 4.5], [0.0, 4.5]]),
-    )
+    cost = np.array([[6.0, 0.0], [5.0, 0.0], [5.0, 0.0]])
+    size = np.array([[0.0, 5.0], [0.0, 4.5], [0.0, 4.5]])
     for limit, want in ((9.0, [0, 1, 1]), (0.0, [0, 0, 0]), (14.0, [1, 1, 1])):
         assert least_cost(cost, size, limit, cost >= 0)[0].tolist() == want
     with pytest.raises(PlanError, match="smallest possible choice takes 0"):

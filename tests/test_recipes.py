@@ -88,14 +88,6 @@ def llama(cases):
     return cases["llama"]
 
 
-def test_every_engine_has_a_file_that_says_what_it_is(llama):
-    assert list(llama.paths) == ["llama.cpp", "llm-compressor", "GPTQModel", "torchao"]
-    for engine, path in llama.paths.items():
-        assert path.parent == llama.run.path / "recipes"
-        text = path.read_text()
-        assert engine in text and "predicted KL" in text and "nf4" in text
-
-
 def test_a_pattern_matches_its_name_alone():
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(120)]
     names += ["model.layers.1.mlp.up_proj2", "xmodel.layers.1.mlp.up_proj", "modelxlayers.1.mlp.up_proj"]

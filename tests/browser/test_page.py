@@ -46,11 +46,8 @@ def enter(page, box: str, text: str) -> str:
 def test_the_choice_is_the_notebooks_and_ends_with_what_makes_it(page, run, state):
     pictures = f"{list(CHARTS)}.map(name => document.querySelector('#' + name + ' canvas').toDataURL())"
     before = page.evaluate(pictures)
-    for score, direction, value in (
-        ("alpha_hill", "high", 4.5),
-        ("alpha_decay", "low", 0.2),
-        ("smallest", "high", -5.9),
-    ):
+    choices = (("alpha_hill", "high", 4.5), ("alpha_decay", "low", 0.2), ("smallest", "high", -5.9))
+    for score, direction, value in choices:
         page.select_option("#score", score)
         page.select_option("#direction", direction)
         state.set_score(score, direction)
@@ -65,10 +62,8 @@ def test_the_choice_is_the_notebooks_and_ends_with_what_makes_it(page, run, stat
     given = {}
     exec(cell, given)  # a parameters cell of notebook 02
     chosen = {name: given[name] for name in ("score", "direction", "rule", "value")}
-    assert (
-        make_plan(read_layers(run), **chosen, force_16bit=given["force_16bit"]).protected
-        == state.plan().protected
-    )
+    made = make_plan(read_layers(run), **chosen, force_16bit=given["force_16bit"])
+    assert made.protected == state.plan().protected
     words = shlex.split(command)
     assert words[:4] == ["spi-utils", "run", "-p", "model"]
     typed = dict(zip(words[6::3], words[7::3], strict=True))
@@ -99,7 +94,9 @@ def test_sliders_move_by_keyboard_and_mouse(page, state):
 
 
 def test_a_bad_number_is_refused_visibly_and_costs_start_at_their_high_end(page):
-    before = page.inner_text("#answer")
+    page.select_option("#score", "alpha_hill")
+    page.select_option("#direction", "high")
+    before = enter(page, "#number", "4.5")
     for box, bad in (("#number", "abc"), ("#number", "1e9"), ("#number", ""), ("#size-number", "1e9")):
         assert enter(page, box, bad) == before
         assert page.locator("#refusal").is_visible() and "number" in page.inner_text("#refusal")
