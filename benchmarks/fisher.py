@@ -31,11 +31,10 @@ from scipy.stats import spearmanr
 from spi_utils.models import list_layers, load_model, load_tokenizer, open_weights, resolve
 from spi_utils.progress import progress
 from spi_utils.runs import write_json
-from spi_utils.scoring import Switch, reference_states
+from spi_utils.scoring import Switch, mean_kl, reference_states
 from spi_utils.sensitivity import (
     IN_BLOCK,
     NEIGHBOURS,
-    Measure,
     all_slopes,
     per_block,
     random_windows,
@@ -52,10 +51,10 @@ COUNTS = (4, 8, 16, 32)  # windows, for the question how few suffice
 
 def measured(switch: Switch, windows: torch.Tensor, every: int) -> dict[int, float]:
     """ΔKL of each layer alone, by index; of every `every`-th block."""
-    measure = Measure(switch, windows, reference_states(switch.model, windows))
+    reference = reference_states(switch.model, windows)
     chosen = [i for i, name in enumerate(switch.layers) if _depth(name) % every == 0]
     return {
-        i: measure.one(switch.layers[i], "nf4")
+        i: mean_kl(switch, {switch.layers[i]: "nf4"}, windows, reference, switch.layers[i])
         for i in progress(chosen, len(chosen), "measured, layer by layer")
     }
 

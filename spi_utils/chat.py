@@ -21,7 +21,6 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from spi_utils.errors import EvaluationError
-from spi_utils.progress import progress
 from spi_utils.sensitivity import COLLAPSED, sample_windows
 from spi_utils.texts import CHAT_PROMPTS
 
@@ -90,8 +89,7 @@ def converse(
     known = [one.eos_token_id for one in held if getattr(one, "eos_token_id", None) is not None]
     ends = {int(token) for one in known for token in np.atleast_1d(one)}
     script = Script(fitting, ends, windows, length)
-    steps = partial(progress, label="evaluate: the model's answers")
-    ids = sample_windows(model, windows, length, 0, seed, steps, purpose="chat", script=script)
+    ids = sample_windows(model, windows, length, 0, seed, purpose="chat", script=script)
     answers = [row[own] for row, own in zip(ids.numpy(), script.answers, strict=True)]
     if np.median([np.bincount(one).max() / len(one) for one in answers]) > COLLAPSED:
         raise EvaluationError(

@@ -69,17 +69,6 @@ class Chooser:
         self.full_bytes = price(layers, {})["total"]
 
     @property
-    def settled(self) -> Mask:
-        """Planned layers (L,) that no threshold moves: patterns decide them, or their group's."""
-        return ~self.problem.free[self.problem.member]
-
-    @property
-    def held(self) -> Mask:
-        """Planned layers (L,) that stay in the upper format whatever the threshold."""
-        p = self.problem
-        return self.settled & (p.start == p.tiers[1])[p.member]
-
-    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest finite score: a slider's ends."""
         finite = self.cut[np.isfinite(self.cut)]

@@ -64,7 +64,7 @@ function tables() {
   return {
     histogram: { layers: layers.filter(layer => bin[layer.place] >= 0), cut: [{ threshold: choice.threshold }] },
     map: { layers },
-    frontier: DATA.band && { band: DATA.band, landmarks: DATA.landmarks, point: [{ size: bytes[r] / UNIT, kl: kl[r] }],
+    frontier: DATA.band && { band: DATA.band, point: [{ size: bytes[r] / UNIT, kl: kl[r] }],
                              curve: bytes.map((size, i) => ({ size: size / UNIT, kl: kl[i] })) },
   };
 }
@@ -125,8 +125,6 @@ const CHARTS = {
                      encoding: { x, y: y("low", { scale: { domainMin: 0 } }), y2: { field: "high" } } }),
       from("band", { mark: { type: "line", strokeDash: [5, 4], strokeWidth: 1.8, color: ink },
                      encoding: { x, y: y("optimum") } }),
-      from("landmarks", { mark: { type: "point", shape: "diamond", size: 70, color: ink, strokeWidth: 1.5 },
-                          encoding: { x, y: y("kl"), tooltip: [{ field: "label", type: "nominal", title: "file" }, ...tooltip] } }),
       from("curve", { mark: { type: "line", color: blue, strokeWidth: 2.2 }, encoding: { x, y: y("kl") } }),
       from("point", { mark: { type: "point", filled: true, size: 130, color: KEPT, opacity: 1 },
                       encoding: { x, y: y("kl"), tooltip } }),
@@ -234,8 +232,6 @@ async function start() {
   const born = { ...tables(), spectrum: spectrumTables(0) };
   for (const name of Object.keys(CHARTS)) if (born[name]) await embed(name, born[name]);
   if (!DATA.band) $("frontier-key").textContent = "Not known: this run has no sensitivity.";
-  else if (DATA.landmarks.length)
-    $("landmarks-key").textContent = ` Diamonds: ${DATA.landmarks.map(one => one.label).join("; ")}.`;
   nameSpectrum(0);
   show();
   $("slider").addEventListener("input", () => {

@@ -32,12 +32,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from spi_utils import figures, plan, runs
-from spi_utils.claims import Evaluation
 from spi_utils.curves import Chooser, Field
 from spi_utils.errors import PlanError, RunError, SPIError
 from spi_utils.figures import FORMAT_COLOURS, FORMAT_LABELS, LayerGrid, histogram_edges, scale_of, shorten
 from spi_utils.formats import gigabytes
-from spi_utils.plan import Floats, ProtectionPlan, predicted_kl, price, score_row
+from spi_utils.plan import Floats, ProtectionPlan, score_row
 
 STEPS = 500  # of a slider
 TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10}  # of a panel
@@ -131,7 +130,6 @@ class ExplorerState:
         # What random selections and the optimum reach at each size; None without sensitivity.
         self.field = Field.of(layers, **self.options)
         self.grid = LayerGrid(layers)
-        self.landmarks = self._landmarks()
         # (score, direction) -> the layers sorted by it, with the consequences of every cut.
         self.chooser_of = cache(partial(Chooser, layers, **self.options))
         self._use(score, direction, round(share * len(names)))
@@ -161,20 +159,6 @@ class ExplorerState:
             here = f"here layers are {state.lower} or 16-bit"
             state.notes.append(f"Not kept from the run's plan: {', '.join(dropped)}; {here}.")
         return state
-
-    def _landmarks(self) -> list[tuple[str, int, float]]:
-        """Other files of the same weights beside the frontier: label, bytes, KL in nats a token.
-
-        int8 everywhere as predicted, and bitsandbytes' own NF4 as measured where notebook 04 has run.
-        """
-        found, everywhere = [], dict.fromkeys(self.planned["name"], "int8")
-        if (kl := predicted_kl(self.planned, everywhere)) is not None:
-            found.append(("int8 everywhere", price(self.layers, everywhere)["total"], kl))
-        if self.run is not None and self.run.evaluation_json.exists():
-            variants = Evaluation.read(self.run.evaluation_json).variants
-            if one := variants.get("nf4_nearest"):
-                found.append(("NF4, nearest (measured)", int(one["bytes"]), float(one["kl_mean"])))
-        return found
 
     def amount(self, count: float) -> str:
         """Bytes with three digits in the model's unit, whatever the choice: "64.0 MB"."""
@@ -370,7 +354,7 @@ class Picture:
 
 
 def _draw_frontier(axes: Any, state: ExplorerState) -> None:
-    """Predicted KL by size: random's band, this score, the optimum, and other files as hollow diamonds."""
+    """Predicted KL by size: random's band, this score, and the optimum."""
     assert state.field is not None
     own, (unit, name) = state.chooser, state.unit
     grid = state.field.file_bytes / unit
@@ -379,8 +363,6 @@ def _draw_frontier(axes: Any, state: ExplorerState) -> None:
     axes.plot(grid, middle, color=figures.GREY, lw=1)
     axes.plot(own.file_bytes / unit, own.kl, color=figures.BLUE, lw=1.8, label="this score")
     axes.plot(grid, state.field.optimum, color=figures.BLACK, lw=1.4, ls="--", label="least predicted")
-    for (label, count, kl), marker in zip(state.landmarks, "Ds", strict=False):
-        axes.plot(count / unit, kl, marker, ms=6, mfc="none", mec=figures.BLACK, label=label)
     axes.set(xlabel=f"model size ({name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.legend(loc="upper right", fontsize=8)
@@ -554,9 +536,11 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
     """What explorer.js reads as DATA: layers, and for each score and direction a table of its cuts."""
     table, unit, band = state.planned, state.unit[0], None
     facts = state.consequences(state.chooser, 0)
-    fixed = np.where(state.chooser.held, "16-bit", state.rest).astype(object)  # what no threshold changes
+    p = state.chooser.problem
+    upper = (p.start == p.tiers[1])[p.member]
+    fixed = np.where(upper, "16-bit", state.rest).astype(object)  # of layers that no threshold changes
     fixed[table["name"].isin(state.held)] = "16-bit, analysis failed"
-    fixed[~state.chooser.settled] = None
+    fixed[p.free[p.member]] = None
     if state.field is not None:
         low, high = np.quantile(state.field.random, (0.05, 0.95), axis=0)
         curves = {"size": state.field.file_bytes / unit, "low": low, "high": high}
@@ -572,7 +556,6 @@ def page_data(state: ExplorerState) -> dict[str, Any]:
         **{"notes": " ".join(state.notes).strip(), "unit": state.unit, "rest": state.rest},
         "colours": {"kept": FORMAT_COLOURS["16bit"], "spectrum": figures.SKY, "fit": figures.VERMILLION},
         "scores": {name: _score(state, name) for name in state.scores},
-        "landmarks": [{"label": label, "size": size / unit, "kl": kl} for label, size, kl in state.landmarks],
         "spectra": list(spectra) if len(table) <= SPECTRA_UP_TO else None,
     }
 

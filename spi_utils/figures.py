@@ -67,15 +67,11 @@ def headline(figure: Figure, finding: str, detail: str = "") -> None:
     sentence = finding if finding.startswith("α") else finding[:1].upper() + finding[1:]
     look: dict[str, Any] = {"x": 0.01, "ha": "left", "linespacing": 1.35}
     columns = figure.get_figwidth() * 10.2
-    figure.suptitle(_even(sentence, columns), fontsize=12, fontweight="bold", **look)
+    figure.suptitle(textwrap.fill(with_minus(sentence), int(columns)), fontsize=12, fontweight="bold", **look)
     if detail:
-        figure.supxlabel(_even(detail, 1.5 * columns), fontsize=9, color=GREY, **look)
-
-
-def _even(text: str, columns: float) -> str:
-    """Text in as few lines of at most `columns` characters as it needs, of nearly equal length."""
-    lines = -(-len(text) // int(columns))
-    return textwrap.fill(with_minus(text), int(min(columns, len(text) / lines + 8)))
+        figure.supxlabel(
+            textwrap.fill(with_minus(detail), int(1.5 * columns)), fontsize=9, color=GREY, **look
+        )
 
 
 def with_minus(text: str) -> str:
@@ -203,35 +199,27 @@ def type_styles(types: pd.Series) -> dict[str, dict[str, Any]]:
 
 
 def draw_types(axes: Axes, types: pd.Series, x: Floats, y: Floats, joined: bool = False, **look: Any) -> None:
-    """A point for each layer (L,) that has both values, in its type's style.
-
-    Args:
-        joined: draw lines through a type that has one layer a block; not above 150, where they hide all.
-    """
+    """A point for each layer (L,) that has both values, in its type's style; `joined` by a line."""
     look = {"ms": float(np.clip(1000 / len(types), 1.5, 5)), "rasterized": len(types) > 2000} | look
     for name, style in type_styles(types).items():
         here = (types == name).to_numpy() & np.isfinite(x) & np.isfinite(y)
-        line = "-" if joined and len(set(x[here])) == here.sum() <= 150 else ""
-        axes.plot(x[here], y[here], ls=line, lw=0.8, **style | look)
+        axes.plot(x[here], y[here], ls="-" if joined else "", lw=0.8, **style | look)
 
 
 @styled
 def score_by_depth(layers: pd.DataFrame, score: str = "alpha_hill") -> Figure:
-    """A score against depth, a colour and marker for each layer type; failed layers hollow at the bottom."""
+    """A score against depth, a colour and marker for each layer type."""
     planned, values = scored(layers, score)
     depth, name, lost = planned["depth"].to_numpy(float), score_symbol(score), ~np.isfinite(values)
     axes = new_figure().subplots()
     draw_types(axes, planned["type"], depth, values, joined=True)
-    look: dict[str, Any] = {"mfc": "white", "mec": BLACK, "clip_on": False, "gid": "failed"}
-    bottom = np.full(lost.sum(), 0.015)
-    axes.plot(depth[lost], bottom, "o", transform=axes.get_xaxis_transform(), **look)
     axes.set(xlabel="depth (block)", ylabel=score_label(score), yscale=scale_of(values))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     share = between_share(values, planned["type"])
     finding = f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
     if np.isnan(share):
         finding = f"{name} has no spread over its {(~lost).sum()} layers"
-    note = f"Hollow, on the bottom edge: {lost.sum()} without a finite value." if lost.any() else ""
+    note = f"Not drawn: {lost.sum()} without a finite value." if lost.any() else ""
     return finished(axes, finding, note)
 
 
@@ -282,10 +270,8 @@ def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
     counts = shape.value_counts().head(10)
     noise = pd.DataFrame({"mean": mean, "reach": reach}).groupby(shape).median().loc[counts.index]
     noise = noise.sort_values("mean").fillna({"reach": 0.0})
-    # A fixed sawtooth keeps equal values apart without randomness.
-    jitter = 0.28 * (shape.groupby(shape).cumcount() * 0.618 % 1 - 0.5)
     rows = {name: row for row, name in enumerate(noise.index)}
-    draw_types(axes, planned["type"], values, (shape.map(rows) + jitter).to_numpy(float), ms=3.5, zorder=6)
+    draw_types(axes, planned["type"], values, shape.map(rows).to_numpy(float), ms=3.5, zorder=6)
     look: dict[str, Any] = {"color": BLACK, "mfc": "white", "elinewidth": 1.6, "capsize": 3, "ms": 6}
     axes.errorbar(noise["mean"], range(len(rows)), xerr=noise["reach"], fmt="D", zorder=7, **look)
     axes.set_yticks(range(len(rows)), [f"{name}  ({counts[name]})" for name in rows])
@@ -327,10 +313,8 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     inside = [rho for rho in within.values() if np.isfinite(rho)] or [overall]
-    middle = np.median(inside)
-    end = ": it mostly tells types apart" if abs(middle) < abs(overall) / 2 else ""
     finding = f"{name} ranks the layers' cost with ρ = {overall:.2f} overall, but {min(inside):.2f} to "
-    finding += f"{max(inside):.2f} within a type (median {middle:.2f}){end}"
+    finding += f"{max(inside):.2f} within a type (median {np.median(inside):.2f})"
     if np.isnan(overall):
         finding = f"Too few layers, or no spread: no rank correlation between {name} and cost"
     note = f"{lost} layers without both values are left out. " if lost else ""
@@ -379,8 +363,7 @@ def density_of(row: pd.Series, singular_values: Floats) -> dict[str, Any]:
     # A power law from xmin on, scaled to the tail's share of all eigenvalues.
     law = tail / len(eigenvalues) * (alpha - 1) / xmin * (ends / xmin) ** -alpha
     told = f"Clauset's α {alpha:.2f} ± {sigma:.2f}, Hill's {row.get('alpha_hill', np.nan):.2f}"
-    short = " (short)" if tail < 50 else ""
-    fit = f"KS {distance:.3f}, xmin {xmin:.3g}, tail {tail:.0f} of {len(eigenvalues)}{short}"
+    fit = f"KS {distance:.3f}, xmin {xmin:.3g}, tail {tail:.0f} of {len(eigenvalues)}"
     return found | {"fit": (ends, law), "words": [told, fit]}
 
 
@@ -430,18 +413,16 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
         spectra: name -> singular values, descending.
     """
     rows, styles = pick_layers(layers, "alpha_decay", 5), type_styles(layers["type"][layers["quantizable"]])
-    # Two layers of one type share its colour, as in every figure, and differ by their line.
-    lines: Any = rows.groupby("type").cumcount()
     axes, found = new_figure().subplots(), []
-    for place, row in rows.iterrows():
+    for _, row in rows.iterrows():
         sigma = spectra[row["name"]]
         sigma = sigma[sigma > 0] / sigma[0]
         k, fitted = np.arange(1.0, len(sigma) + 1), slice(1, len(sigma) // 2)
         law = linregress(np.log(k[fitted]), np.log(sigma[fitted]))
-        look = {"color": styles[row["type"]]["color"], "ls": ("-", "--", "-.", ":")[lines[place] % 4]}
+        look = {"color": styles[row["type"]]["color"]}
         label = f"{layer_title(row)}: a = {-law.slope:.2f}, R² {law.rvalue**2:.2f}"
         axes.plot(k, sigma, lw=1.8, label=label, **look)
-        axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, **look | {"ls": ":"})
+        axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, ls=":", **look)
         found.append((f"{-law.slope:.2f} in {layer_title(row)}", law.rvalue**2))
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
     shares = [share for _, share in found]
@@ -452,8 +433,6 @@ def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
 
 
 # --- a plan as a map -------------------------------------------------------------------------------------
-
-NEARLY_ALL = 0.9  # of a type's layers
 
 
 class LayerGrid:
@@ -505,7 +484,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     above = held != tiers[0] if len(tiers) > 1 else held == "16bit"
     axes = new_figure(height=1.7 + 0.32 * len(grid.types)).subplots()
     grid.draw(axes, np.array([to_rgb(FORMAT_COLOURS[name]) for name in held]))
-    by_type = above.groupby(planned["type"], sort=False).agg(["sum", "size", "mean"])
+    by_type = above.groupby(planned["type"], sort=False).agg(["sum", "size"])
     beside: Any = ("axes fraction", "data")
     for row, (kept, count) in enumerate(zip(by_type["sum"], by_type["size"], strict=True)):
         axes.annotate(f"{kept}/{count}", (1.01, row), xycoords=beside, va="center", fontsize=9, color=GREY)
@@ -514,13 +493,8 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     if grid.hollow:
         label = f"analysis failed ({(planned['status'] == 'failed').sum()})"
         axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
-    share, parts = by_type["mean"], []
-    for words, types in (("nearly all of", share[share >= NEARLY_ALL]), ("none of", share[share == 0])):
-        few = " and ".join(shorten(str(name), 20) for name in types.index[:3])
-        more = f" and {len(types) - 3} more types" if len(types) > 3 else ""
-        parts += [f"{words} {few}{more}"] if 0 < len(types) < len(share) else []
     place = "are above the smallest format" if len({*held} - {"16bit"}) > 1 else "stay in 16-bit"
-    finding = f"{above.sum()} of {len(above)} layers {place}{': ' if parts else ''}{', '.join(parts)}"
+    finding = f"{above.sum()} of {len(above)} layers {place}"
     size = f"({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"
     return finished(axes, f"{finding} {size}", loc="outside lower center", ncols=4)
 
@@ -562,11 +536,10 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
         points.append((price(layers, int8)["total"], cost, "D", ORANGE, "int8 everywhere"))
     for size, kl, marker, colour, label in points:
         axes.plot(size / unit, kl, marker, color=colour, ms=9, mec="white", zorder=5, label=label)
-    size = plan.bytes["total"]
-    random, least = (np.interp(size / unit, at.index, at) for at in (bands.median(axis=1), optimum.dropna()))
+    middle, size = bands.median(axis=1), plan.bytes["total"]
     finding = (
         f"At {gigabytes(size)} the plan's predicted KL is {plan.predicted_kl:.3g} nats a token; a random "
-        f"choice's is predicted at {random:.3g}, the least with its formats at {least:.3g}"
+        f"choice's is predicted at {np.interp(size / unit, middle.index, middle):.3g}"
     )
     axes.set(xlabel=f"model size ({unit_name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     reading = "All KL here are predictions, sums over layers; notebook 04 measures the plan's."
@@ -678,7 +651,6 @@ LOOKS = {
 RANDOM = _look(GREY, "o", 4, hollow=True) | {"mew": 0.9, "zorder": 2, "label": "random, equal bytes"}
 RIVAL = _look(WINE, "p", 9)
 WINDOWED = ("nf4", "plan", "plan_nearest", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
-JITTER = 0.013  # of the range of sizes, about a millimetre: the most that a random draw is moved sideways
 FLOOR = 1e-6  # nats a token: the smallest KL that is drawn
 
 
@@ -694,13 +666,9 @@ def _windows(evaluation: Evaluation) -> str:
 @styled
 def quality_by_bytes(evaluation: Evaluation) -> Figure:
     """Perplexity and KL against the size of the weights, every variant with its 95 % interval."""
-    variants, draws = evaluation.variants, [key for key in evaluation.variants if is_random(key)]
+    variants = evaluation.variants
     base = variants["reference"]["perplexity"]
     unit, unit_name = size_unit(variants["reference"]["bytes"])
-    reach = JITTER * np.ptp([one["bytes"] / unit for one in variants.values()])
-    # Only random draws, which would hide each other, are moved.
-    places = np.linspace(-reach, reach, len(draws)) if len(draws) > 1 else [0.0]
-    beside = dict(zip(draws, places, strict=False))
     left, right = new_figure(10.0, 5.2).subplots(1, 2, sharex=True)
     # The legend's order is that of the KL.
     for key, one in sorted(variants.items(), key=lambda item: -item[1]["kl_mean"]):
@@ -712,17 +680,14 @@ def quality_by_bytes(evaluation: Evaluation) -> Figure:
         look = drawn_as(key, one) | bars | {"ls": "none"}
         for axes, (value, low, high) in panels.items():
             error = [[max(value - low, 0)], [max(high - value, 0)]]
-            axes.errorbar(one["bytes"] / unit + beside.get(key, 0), value, yerr=error, **look)
+            axes.errorbar(one["bytes"] / unit, value, yerr=error, **look)
     left.axhline(base, color=BLACK, lw=0.8, ls=":")
     left.locator_params(axis="x", nbins=5)
     size = f"weights on disk ({unit_name})"
     left.set(xlabel=size, ylabel=f"perplexity on {evaluation.text['name']}")
     right.set(xlabel=size, ylabel="mean KL(16-bit ‖ variant), nats a token", yscale="log")
-    reading = (
-        "Bars: 95 % intervals over windows (perplexity: of the paired ratio to 16-bit). Random draws stand "
-        f"about 1 mm beside their size at most, in order of their seeds. {_windows(evaluation)}"
-    )
-    return finished(left, quality_finding(evaluation), reading)
+    reading = "Bars: 95 % intervals over windows (perplexity: of the paired ratio to 16-bit)."
+    return finished(left, quality_finding(evaluation), f"{reading} {_windows(evaluation)}")
 
 
 BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher than random layers'"}
@@ -760,8 +725,6 @@ def window_differences(evaluation: Evaluation) -> Figure:
         f"Under the plan {round(effect['share_improved'] * windows)} of {windows} windows have a lower loss "
         f"than in 16-bit; {len(effect['carriers'])} windows carry half of the mean difference"
     )
-    if (flip := effect["flip_after"]) < windows:
-        reading += f" Without its {flip} strongest windows the plan's mean would change its sign."
     return finished(axes, finding, f"{reading} {_windows(evaluation)}", title="mean difference")
 
 

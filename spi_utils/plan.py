@@ -784,8 +784,6 @@ def _highs(cost: Floats, size: Floats, limit: float, contending: Mask) -> tuple[
 
 # --- making a plan ---------------------------------------------------------------------------------------
 
-STOCK = "bitsandbytes"  # the checkpoint writer of the claim and of the defaults
-
 
 def make_plan(
     layers: pd.DataFrame,
@@ -795,7 +793,6 @@ def make_plan(
     model: Mapping[str, Any] | None = None,
     layers_fingerprint: str = "",
     origin: str = "parameters",
-    writer: str = STOCK,
     **wishes: Any,
 ) -> ProtectionPlan:
     """Decide every layer's format.
@@ -805,7 +802,6 @@ def make_plan(
         rule: a key of `RULES`. value: the rule's number (layers, score, GB of 10⁹ bytes, bits, or nats a
             token); None for `claim`.
         model, layers_fingerprint, origin: recorded in the plan.
-        writer: the checkpoint writer that is meant; the plan's reason says what it can't hold.
         wishes: what `Problem` takes, with its defaults:
         score: a row of `SCORES`. direction: "high" or "low", the end of the score that is protected.
         formats: what to choose from; more than two need an additive score, `high`, and a budget.
@@ -824,30 +820,17 @@ def make_plan(
         planned = int(layers["quantizable"].sum())
         number = float(CLAIM_LAYERS if planned >= CLAIM_OF else round(CLAIM_SHARE * planned))
 
-    def decided(p: Problem) -> tuple[dict[str, str], Decision]:
-        if p.tiers[1] - p.tiers[0] > 1 and not _spends(rule, p.score, p.direction):
-            raise PlanError(  # an order tells which layers, not which of several formats
-                f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
-                f"not {', '.join(p.formats)}. Name two, or use score='fisher', direction='high' and a budget."
-            )
-        decision = RULES[rule].choose(p, rule, number)
-        held = np.array(p.formats)[decision[0][p.member]].tolist()
-        return dict(zip(p.names, held, strict=True)), decision
-
     p = Problem(layers, **wishes)
-    layers = costs_as_stored(layers, p.double_quant)
-    (assigned, (choice, sentence, more)), double_quant = decided(p), p.double_quant
+    if p.tiers[1] - p.tiers[0] > 1 and not _spends(rule, p.score, p.direction):
+        raise PlanError(  # an order tells which layers, not which of several formats
+            f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
+            f"not {', '.join(p.formats)}. Name two, or use score='fisher', direction='high' and a budget."
+        )
+    choice, sentence, more = RULES[rule].choose(p, rule, number)
+    assigned = dict(zip(p.names, np.array(p.formats)[choice[p.member]].tolist(), strict=True))
+    layers, double_quant = costs_as_stored(layers, p.double_quant), p.double_quant
     weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant) | more
     bits_per_weight, matrix_bits = bit_rates(layers, assigned, double_quant)
-    kl = predicted_kl(layers, assigned)
-    said = [sentence, *_remarks(p, choice, weight, writer)]
-    if p.options["group"] and kl is not None:
-        alone, _ = decided(Problem(layers, **wishes | {"group": None}))
-        bits, cost = bit_rates(layers, alone, double_quant)[1], predicted_kl(layers, alone)
-        said.append(
-            f"Layers that engines merge share a format: predicted KL {kl:.4g} at {matrix_bits:.3f} matrix "
-            f"bits, layer by layer {'unknown' if cost is None else f'{cost:.4g}'} at {bits:.3f}."
-        )
     return ProtectionPlan(
         model=dict(model or {}),
         score=p.score,
@@ -860,32 +843,25 @@ def make_plan(
         bytes=weight,
         bits_per_weight=bits_per_weight,
         matrix_bits=matrix_bits,
-        predicted_kl=kl,
+        predicted_kl=predicted_kl(layers, assigned),
         layers_fingerprint=layers_fingerprint,
         origin=origin,
-        reason=" ".join(said),
+        reason=" ".join([sentence, *_remarks(p, weight)]),
         options=p.options,
     )
 
 
-def _remarks(p: Problem, choice: Ints, weight: Mapping[str, int], writer: str) -> list[str]:
-    """What else a reader of the plan must know: layers without a score, wishes, what the checkpoint `writer`
-    can't hold, a missed budget."""
+def _remarks(p: Problem, weight: Mapping[str, int]) -> list[str]:
+    """What else a reader of the plan must know: layers without a score, shapes that don't fit, a missed
+    budget."""
     said = []
     if missing := int(p.count[np.isnan(p.raw) & p.free].sum()):
         said.append(f"{missing} layers have no {p.score} and come last.")
-    if decided := int((~p.free[p.member] & p.fits[:, list(p.tiers)].all(axis=1)).sum()):
-        said.append(f"{decided} layers are decided by force_16bit or forbid_16bit.")
     for fmt, unfit in zip(p.formats, (~p.fits).sum(axis=0), strict=True):
         if unfit:
             said.append(
                 f"{unfit} layers can't be {fmt}: {format_row(fmt).group} doesn't divide their columns."
             )
-    used = [p.formats[place] for place in np.unique(choice)]
-    if foreign := [fmt for fmt in used if writer not in format_row(fmt).writers]:
-        others = sorted(writers_of(used))
-        hint = f"; backend={others[0]!r} can" if others else ", and no writer holds all of these formats"
-        said.append(f"A stock {writer} checkpoint can't hold {', '.join(foreign)}{hint}.")
     miss = weight.get("miss", 0)
     share = miss / weight["total_16bit"]
     if abs(share) > EQUAL:
@@ -989,14 +965,12 @@ class ProtectionPlan:
         for name, value in held.items():
             if name not in ENTRIES:
                 refuse(f"a plan has no entry {name!r}.{suggest(name, ENTRIES)}")
-            if not ENTRIES[name](value):
+            if type(value) not in ENTRIES[name] or (isinstance(value, float) and math.isnan(value)):
                 refuse(f"`{name}` of a plan can't be {value!r:.60}.")
         for name, fmt in held["formats"].items():
             if fmt not in tuple(FORMATS):
                 refuse(f"`formats` gives {name} the unknown format {fmt!r}.{suggest(fmt, FORMATS)}")
         plan = cls(**held | {"protected": _kept(held["formats"])})
-        if list(plan.protected) != held["protected"]:
-            refuse("`protected` and the layers that `formats` keeps in 16-bit must be the same, in order.")
         if model is not None and plan.model.get("sha256") != model.get("sha256"):
             both = (f"{one.get('id')} (weights {str(one.get('sha256'))[:12]})" for one in (plan.model, model))
             refuse(f"this plan is for {', not for '.join(both)}.")
@@ -1005,24 +979,14 @@ class ProtectionPlan:
         return plan
 
 
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) in kinds and not (type(value) is float and math.isnan(value))
-
-
-TEXT, OBJECT, NUMBER, MAYBE = _is(str), _is(dict), _is(int, float), _is(int, float, NoneType)
-
-
-# What each entry of plan.json must be.
-ENTRIES: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("score", "rule", "layers_fingerprint", "origin", "reason"), TEXT),
-    **dict.fromkeys(("model", "formats", "options"), OBJECT),
-    **dict.fromkeys(("bits_per_weight", "matrix_bits"), NUMBER),
-    **dict.fromkeys(("value", "predicted_kl"), MAYBE),
-    **dict.fromkeys(("schema", "protected"), lambda value: True),  # checked against SCHEMA and `formats`
-    "direction": DIRECTIONS.__contains__,
-    "rounding": ("guided", "nearest").__contains__,
-    "double_quant": _is(bool),
-    "bytes": lambda value: OBJECT(value) and "total" in value and all(map(NUMBER, value.values())),
+# What each entry of plan.json may be.
+ENTRIES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("score", "direction", "rule", "layers_fingerprint"), (str,)),
+    **dict.fromkeys(("origin", "reason", "rounding"), (str,)),
+    **dict.fromkeys(("model", "formats", "options", "bytes"), (dict,)),
+    **dict.fromkeys(("bits_per_weight", "matrix_bits"), (int, float)),
+    **dict.fromkeys(("value", "predicted_kl"), (int, float, NoneType)),
+    **{"schema": (int,), "protected": (list,), "double_quant": (bool,)},
 }
 OPTIONAL = ("origin", "reason", "options", "rounding")  # an older version's plans lack them
 
@@ -1082,7 +1046,7 @@ DEFAULTS |= {"force_16bit": None, "forbid_16bit": None}
 def decide(
     run: Run,
     *,
-    backend: str = STOCK,
+    backend: str = "bitsandbytes",
     formats: Sequence[str] = (),
     group: str | None = "auto",
     force: bool = False,
@@ -1116,19 +1080,17 @@ def decide(
         kept = ProtectionPlan.read(run.plan_json, model=model)
         if kept.origin == "slider" and kept.layers_fingerprint == mark:
             check_writer(kept, backend)
-            # A plan saved by hand must not answer for a score, rule or wish that it wasn't made by.
+            # A plan saved by hand must not answer for a score, rule or wish that it wasn't made by; an
+            # explorer adds patterns for failed layers.
             held = {**vars(kept), **kept.options}
-            others = [n for n, default in DEFAULTS.items() if asked[n] not in (default, held.get(n))]
-            # An explorer adds patterns for failed layers.
-            others = [
-                n for n in others if "16bit" not in n or {*_patterns(asked[n])} - {*_patterns(held.get(n))}
-            ]
-            if others:
-                given = ", ".join(
-                    f"{n}={asked[n]!r}" for n, default in DEFAULTS.items() if asked[n] != default
-                )
+            given = {n: asked[n] for n, default in DEFAULTS.items() if asked[n] not in (default, [], "")}
+            if any(
+                {*_patterns(value)} - {*_patterns(held.get(n))} if "16bit" in n else value != held.get(n)
+                for n, value in given.items()
+            ):
                 raise PlanError(
-                    f"this run holds a plan saved from the explorer, and {given} asks for another. Run "
+                    "this run holds a plan saved from the explorer, and "
+                    f"{', '.join(f'{n}={value!r}' for n, value in given.items())} asks for another. Run "
                     "notebook 02_visualize with force=True to replace it, or leave these at their defaults."
                 )
             count = len(kept.protected)
@@ -1137,7 +1099,7 @@ def decide(
     _check("rule", asked["rule"], RULES)
     menu = TIERS[backend][_spends(asked["rule"], asked["score"], asked["direction"])]
     choices |= {"formats": tuple(formats) or menu, "group": AUTO_GROUP[backend] if group == "auto" else group}
-    plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, writer=backend, **choices)
+    plan = make_plan(runs.read_layers(run), model=model, layers_fingerprint=mark, **choices)
     plan = replace(plan, rounding=runs.run_rounding(run))
     plan.write(run.plan_json)
     return plan

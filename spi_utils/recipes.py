@@ -57,45 +57,36 @@ class Recipe:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_recipes(
-    run: Run, plan: ProtectionPlan, source: ModelSource, *, engines: Sequence[str] | None = None
-) -> dict[str, Path]:
+def write_recipes(run: Run, plan: ProtectionPlan, source: ModelSource) -> dict[str, Path]:
     """Write `recipes/` in the run directory, a recipe an engine; {engine: its file}.
 
+    An engine that doesn't know the architecture is left out, and that is said.
+
     Args:
-        source: the plan's model, for its config. engines: keys of `ENGINES`; None is every engine that this
-            plan can be said to, and those left out are printed with their reason.
+        source: the plan's model, for its config.
 
     Raises:
-        PlanError: a plan for another model, or that names modules which the model doesn't have; of an engine
-            that was asked for by name: it is unknown, or doesn't know the architecture, or the plan
-            quantizes nothing. Nothing is written then.
+        PlanError: a plan for another model, or one that names modules which the model doesn't have.
     """
-    if unknown := [name for name in engines or () if name not in ENGINES]:
-        raise PlanError(f"there are no recipes for {unknown[0]!r}; the engines are {', '.join(ENGINES)}.")
     facts = model_facts(run, plan, source)
-    texts: dict[str, str] = {}
+    if set(plan.formats.values()) <= {"16bit"}:
+        print("no recipes: this plan keeps every layer in 16-bit.")
+        return {}
     made = {}
-    for name in ENGINES if engines is None else engines:
-        file, make = ENGINES[name]
+    for name, (file, make) in ENGINES.items():
         try:
-            if set(plan.formats.values()) <= {"16bit"}:
-                raise PlanError("this plan keeps every layer in 16-bit: there is nothing to quantize.")
             recipe = make(plan, facts)
         except PlanError as error:
-            if engines is not None:
-                raise
             print(f"no recipe for {name}: {error}")
             continue
-        texts |= recipe.files
         if isinstance(recipe.body, dict):
             held = {"engine": name, "notes": recipe.notes, **recipe.body}
-            texts[file] = json.dumps(held, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(held, indent=2, ensure_ascii=False) + "\n"
         else:
-            texts[file] = "".join(f"# {line}\n" for line in (f"engine: {name}", *recipe.notes)) + recipe.body
+            text = "".join(f"# {line}\n" for line in (f"engine: {name}", *recipe.notes)) + recipe.body
+        for where, content in {file: text, **recipe.files}.items():
+            write_text(run.path / "recipes" / where, content)
         made[name] = run.path / "recipes" / file
-    for file, text in texts.items():
-        write_text(run.path / "recipes" / file, text)
     return made
 
 

@@ -310,6 +310,16 @@ def _check_finite(nll: torch.Tensor, label: str) -> None:
         )
 
 
+def mean_kl(
+    switch: Switch, formats: Mapping[str, str], windows: torch.Tensor, reference: Reference, label: str
+) -> float:
+    """Mean KL(16-bit ‖ hybrid) in nats a token, in float64; the model is left in that hybrid."""
+    switch.to(formats)
+    scores = token_scores(switch.model, windows, reference, label=label)
+    assert scores.kl is not None
+    return float(scores.kl.mean(dtype=np.float64))
+
+
 # --- a model switched between formats -------------------------------------------------------------------
 
 

@@ -16,9 +16,9 @@ input was kept on the way up, the gradient at its output comes from the block ab
 
 `fisher` squares the slopes' sums over 8 neighbouring positions: (Σ_t s_t)² over a whole sequence is unbiased
 but one noisy number, Σ_t s_t² drops the products of neighbours, which are not zero (benchmarks/fisher.py).
-`measured` is the oracle, an evaluation a layer; `refined` measures only the layers that decide a budget's
-cut. Every column adds up over layers; `predicted` is scaled so that its sum is the KL measured with all
-layers in that format, and over the cheaper half of them that half's own.
+`measured` is the oracle, an evaluation of the whole model a layer; `refined` measures only the layers that
+decide a budget's cut. Every column adds up over layers; `predicted` is scaled so that its sum is the KL
+measured with all layers in that format, and over the cheaper half of them that half's own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import hashlib
 import math
 import re
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -48,6 +49,7 @@ from spi_utils.errors import AnalysisError, RunError
 from spi_utils.formats import Packed
 from spi_utils.models import (
     ModelSource,
+    Weights,
     list_layers,
     load_model,
     load_tokenizer,
@@ -57,18 +59,17 @@ from spi_utils.models import (
 )
 from spi_utils.progress import progress
 from spi_utils.rounding import Codes, guidable, guided, read_mark, write_codes
-from spi_utils.runs import Run, atomic_path, fingerprint, read_json, write_json, write_tensors
+from spi_utils.runs import Run, fingerprint, read_json, write_json, write_tensors
 from spi_utils.scoring import (
     Head,
     Reference,
     Switch,
     as_head_takes,
-    default_batch,
     final_hidden,
+    mean_kl,
     reference_states,
-    token_scores,
 )
-from spi_utils.texts import NAMES, check_windows, load_text, make_windows, start_token
+from spi_utils.texts import Text, check_windows, load_text, make_windows, start_token
 
 Floats = NDArray[np.float64]
 Slopes = dict[str, NDArray[np.float32]]
@@ -123,36 +124,32 @@ def sensitivities(
     Returns:
         A row a quantizable layer, indexed by name, nats a token: `fisher_<fmt>` and its standard error
         `fisher_<fmt>_se`; `measured_<fmt>` or `refined_<fmt>` where asked for; and `predicted_<fmt>`.
-        `attrs["sensitivity"]` tells the texts, the rounding, the costs in seconds and the measured sums.
+        `attrs["sensitivity"]` tells the texts, the rounding and the measured sums.
 
     Raises:
-        AnalysisError: an unknown setting, or not enough memory (says how much, and what to change).
+        AnalysisError: not enough memory (says how much, and what to change).
         EvaluationError: a text that can't be used, or numbers that overflow.
     """
     names = list(frame.loc[frame["quantizable"].astype(bool), "name"])
     if not names or not formats:
         return pd.DataFrame(index=pd.Index(names, name="name"))
-    _check(sensitivity, refine_at)
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
     measured = sensitivity == "measured"
+    if refine_at and measured:
+        raise AnalysisError("refine_at refines an estimate; sensitivity='measured' measures every layer.")
     settings = {
         "sensitivity": sensitivity,
         "formats": list(formats),
         "rounding": rounding,
-        "device": str(place),
-        "dtype": str(kind),
+        "device": device,
+        "dtype": dtype,
         "seed": seed,
         "refine_at": list(refine_at),
         "windows": windows or (YARDSTICK_WINDOWS if measured else WINDOWS),
         "length": length or LENGTH,
-        "text": text,
     }
-    given = [load_text(path).sha256 for path in map(Path, (sensitivity, text)) if path.is_file()]
-    mark = fingerprint([ENGINE, source.identity(), settings, names, given])
+    given = load_text(text if sensitivity in (*OWN, "measured") else sensitivity)
     with open_weights(source) as weights:
-        switch = Switch(load_model(source, device=place, dtype=kind), weights, names)
-        work = Work(run, mark, switch, load_tokenizer(source), settings, force)
+        work = Work(run, source, weights, names, settings, given, force)
         columns = work.columns(frame.set_index("name").loc[names])
     table = pd.DataFrame(columns, index=pd.Index(names, name="name"))
     table.attrs["sensitivity"] = work.notes
@@ -167,74 +164,90 @@ def make_codes(
     Raises:
         AnalysisError: not enough memory.
     """
-    place = resolve_device(device)
-    kind = resolve_dtype("auto", place)
     names = [layer.name for layer in list_layers(source) if layer.quantizable]
     settings = {"sensitivity": "measured", "formats": list(formats), "rounding": "guided", "seed": seed}
-    settings |= {"refine_at": [], "windows": WINDOWS, "length": LENGTH, "text": "auto", "dtype": str(kind)}
-    mark = fingerprint([ENGINE, source.identity(), settings, names])
+    settings |= {"windows": WINDOWS, "length": LENGTH, "device": device, "dtype": "auto"}
     with open_weights(source) as weights:
-        switch = Switch(load_model(source, device=place, dtype=kind), weights, names)
-        Work(run, mark, switch, load_tokenizer(source), settings, force=False).slopes()
+        Work(run, source, weights, names, settings).slopes()
     return Codes(run.rounded)
 
 
-def _check(sensitivity: str, refine_at: Sequence[float]) -> None:
-    known = (*OWN, "measured", *NAMES)
-    if sensitivity not in known and not Path(sensitivity).is_file():
-        raise AnalysisError(f"sensitivity={sensitivity!r} is none of {', '.join(known)}, none, and no file.")
-    if refine_at and sensitivity == "measured":
-        raise AnalysisError(
-            "refine_at refines an estimate; sensitivity='measured' measures every layer already."
-        )
-    if not all(4 < bits < 16 for bits in refine_at):
-        raise AnalysisError(f"refine_at={list(refine_at)}: expected matrix bits between 4 and 16.")
-
-
 class Work:
-    """One computation of the columns; what is finished lies on disk under `mark` and is not done again."""
+    """One computation of the columns; what is finished lies on disk under a mark and is not done again."""
 
     def __init__(
-        self, run: Run, mark: str, switch: Switch, tokenizer: Any, settings: dict[str, Any], force: bool
+        self,
+        run: Run,
+        source: ModelSource,
+        weights: Weights,
+        names: Sequence[str],
+        settings: dict[str, Any],
+        text: Text | None = None,
+        force: bool = False,
     ) -> None:
-        self.mark, self.switch, self.tokenizer, self.settings = mark, switch, tokenizer, settings
-        self.model = switch.model
-        self.start = start_token(tokenizer, self.model.config)
+        device = resolve_device(settings["device"])
+        kind = resolve_dtype(settings["dtype"], device)
+        sha = text.sha256 if text else None
+        made_from = [ENGINE, source.identity(), settings, names, sha, str(device), str(kind)]
+        self.mark, self.settings, self.text = fingerprint(made_from), settings, text
+        self.model = load_model(source, device=device, dtype=kind)
+        self.switch = Switch(self.model, weights, names)
+        self.tokenizer = load_tokenizer(source)
+        self.start = start_token(self.tokenizer, self.model.config)
         check_windows(settings["windows"], settings["length"], self.start, self.model.config)
-        self.notes: dict[str, Any] = {
-            "start_token": self.start,
-            "rounding": settings["rounding"],
-            "seconds": {},
-        }
+        self.notes: dict[str, Any] = {"start_token": self.start, "rounding": settings["rounding"]}
+        if text:
+            self.notes["text"] = {"name": text.name, "source": text.source, "sha256": text.sha256}
+        widths = {self.switch.live(name).shape[1] for name in names}
+        guides = any(guidable(fmt, width) for fmt in settings["formats"] for width in widths)
+        # how many windows are for rounding
+        self.guiding = settings["windows"] if guides and settings["rounding"] == "guided" else 0
         self.rounded, self.folder = run.rounded, run.partial / "analyze" / "sensitivity"
-        owner = self.folder / "fingerprint"
-        if self.folder.exists() and (force or not owner.exists() or owner.read_text() != mark):
-            shutil.rmtree(self.folder)
-        if self.rounded.exists() and (force or settings["rounding"] != "guided"):
-            shutil.rmtree(self.rounded)
+        self.measures: dict[str, tuple[torch.Tensor, Reference]] = {}
+        self.kl: dict[str, float] = {}  # measured, by a text, a format and a layer
+        if force or not self._resumes():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.rounded, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        owner.write_text(mark)
-        self._measures: dict[str, Measure] = {}
+        (self.folder / "fingerprint").write_text(self.mark)
+        if settings["rounding"] == "guided":
+            self.rounded.mkdir(exist_ok=True)
+
+    def _resumes(self) -> bool:
+        """Whether what an earlier process left is of these settings, and whole: its KL are read."""
+        owner, kl = self.folder / "fingerprint", self.folder / "kl.json"
+        if not owner.exists() or owner.read_text() != self.mark:
+            return False
+        try:
+            for path in self.folder.glob("*.safetensors"):
+                load_file(path)
+            self.kl = read_json(kl) if kl.exists() else {}
+            return all(read_mark(path)[0] == self.mark for path in self.rounded.glob("*.safetensors"))
+        except (RunError, SafetensorError) as error:
+            print(f"sensitivity: unfinished work is damaged ({error}) and made again.", flush=True)
+            return False
 
     def columns(self, layers: pd.DataFrame) -> dict[str, Floats]:
         """Every column, in the order of the layer table."""
-        formats: list[str] = self.settings["formats"]
         columns: dict[str, Floats] = {}
         best: dict[str, Floats] = {}
         slopes = self.slopes()
-        if self.settings["sensitivity"] == "measured":
-            best = {fmt: self.measured(fmt) for fmt in formats}
-            columns |= {f"measured_{fmt}": values for fmt, values in best.items()}
-        for fmt in slopes:
+        for fmt in self.settings["formats"]:
+            if self.settings["sensitivity"] == "measured":
+                best[fmt] = columns[f"measured_{fmt}"] = self.measured(fmt)
+                continue
             best[fmt], error = per_block(slopes[fmt])
             columns |= {f"fisher_{fmt}": best[fmt], f"fisher_{fmt}_se": error}
-        for fmt in formats if self.settings["refine_at"] else ():
-            best[fmt] = columns[f"refined_{fmt}"] = self.refined(fmt, layers, best[fmt], columns)
-        cheap = {fmt: self._cheap(fmt, values, layers) for fmt, values in best.items()}
-        names = layers.index.to_numpy(str)
-        totals = self.totals({fmt: names[mask].tolist() for fmt, mask in cheap.items()})
+        for fmt in self.settings["formats"] if self.settings["refine_at"] else ():
+            refined = self.refined(fmt, layers, best[fmt], columns[f"fisher_{fmt}_se"])
+            best[fmt] = columns[f"refined_{fmt}"] = refined
+        total = self.notes["kl_all_layers"] = {}
+        half = self.notes["kl_cheap_half"] = {}
         for fmt, values in best.items():
-            columns[f"predicted_{fmt}"] = scaled(values, cheap[fmt], *totals[fmt])
+            cheap = self._cheap(fmt, values, layers)
+            total[fmt] = self.measure("text", fmt, self.able(fmt))
+            half[fmt] = self.measure("text", fmt, list(layers.index[cheap]))
+            columns[f"predicted_{fmt}"] = scaled(values, cheap, total[fmt], half[fmt])
         return columns
 
     def _cheap(self, fmt: str, values: Floats, layers: pd.DataFrame) -> NDArray[np.bool_]:
@@ -248,24 +261,20 @@ class Work:
 
     def windows(self) -> torch.Tensor:
         """The text that gradients are taken on, (W, T), made once and kept: for rounding, then for slopes."""
-        path, s = self.folder / "windows.npy", self.settings
-        if not _readable(path, lambda: np.load(path).shape[1] == s["length"]):
-            with self._timed("text"):
-                made = self._make_windows(s["windows"] + (_held_out(s["windows"]) if self._guides() else 0))
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, made.numpy())
-        return torch.from_numpy(np.load(path))
+        path, count = self.folder / "windows.safetensors", self.settings["windows"]
+        if not path.exists():
+            held_out = max(2, count // HELD_OUT) if self.guiding else 0
+            write_tensors(path, {"ids": self._make_windows(count + held_out)})
+        return load_file(path)["ids"]
 
     def _make_windows(self, count: int) -> torch.Tensor:
-        s, model = self.settings, self.model
-        kind = "self" if s["sensitivity"] == "measured" else s["sensitivity"]
-        if kind not in OWN:
-            return self._cut(kind, count)
-        if kind == "self":
-            steps = partial(progress, label="text sampled from the model")
-            own = sample_windows(model, count, s["length"], self.start, s["seed"], steps)
+        kind, length, seed = (self.settings[name] for name in ("sensitivity", "length", "seed"))
+        if kind not in (*OWN, "measured"):
+            return self._cut(count)
+        if kind != "random":
+            own = sample_windows(self.model, count, length, self.start, seed)
             shares = (own[:, 1:] == own[:, 1:].mode(dim=1).values[:, None]).float().mean(dim=1)
-            if s["length"] < 8 or shares.median() <= COLLAPSED:
+            if length < 8 or shares.median() <= COLLAPSED:
                 return own
             print(
                 "sensitivity: this model's own text collapses (in most windows one token makes up more than "
@@ -273,97 +282,68 @@ class Work:
                 flush=True,
             )
         self.notes["own_text"] = "random tokens" + ("" if kind == "random" else ": its own text collapses")
-        return random_windows(model, count, s["length"], self.start, s["seed"])
+        return random_windows(self.model, count, length, self.start, seed)
 
-    def _cut(self, spec: str, count: int) -> torch.Tensor:
-        text = load_text(spec)
-        self.notes["text"] = {"name": text.name, "source": text.source, "sha256": text.sha256}
-        config = self.model.config
-        return make_windows(text, self.tokenizer, count, self.settings["length"], self.start, config=config)
+    def _cut(self, count: int) -> torch.Tensor:
+        assert self.text is not None
+        length, config = self.settings["length"], self.model.config
+        return make_windows(self.text, self.tokenizer, count, length, self.start, config=config)
 
     # --- gradients --------------------------------------------------------------------------------------
-
-    def _guides(self) -> bool:
-        widths = {self.switch.live(name).shape[1] for name in self.switch.layers}
-        able = (guidable(fmt, width) for fmt in self.settings["formats"] for width in widths)
-        return self.settings["rounding"] == "guided" and any(able)
 
     def slopes(self) -> Slopes:
         """Slopes by format, (layers, W, T), in batches as large as memory holds; guided codes on the way."""
         oracle = self.settings["sensitivity"] == "measured"
-        if oracle and not self._guides():
+        if oracle and not self.guiding:
             return {}
         windows = self.windows()
-        guides = self.settings["windows"] if self._guides() else 0
         formats = () if oracle else self.settings["formats"]
-        batch = max(1, BATCH_TOKENS // windows.shape[1])
-        said = f"sensitivity: {len(windows)} windows of {windows.shape[1]} tokens"
-        while True:
-            print(f"{said}, {batch} at a time on {self.switch.device}", flush=True)
-            try:
-                with self._timed("gradients"):
-                    found = self._backwards(windows, guides, formats, batch)
-                break
-            except torch.OutOfMemoryError as error:
-                failure = f"out of memory, {batch} at a time: {str(error).splitlines()[0]}"
-            torch.cuda.empty_cache()  # here, where the failed pass' tensors are gone with its traceback
-            print(f"sensitivity: {failure}", flush=True)
-            if batch == 1:
-                raise AnalysisError(
-                    f"{failure} Use shorter windows (`length`), a device with more memory, or "
-                    "sensitivity='none'."
-                )
-            batch //= 2
-        if guides:
+
+        def backwards(batch: int) -> Slopes:
+            shape = f"{len(windows)} windows of {windows.shape[1]} tokens, {batch} at a time"
+            print(f"sensitivity: {shape} on {self.switch.device}", flush=True)
+            return self._backwards(windows, formats, batch)
+
+        try:
+            most = max(1, BATCH_TOKENS // windows.shape[1])
+            found = find_executable_batch_size(backwards, starting_batch_size=most)()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise AnalysisError(
+                "Out of memory with a single window. Use shorter windows (`length`), a device with more "
+                "memory, or sensitivity='none'."
+            ) from error
+        if self.guiding:
             self.switch.codes = Codes(self.rounded)
         return found
 
-    def _backwards(self, windows: torch.Tensor, guides: int, formats: Sequence[str], batch: int) -> Slopes:
+    def _backwards(self, windows: torch.Tensor, formats: Sequence[str], batch: int) -> Slopes:
         """The pass, from the last block to the first; what an earlier process finished is read."""
-        passing = BlockPass(self.switch, windows, batch, self.settings["seed"], split=guides)
-        reached = self._reached(passing, batch, guides)
-        for block in progress(
-            range(reached - 1, -1, -1), len(passing.layers), "sensitivity by gradients",
-            done=len(passing.layers) - reached,
-        ):  # fmt: skip
-            if guides:
+        passing = BlockPass(self.switch, windows, batch, self.settings["seed"], split=self.guiding)
+        reached = blocks = len(passing.layers)
+        found: dict[str, torch.Tensor] = {}
+        # what `passing` holds between two blocks, under the lowest one that is finished
+        state = self.folder / "state.safetensors"
+        if state.exists():
+            with safe_open(state, "pt") as file:
+                left, of = file.metadata()["reached"].split(",")
+            kept = range(int(left), blocks) if self.guiding else ()
+            if of == str(batch) and all(self._codes(block).exists() for block in kept):
+                found, reached = load_file(state), int(left)
+                passing.gradients = [found.pop(str(k), None) for k in range(len(passing.gradients))]
+        todo = range(reached - 1, -1, -1)
+        for block in progress(todo, blocks, "sensitivity by gradients", done=blocks - reached):
+            if self.guiding:
                 self.switch.codes = self._round(passing, block)
-            found = passing.slopes(block, formats)
+            found |= {f"{fmt}|{name}": s for (name, fmt), s in passing.slopes(block, formats).items()}
             passing.descend(block)
-            # the gradient last: a block counts as done once the one below can begin
-            held = {fmt: torch.as_tensor(found[fmt]) for fmt in formats}
-            write_tensors(self.folder / f"slopes-{block:03d}.safetensors", held)
-            held = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
-            write_tensors(self.folder / "gradient.safetensors", held, block=str(block), batch=str(batch))
-        parts = [
-            load_file(self.folder / f"slopes-{block:03d}.safetensors") for block in range(len(passing.layers))
-        ]
-        place = {name: index for index, name in enumerate(n for names in passing.layers for n in names)}
-        order = [place[name] for name in self.switch.layers]
-        return {fmt: torch.cat([part[fmt] for part in parts])[order].numpy() for fmt in formats}
-
-    def _reached(self, passing: BlockPass, batch: int, guides: int) -> int:
-        """The lowest block that is finished, whose gradients are put in place; their number if none is."""
-        path, blocks = self.folder / "gradient.safetensors", len(passing.layers)
-        reached = blocks
-
-        def sound() -> bool:
-            nonlocal reached
-            with safe_open(path, "pt") as file:
-                held = file.metadata()
-            if held["batch"] != str(batch):
-                return False
-            for block in range(int(held["block"]), blocks):
-                load_file(self.folder / f"slopes-{block:03d}.safetensors")
-                if guides and read_mark(self._codes(block))[0] != self.mark:
-                    return False
-            gradients = load_file(path)
-            passing.gradients = [gradients.get(str(k)) for k in range(len(passing.gradients))]
-            reached = int(held["block"])
-            return True
-
-        _readable(path, sound)
-        return reached
+            gradients = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
+            write_tensors(state, found | gradients, reached=f"{block},{batch}")
+        return {
+            fmt: torch.stack([found[f"{fmt}|{name}"] for name in self.switch.layers]).numpy()
+            for fmt in formats
+        }
 
     def _codes(self, block: int) -> Path:
         return self.rounded / f"block-{block:03d}.safetensors"
@@ -387,22 +367,20 @@ class Work:
 
     # --- measurements -----------------------------------------------------------------------------------
 
-    def measured(self, fmt: str) -> Floats:
-        """The oracle: every layer measured alone on the text; NaN where the format can't hold it."""
-        able = self._able(fmt)
-        found = {name: self._one("text", name, fmt) for name in progress(able, len(able), f"ΔKL, {fmt}")}
-        return np.array([found.get(name, np.nan) for name in self.switch.layers])
-
-    def _able(self, fmt: str) -> list[str]:
+    def able(self, fmt: str) -> list[str]:
         """The layers that a format can hold."""
         return [name for name in self.switch.layers if self.switch.able(name, fmt)]
 
-    def refined(
-        self, fmt: str, layers: pd.DataFrame, values: Floats, columns: Mapping[str, Floats]
-    ) -> Floats:
+    def measured(self, fmt: str) -> Floats:
+        """The oracle: every layer measured alone on the text; NaN where the format can't hold it."""
+        able = self.able(fmt)
+        found = {name: self.measure("text", fmt, [name]) for name in progress(able, len(able), f"ΔKL, {fmt}")}
+        return np.array([found.get(name, np.nan) for name in self.switch.layers])
+
+    def refined(self, fmt: str, layers: pd.DataFrame, values: Floats, errors: Floats) -> Floats:
         """Fisher's estimate, measured on Fisher's own text where the budgets' cuts need it; NaN where the
         format can't hold the layer."""
-        names = np.array(self._able(fmt))
+        names = self.able(fmt)
         able = np.isin(self.switch.layers, names)
         held = layers[able]
         extra = (held["bytes_16bit"] - held[f"bytes_{fmt}"]).to_numpy(float)
@@ -411,92 +389,36 @@ class Work:
         budgets = [budget for budget in budgets if 0 < budget < extra.sum()]
         if not budgets:
             return values.copy()
-        limit = most_measurements(len(extra))
+        limit = max(AT_ONCE, math.floor(SHARE * len(names)))
         bar = progress(range(limit), limit, f"ΔKL near the cut, {fmt} (at most)")
 
         def measure(index: int) -> float:
             next(bar, None)
-            return self._one("own", names[index], fmt)
+            return self.measure("own", fmt, [names[index]])
 
-        with self._timed(f"refine_{fmt}"):
-            found, measured, settled = refine(
-                values[able], columns[f"fisher_{fmt}_se"][able], extra, budgets, measure
-            )
+        whole = values.copy()
+        whole[able], done, settled = refine(values[able], errors[able], extra, budgets, measure, limit)
         self.notes[f"refined_{fmt}"] = {
             "matrix_bits": self.settings["refine_at"],
-            "evaluations": int(measured.sum()),
+            "evaluations": int(done.sum()),
             "settled": settled,
         }
-        whole = values.copy()
-        whole[able] = found
         return whole
 
-    def totals(self, cheap: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, float]]:
-        """KL with every layer in a format, and with those of its `cheap` alone, on the text."""
-        path, formats = self.folder / "totals.json", self.settings["formats"]
-        if not _readable(path, lambda: {*read_json(path)["cheap"]} == {*formats}):
-            with self._timed("totals"):
-                measure = self._measure("text")
-                kl, half = {}, {}
-                for fmt in formats:
-                    kl[fmt] = measure.all(dict.fromkeys(self._able(fmt), fmt), fmt)
-                    half[fmt] = measure.all(dict.fromkeys(cheap[fmt], fmt), f"the cheaper half in {fmt}")
-            write_json(path, {"kl": kl, "cheap": half, "text": self.notes["text"]})
-        held = read_json(path)
-        self.notes |= {"text": held["text"], "kl_all_layers": held["kl"], "kl_cheap_half": held["cheap"]}
-        return {fmt: (held["kl"][fmt], held["cheap"][fmt]) for fmt in formats}
-
-    def _one(self, where: str, name: str, fmt: str) -> float:
-        path = self.folder / f"{where}-{fmt}-{name}.json"
-        if not _readable(path, lambda: isinstance(read_json(path)["kl"], float)):
-            write_json(path, {"kl": self._measure(where).one(name, fmt)})
-        return read_json(path)["kl"]
-
-    def _measure(self, where: str) -> Measure:
-        """KL on the first windows of the text, or on the last of Fisher's own; made when first needed."""
-        if where not in self._measures:
-            self._measures.clear()  # one at a time: each keeps every block's output
-            s = self.settings
-            spec = s["text"] if s["sensitivity"] in (*OWN, "measured") else s["sensitivity"]
-            count = s["windows"] if s["sensitivity"] == "measured" else YARDSTICK_WINDOWS
-            # the last windows: what the rounding has not seen comes last
-            windows = self.windows()[-YARDSTICK_WINDOWS:] if where == "own" else self._cut(spec, count)
-            self.switch.restore()
-            self._measures[where] = Measure(self.switch, windows, reference_states(self.model, windows))
-        return self._measures[where]
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.notes["seconds"][what] = round(time.monotonic() - started, 1)
-
-
-def _held_out(windows: int) -> int:
-    return max(2, windows // HELD_OUT)
-
-
-def _readable(path: Path, sound: Callable[[], bool]) -> bool:
-    """Whether a finished piece is there and `sound`: a damaged one is said and merely made again."""
-    if not path.is_file():
-        return False
-    try:
-        if sound():
-            return True
-        error: object = "another content than expected"
-    except (
-        RunError,
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        IndexError,
-    ) as damage:
-        error = damage
-    print(f"sensitivity: {path} is damaged ({error}) and made again.", flush=True)
-    return False
+    def measure(self, where: str, fmt: str, names: Sequence[str]) -> float:
+        """KL with these layers in a format: on the text, or on the last windows of Fisher's own, which the
+        rounding has not seen."""
+        key = f"{where} {fmt} {names[0] if len(names) == 1 else f'{len(names)} layers'}"
+        if key not in self.kl:
+            if where not in self.measures:
+                oracle = self.settings["sensitivity"] == "measured"
+                count = self.settings["windows"] if oracle else YARDSTICK_WINDOWS
+                windows = self._cut(count) if where == "text" else self.windows()[-YARDSTICK_WINDOWS:]
+                self.switch.restore()
+                self.measures[where] = (windows, reference_states(self.model, windows))
+            self.kl[key] = mean_kl(self.switch, dict.fromkeys(names, fmt), *self.measures[where], key)
+            write_json(self.folder / "kl.json", self.kl)
+        return self.kl[key]
 
 
 # --- one pass, block by block -----------------------------------------------------------------------------
@@ -529,14 +451,13 @@ class BlockPass:
         self.half = next(self.model.parameters()).dtype == torch.float16
         config = self.model.config.get_text_config()
         self.parts = {name: fused_parts(name, len(switch.live(name)), config) for name in switch.layers}
-        starts = [*range(0, split, batch), *range(split, len(windows), batch)]
-        ends = [min(start + batch, split if start < split else len(windows)) for start in starts]
-        self.ids = [windows[start:end] for start, end in zip(starts, ends, strict=True)]
-        uniform = draws(seed, "labels", *windows.shape)
-        self.labels = [uniform[start:end].reshape(-1, 1) for start, end in zip(starts, ends, strict=True)]
-        self.guiding = [k for k, start in enumerate(starts) if start < split]
-        self.others = [k for k, start in enumerate(starts) if start >= split]
-        self.gradients: list[torch.Tensor | None] = [None] * len(starts)
+        groups = [group for group in (windows[:split], windows[split:]) if len(group)]
+        self.ids = [ids for group in groups for ids in group.split(batch)]
+        uniform = draws(seed, "labels", *windows.shape).split([len(ids) for ids in self.ids])
+        self.labels = [u.reshape(-1, 1) for u in uniform]
+        count = -(-split // batch)
+        self.guiding, self.others = range(count), range(count, len(self.ids))
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.ids)
         self._below: dict[int, torch.Tensor] = {}
         prefix, self.blocks = find_blocks(self.model, switch.layers)
         self.layers: list[list[str]] = [[] for _ in self.blocks]
@@ -544,11 +465,39 @@ class BlockPass:
             found = IN_BLOCK.match(name)
             if found is not None and found[1] == prefix:
                 self.layers[int(found[2])].append(name)
-        if sum(map(len, self.layers)) == len(switch.layers) and self._keep_inputs():
-            self.gradients = [self._pull(partial(self._run_top, k), k)[0].cpu() for k in range(len(starts))]
-        else:
+        if sum(map(len, self.layers)) < len(switch.layers) or not self._forward():
             print("sensitivity: this architecture can't be run block by block: the whole model is one block")
             self.blocks, self.layers = [], [list(switch.layers)]
+
+    def _forward(self) -> bool:
+        """Keep every block's input, and the gradients at the last one's output; False where a block, run
+        alone, gives something else than it did in the model."""
+        self._check_memory()
+        self.inputs: list[dict[int, torch.Tensor]] = [{} for _ in self.blocks]
+        self.calls: list[dict[int, Any]] = [{} for _ in self.blocks]
+
+        def keep(block: int, k: int, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            rest = {key: value for key, value in options.items() if key != "hidden_states"}
+            self.inputs[block][k] = (args[0] if args else options["hidden_states"]).cpu()
+            self.calls[block][k] = (args[1:], rest)
+
+        gradients: list[torch.Tensor | None] = []
+        for k in range(len(self.ids)):
+            handles = [
+                block.register_forward_pre_hook(partial(keep, index, k), with_kwargs=True)
+                for index, block in enumerate(self.blocks)
+            ]
+            with _removed(handles):
+                gradients.append(self._pull(partial(self._run_from, self.blocks[-1], k, ()), k)[0].cpu())
+            if not all(k in kept for kept in self.inputs):
+                return False
+        for index in range(len(self.blocks) - 1):
+            with torch.no_grad():
+                made = self._call(index, 0, self.inputs[index][0].to(self.switch.device))
+            if not torch.equal(made.cpu(), self.inputs[index + 1][0]):
+                return False
+        self.gradients = gradients
+        return True
 
     def moments(self, block: int) -> dict[str, list[torch.Tensor]]:
         """H = Σ_t ‖g_t‖² x_t x_tᵀ, (in, in) float32, of each part of each of the block's layers, by name."""
@@ -557,14 +506,15 @@ class BlockPass:
             for name, x, g in self._visit(block, k):
                 inputs, parts = x.flatten(0, -2).float(), g.flatten(0, -2).split(self.parts[name], dim=1)
                 scaled = [inputs * part.norm(dim=1, keepdim=True) for part in parts]
-                held = found.setdefault(name, [torch.zeros((), device=x.device)] * len(parts))
-                found[name] = [
-                    h.addmm_(s.T, s) if h.dim() else s.T @ s for h, s in zip(held, scaled, strict=True)
-                ]
+                if name in found:
+                    found[name] = [h.addmm_(s.T, s) for h, s in zip(found[name], scaled, strict=True)]
+                else:
+                    found[name] = [s.T @ s for s in scaled]
         return found
 
-    def slopes(self, block: int, formats: Sequence[str]) -> Slopes:
-        """s_t = g_t · (ΔW x_t) by format, (the block's layers, windows, T); NaN where it can't hold one.
+    def slopes(self, block: int, formats: Sequence[str]) -> dict[tuple[str, str], torch.Tensor]:
+        """s_t = g_t · (ΔW x_t), (windows, T), of each of the block's layers in each format; NaN where it
+        can't hold the layer.
 
         Raises:
             AnalysisError: a layer that doesn't see every token once.
@@ -576,26 +526,23 @@ class BlockPass:
             for fmt in formats
             if switch.able(name, fmt)
         }
-        parts: dict[str, list[torch.Tensor]] = {fmt: [] for fmt in formats}
+        parts: dict[tuple[str, str], list[torch.Tensor]] = {(n, fmt): [] for n in names for fmt in formats}
         for k in self.others:
-            made = {fmt: torch.full((len(names), *self.ids[k].shape), torch.nan) for fmt in formats}
-            seen: Counter[str] = Counter()
-            for name, x, g in self._visit(block, k):
-                seen[name] += g.numel() // g.shape[-1]
-                for fmt in formats if g.numel() // g.shape[-1] == self.ids[k].numel() else ():
-                    if (name, fmt) in deltas:
-                        moved = _product(x, deltas[name, fmt]).float()  # ΔW x, (B, T, out)
-                        value = torch.linalg.vecdot(moved, g).view(self.ids[k].shape)
-                        made[fmt][names.index(name)] = value.cpu()
-            for name in names:
-                if seen[name] != self.ids[k].numel():
-                    raise AnalysisError(
-                        f"Layer {name} saw {seen[name]} of {self.ids[k].numel()} tokens: expected each once. "
-                        "Its sensitivity can't be taken from gradients; use sensitivity='measured' or 'none'."
-                    )
-            for fmt in formats:
-                parts[fmt].append(made[fmt])
-        return {fmt: torch.cat(parts[fmt], dim=1).numpy() for fmt in formats}
+            ids = self.ids[k]
+            visits = [one for one in self._visit(block, k) if one[1][..., 0].numel() == ids.numel()]
+            times = Counter(name for name, *_ in visits)
+            if unlike := [name for name in names if times[name] != 1]:
+                raise AnalysisError(
+                    f"Layer {unlike[0]} doesn't see every token once: its sensitivity can't be taken from "
+                    "gradients. Use sensitivity='measured' or 'none', and rounding='nearest'."
+                )
+            for (name, x, g), fmt in product(visits, formats):
+                slope = torch.full(ids.shape, torch.nan)
+                if (name, fmt) in deltas:
+                    moved = _product(x, deltas[name, fmt]).float()  # ΔW x, (B, T, out)
+                    slope = torch.linalg.vecdot(moved, g).view(ids.shape).cpu()
+                parts[name, fmt].append(slope)
+        return {key: torch.cat(rows) for key, rows in parts.items()}
 
     def descend(self, block: int) -> None:
         """The block is done with: the gradients at its input are those at the output of the one below."""
@@ -605,9 +552,11 @@ class BlockPass:
 
     def _visit(self, block: int, k: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """One block forward and backward on one batch: (name, x, g) of each of its layers."""
+        if not self.blocks:
+            start = self.model.get_input_embeddings()
+            return self._pull(partial(self._run_from, start, k, self.layers[0]), k)[1]
         gradient, seen = self._pull(partial(self._run, block, k), k)
-        if self.blocks:
-            self._below[k] = gradient.cpu()
+        self._below[k] = gradient.cpu()
         return seen
 
     def _pull(self, run: Callable[[], Any], k: int) -> tuple[torch.Tensor, list[Any]]:
@@ -634,73 +583,36 @@ class BlockPass:
     def _run(self, block: int, k: int) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
         """A block on a batch, with a graph: its input, its output, what its layers see on the way back."""
         seen: list[Any] = []
+        with _removed(self._look(self.layers[block], seen)), torch.enable_grad():
+            leaf = self.inputs[block][k].to(self.switch.device, copy=True).requires_grad_(True)
+            return leaf, self._call(block, k, leaf), seen
+
+    def _run_from(self, start: Any, k: int, names: Sequence[str]) -> tuple[torch.Tensor, Any, list[Any]]:
+        """The whole model on a batch, with a graph from the output of the module `start` on."""
+        seen: list[Any] = []
+        leaves: list[torch.Tensor] = []
+
+        def begin(module: Any, inputs: Any, output: Any) -> Any:
+            leaves.append(_first(output).detach().requires_grad_(True))
+            return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
+
+        handles = [*self._look(names, seen), start.register_forward_hook(begin)]
+        with _removed(handles), torch.enable_grad():
+            output = final_hidden(self.model, self.ids[k].to(self.switch.device))
+        return leaves[0], output, seen
+
+    def _look(self, names: Sequence[str], seen: list[Any]) -> list[Any]:
+        """Hooks that note (name, x, g) of the layers on the way back."""
 
         def look(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x = inputs[0].detach()
             output.register_hook(lambda g: seen.append((name, x, g)))
 
-        find, device = self.model.get_submodule, self.switch.device
-        handles = [find(name).register_forward_hook(partial(look, name)) for name in self.layers[block]]
-        try:
-            with torch.enable_grad():
-                if self.blocks:
-                    leaf = self.inputs[block][k].detach().to(device).requires_grad_(True)
-                    return leaf, _first(self._call(block, k, leaf)), seen
-                leaves: list[torch.Tensor] = []
-                embedding = self.model.get_input_embeddings()
-                handles.append(
-                    embedding.register_forward_hook(lambda m, i, out: leaves.append(out.requires_grad_(True)))
-                )
-                output = final_hidden(self.model, self.ids[k].to(device))
-                return leaves[0], output, seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        return [self.model.get_submodule(n).register_forward_hook(partial(look, n)) for n in names]
 
-    def _run_top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
-        """What comes after the last block."""
-        output = self.last[k]
-        leaf = _first(output).detach().requires_grad_(True)
-        returned = (leaf, *output[1:]) if isinstance(output, tuple) else leaf
-        with torch.enable_grad(), resumed(self.blocks, [returned] * len(self.blocks), len(self.blocks)):
-            return leaf, final_hidden(self.model, self.ids[k].to(leaf.device)), []
-
-    def _call(self, block: int, k: int, hidden: torch.Tensor) -> Any:
+    def _call(self, block: int, k: int, hidden: torch.Tensor) -> torch.Tensor:
         args, options = self.calls[block][k]
-        return self.blocks[block](hidden, *args, **options)
-
-    def _keep_inputs(self) -> bool:
-        """The forward pass; False where a block, run alone, gives something else than it did in the model."""
-        self._check_memory()
-        self.inputs: list[list[torch.Tensor]] = [[] for _ in self.blocks]
-        self.calls: list[list[Any]] = [[] for _ in self.blocks]
-        self.last: list[Any] = []
-
-        def keep(block: int, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            rest = {key: value for key, value in options.items() if key != "hidden_states"}
-            self.inputs[block].append((args[0] if args else options["hidden_states"]).cpu())
-            self.calls[block].append((args[1:], rest))
-
-        handles = [
-            block.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
-            for index, block in enumerate(self.blocks)
-        ]
-        handles.append(self.blocks[-1].register_forward_hook(lambda m, i, out: self.last.append(out)))
-        try:
-            with torch.no_grad():
-                for ids in self.ids:
-                    final_hidden(self.model, ids.to(self.switch.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if any(len(kept) != len(self.ids) for kept in (*self.inputs, self.last)):
-            return False
-        with torch.no_grad():
-            made = (
-                _first(self._call(index, 0, self.inputs[index][0].to(self.switch.device)))
-                for index in range(len(self.blocks) - 1)
-            )
-            return all(torch.equal(one.cpu(), self.inputs[index + 1][0]) for index, one in enumerate(made))
+        return _first(self.blocks[block](hidden, *args, **options))
 
     def _check_memory(self) -> None:
         hidden = self.model.get_input_embeddings().weight
@@ -723,13 +635,11 @@ def all_slopes(
     """Slopes of every layer at once, by format: (layers in the Switch's order, windows, T)."""
     switch.restore()
     passing = BlockPass(switch, windows, batch, seed)
-    found: dict[str, dict[str, NDArray[np.float32]]] = {fmt: {} for fmt in formats}
+    found: dict[tuple[str, str], torch.Tensor] = {}
     for block in reversed(range(len(passing.layers))):
-        made = passing.slopes(block, formats)
+        found |= passing.slopes(block, formats)
         passing.descend(block)
-        for fmt in formats:
-            found[fmt] |= dict(zip(passing.layers[block], made[fmt], strict=True))
-    return {fmt: np.stack([found[fmt][name] for name in switch.layers]) for fmt in formats}
+    return {fmt: torch.stack([found[name, fmt] for name in switch.layers]).numpy() for fmt in formats}
 
 
 def find_blocks(model: Any, layers: Sequence[str]) -> tuple[str, list[Any]]:
@@ -762,20 +672,13 @@ def fused_parts(name: str, rows: int, config: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def resumed(blocks: Sequence[Any], outputs: Sequence[Any], depth: int) -> Iterator[None]:
-    """While entered, blocks before `depth` return the given outputs instead of computing them."""
-
-    def returning(output: Any, device: torch.device) -> Any:
-        whole = isinstance(output, tuple)
-        return lambda *_, **__: (output[0].to(device), *output[1:]) if whole else output.to(device)
-
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
+    """While entered, hooks are in place."""
     try:
-        for block, output in zip(blocks[:depth], outputs, strict=False):
-            block.forward = returning(output, next(block.parameters()).device)
         yield
     finally:
-        for block in blocks[:depth]:
-            block.__dict__.pop("forward", None)
+        for handle in handles:
+            handle.remove()
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -841,7 +744,6 @@ def sample_windows(
     length: int,
     start: int | None,
     seed: int,
-    steps: Callable[..., Any] | None = None,
     *,
     purpose: str = "text",
     script: Callable[[int, int, int], int] | None = None,
@@ -854,8 +756,7 @@ def sample_windows(
         length: tokens in each, the start token included.
         start: first token, or None: the first token is drawn evenly from the vocabulary.
         seed: of the samples; a window hangs on it and on its index alone.
-        steps: as `progress`, for the columns to sample.
-        purpose: of the draws (`draws`).
+        purpose: of the draws (`draws`), and what the progress line calls them.
         script: (window, column, the token drawn) -> the token that stands there instead.
     """
     device = next(model.parameters()).device
@@ -870,22 +771,18 @@ def sample_windows(
 
     first = torch.full((n, 1), start) if start is not None else random_windows(model, n, 1, None, seed)
     first = told(first, 0, 0)
-    groups = range(0, n, SAMPLED)
-    todo = ((group, column) for group in groups for column in range(1, length))
     rows: list[torch.Tensor] = []
-    for group, column in todo if steps is None else steps(todo, total=len(groups) * (length - 1)):
-        part = slice(group, group + SAMPLED)
-        if column == 1:
-            columns, cache = [first[part].to(device)], None
-        output = model.base_model(input_ids=columns[-1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        last = as_head_takes(model, output.last_hidden_state[:, -1])
-        drawn = zip(last.split(head.chunk), uniform[part, column, None].split(head.chunk), strict=True)
-        tokens = [pick(torch.softmax(head.finish(head.raw(h, "variant")), -1), u) for h, u in drawn]
-        columns.append(told(torch.cat(tokens), group, column))
-        if column == length - 1:
-            rows.append(torch.cat(columns, dim=1).cpu())
-    return torch.cat(rows) if rows else first
+    for place, u in enumerate(uniform.split(SAMPLED)):
+        columns, cache = [first.split(SAMPLED)[place].to(device)], None
+        for column in progress(range(1, length), length - 1, f"{purpose} sampled from the model"):
+            output = model.base_model(input_ids=columns[-1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            last = as_head_takes(model, output.last_hidden_state[:, -1])
+            drawn = zip(last.split(head.chunk), u[:, column, None].split(head.chunk), strict=True)
+            tokens = [pick(torch.softmax(head.finish(head.raw(h, "variant")), -1), d) for h, d in drawn]
+            columns.append(told(torch.cat(tokens), place * SAMPLED, column))
+        rows.append(torch.cat(columns, dim=1).cpu())
+    return torch.cat(rows)
 
 
 def random_windows(model: Any, n: int, length: int, start: int | None, seed: int) -> torch.Tensor:
@@ -933,79 +830,7 @@ def scaled(values: Floats, cheap: NDArray[np.bool_], total: float, half: float) 
     return values * np.where(cheap, half / sums[0], (total - half) / sums[1])
 
 
-# --- measuring --------------------------------------------------------------------------------------------
-
-
-class Measure:
-    """Mean KL(16-bit ‖ variant) in nats a token, on fixed windows.
-
-    A layer of block b changes nothing before block b, so its evaluation starts from the 16-bit model's own
-    hidden states there: over all layers, half of the blocks' work is never done.
-    """
-
-    def __init__(self, switch: Switch, windows: torch.Tensor, reference: Reference) -> None:
-        """Keep every block's output on the CPU: windows · T · hidden size numbers a block.
-
-        Args:
-            switch: of the model to evaluate; put into 16-bit first.
-            windows: LongTensor (W, T).
-            reference: `reference_states` of the same windows.
-        """
-        switch.restore()
-        self.switch, self.windows, self.reference = switch, windows, reference
-        size = default_batch(switch.device, windows.shape[1])
-        self.batches = [slice(i, i + size) for i in range(0, len(windows), size)]
-        self.prefix, self.blocks = find_blocks(switch.model, switch.layers)
-        self.outputs = [self._record(windows[rows]) for rows in self.batches]
-        if self.blocks and not self._resumes():
-            print("measuring: this architecture can't start at a block; each evaluation runs the whole model")
-            self.blocks, self.outputs = [], [[] for _ in self.batches]
-
-    def all(self, formats: Mapping[str, str], label: str) -> float:
-        """Mean KL with several layers switched; the model is left so."""
-        self.switch.to(formats)
-        return self._mean(0, label)
-
-    def one(self, name: str, fmt: str) -> float:
-        """Mean KL with one layer switched; the model is left so."""
-        self.switch.to({name: fmt})
-        found = IN_BLOCK.match(name)
-        depth = int(found[2]) if found is not None and found[1] == self.prefix else 0
-        return self._mean(depth, f"{name} in {fmt}")
-
-    def _mean(self, depth: int, label: str) -> float:
-        parts = []
-        for rows, outputs in zip(self.batches, self.outputs, strict=True):
-            with resumed(self.blocks, outputs, depth):
-                ids, held = self.windows[rows], self.reference[rows]
-                parts.append(token_scores(self.switch.model, ids, held, batch=len(ids), label=label).kl)
-        return float(np.concatenate(parts).mean(dtype=np.float64))
-
-    @torch.inference_mode()
-    def _record(self, ids: torch.Tensor) -> list[Any]:
-        """The output of each block, on the CPU."""
-        kept: list[Any] = []
-
-        def keep(module: Any, inputs: Any, output: Any) -> None:
-            kept.append((output[0].cpu(), *output[1:]) if isinstance(output, tuple) else output.cpu())
-
-        handles = [block.register_forward_hook(keep) for block in self.blocks]
-        try:
-            if self.blocks:
-                final_hidden(self.switch.model, ids.to(self.switch.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return kept
-
-    @torch.inference_mode()
-    def _resumes(self) -> bool:
-        """Does starting at the middle block give the same final states, bit for bit?"""
-        ids = self.windows[self.batches[0]].to(self.switch.device)
-        with resumed(self.blocks, self.outputs[0], len(self.blocks) // 2):
-            got = final_hidden(self.switch.model, ids)[:, :-1]
-        return torch.equal(got.cpu(), self.reference.hidden[self.batches[0]])
-
+# --- measuring where the cut is near ---------------------------------------------------------------------
 
 Z = 1.96  # half-width of an interval, in standard errors
 MODEL_ERROR = 0.3  # relative error of the estimate that its standard error doesn't know of (measured)
@@ -1020,7 +845,7 @@ def refine(
     extra: Floats,
     budgets: Sequence[float],
     measure: Callable[[int], float],
-    limit: int | None = None,
+    limit: int,
 ) -> tuple[Floats, NDArray[np.bool_], bool]:
     """Measure the layers whose cost per extra byte can't be told from the cut's, nearest first, until none
     is left, the plan stops changing, or the limit is reached.
@@ -1034,52 +859,40 @@ def refine(
         extra: bytes that lifting each layer costs.
         budgets: extra bytes to spend, one a budget.
         measure: cost of the layer with this index.
-        limit: most measurements; by default 15 % of the layers, at least 4.
+        limit: most measurements.
 
     Returns:
         The costs (layers,), which of them were measured, and whether every cut came to rest.
     """
-    limit = most_measurements(len(values)) if limit is None else limit
     relative = np.divide(errors, values, out=np.ones_like(errors), where=values > 0)
     width_share = Z * np.hypot(np.nan_to_num(relative, nan=1.0), MODEL_ERROR)
     measured: dict[int, float] = {}
-    plans: list[list[bytes]] = []
+    plans: list[bytes] = []
     while True:
-        current = values.copy()
+        current, index = values.copy(), list(measured)
         if measured:
-            index = list(measured)
             estimated = values[index].sum()
             current *= sum(measured.values()) / estimated if estimated > 0 else 1.0
             current[index] = list(measured.values())
-        plans.append([lifted(current, extra, budget).tobytes() for budget in budgets])
-        cuts = [cut(current, extra, budget) for budget in budgets]
-        distance = np.min([np.abs(current / extra - c) for c in cuts], axis=0)
-        width = width_share * current / extra
+        rate = current / extra
+        reached = [lifted(rate, extra, budget) for budget in budgets]
+        plans.append(np.stack(reached).tobytes())
+        # the cut: the highest cost a byte that a budget doesn't reach
+        distance = np.min([np.abs(rate - rate[~one].max(initial=0.0)) for one in reached], axis=0)
+        width = width_share * rate
         near = np.divide(distance, width, out=np.full_like(width, np.inf), where=width > 0)
-        near[list(measured)] = np.inf
+        near[index] = np.inf
         still_open = [int(i) for i in np.argsort(near, kind="stable") if near[i] < 1]
-        at_rest = not still_open or (len(plans) > REST and all(p == plans[-1] for p in plans[-1 - REST :]))
-        room = limit - len(measured)
-        if at_rest or room <= 0:
-            return current, np.isin(np.arange(len(values)), list(measured)), at_rest
-        for layer in still_open[: min(AT_ONCE, room)]:
+        at_rest = not still_open or (len(plans) > REST and len({*plans[-1 - REST :]}) == 1)
+        if at_rest or len(measured) >= limit:
+            return current, np.isin(np.arange(len(values)), index), at_rest
+        for layer in still_open[: min(AT_ONCE, limit - len(measured))]:
             measured[layer] = measure(layer)
 
 
-def most_measurements(layers: int) -> int:
-    """15 % of the layers, at least 4."""
-    return max(AT_ONCE, math.floor(SHARE * layers))
-
-
-def lifted(values: Floats, extra: Floats, budget: float) -> NDArray[np.bool_]:
+def lifted(rate: Floats, extra: Floats, budget: float) -> NDArray[np.bool_]:
     """Which layers the budget reaches, from the highest cost per extra byte on, up to the first too large."""
-    order = np.argsort(-values / extra, kind="stable")
-    reached = np.zeros(len(values), dtype=bool)
+    order = np.argsort(-rate, kind="stable")
+    reached = np.zeros(len(rate), dtype=bool)
     reached[order] = np.cumsum(extra[order]) <= budget
     return reached
-
-
-def cut(values: Floats, extra: Floats, budget: float) -> float:
-    """Highest cost per extra byte among the layers that the budget doesn't reach; 0 if it reaches all."""
-    left = ~lifted(values, extra, budget)
-    return float((values[left] / extra[left]).max()) if left.any() else 0.0

@@ -290,19 +290,7 @@ def test_a_changed_analysis_is_refused_and_made_again_without_force(whole, small
     assert run.spectra.read_bytes() == whole.spectra.read_bytes()
 
 
-def reshape(path):
-    if path.suffix == ".npy":
-        np.save(path, np.zeros((2, 8), np.int64))
-    elif path.suffix == ".npz":
-        np.savez(path, nf4=np.zeros((1, 1, 1), np.float32))
-    else:
-        path.write_text('{"kl": {"int8": 1.0}}')
-
-
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:40]), reshape])
-def test_damaged_pieces_of_unfinished_work_are_made_again(
-    whole, small, tmp_path, monkeypatch, capsys, damage
-):
+def test_damaged_pieces_of_unfinished_work_are_made_again(whole, small, tmp_path, monkeypatch, capsys):
     path, describe = tmp_path / "run", runs.describe_files
 
     def killed_before(output):
@@ -320,8 +308,8 @@ def test_damaged_pieces_of_unfinished_work_are_made_again(
     piece.write_bytes(piece.read_bytes()[:40])
     killed_before("layers.csv")
     for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
-        if piece.suffix in (".npy", ".npz", ".json"):
-            damage(piece)
+        if piece.suffix:
+            piece.write_bytes(piece.read_bytes()[:40])
     run = costed(path, small)
     assert "damaged" in capsys.readouterr().out
     assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()

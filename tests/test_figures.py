@@ -1,8 +1,5 @@
 """Figures against the data they show: recomputed by scipy or by hand, and read back from the artists."""
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ from scipy import stats
 
 from spi_utils import figures
 from spi_utils.curves import frontier
-from spi_utils.errors import PlanError, RunError
+from spi_utils.errors import RunError
 from spi_utils.figures import FORMAT_COLOURS, all_figures, between_share, draw_all, rank_correlation
 from spi_utils.plan import make_plan, price
 from spi_utils.runs import Run
@@ -36,7 +33,7 @@ def title(figure) -> str:
 
 def broken(**values):
     """A table with some values of the first planned layers replaced."""
-    table = layer_table(70)
+    table = layer_table(28)
     for column, replacements in values.items():
         table.loc[table.index[1 : 1 + len(replacements)], column] = replacements
     return table
@@ -55,38 +52,12 @@ def test_statistics_are_scipys_with_missing_values_left_out():
     assert np.isnan(rank_correlation(np.ones(40), y))
 
 
-def test_axes_and_edges_fit_the_values():
-    scales = [np.geomspace(1, 1000, 50), np.linspace(1, 12, 50), np.linspace(-1, 1000, 50)]
-    assert [figures.scale_of(values) for values in scales] == ["log", "linear", "linear"]
-    edges = figures.histogram_edges(np.geomspace(1e-6, 1, 30))
-    assert edges[0] == pytest.approx(1e-6) and np.ptp(np.diff(np.log(edges))) < 1e-9
-    assert figures.histogram_edges(np.array([3.0, 3.0]))[[0, -1]] == pytest.approx([2.5, 3.5])
-    assert len(figures.histogram_edges(np.full(3, np.nan))) == 41
-
-
 def test_depth_shows_every_layer_and_the_share_between_types(layers, planned):
     figure = figures.score_by_depth(layers)
     drawn = np.concatenate([line.get_ydata() for line in figure.axes[0].lines])
     assert sorted(drawn) == pytest.approx(sorted(planned["alpha_hill"]))
     share = between_share(planned["alpha_hill"].to_numpy(), planned["type"].reset_index(drop=True))
     assert title(figure).startswith(f"{share:.0%} of the spread")
-    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
-    assert len(looks) == 8  # seven types, and failed layers
-
-
-def test_failed_layers_are_hollow():
-    table = broken(alpha_hill=[np.nan, np.inf, np.nan], status=["failed"] * 3)
-    figure = figures.score_by_depth(table)
-    (hollow,) = [line for line in figure.axes[0].lines if line.get_gid() == "failed"]
-    assert len(hollow.get_xdata()) == 3 and hollow.get_markerfacecolor() == "white"
-    assert "3 without a finite value" in figure.get_supxlabel()
-    names = list(table["name"][table["status"] == "failed"])
-    plan = make_plan(table, force_16bit=[f"^{re.escape(name)}$" for name in names])
-    drawn = all_figures(table, spectra_of(table), plan)  # the frontier holds the same wishes
-    labels = [text.get_text() for text in drawn["plan_map"].legends[0].get_texts()]
-    assert "analysis failed (3)" in labels and "frontier" in drawn
-    rest = table["name"].isin(plan.protected) & ~table["name"].isin(names)
-    assert figures.cut_of(table, plan) == table.loc[rest, "alpha_hill"].min()
 
 
 def test_histogram_counts_layers_what_the_threshold_keeps_and_each_shapes_noise(layers, planned):
@@ -138,22 +109,10 @@ def test_map_colours_each_cell_by_its_format_and_says_which_types_are_kept(layer
     for name, kind, depth in zip(planned["name"], planned["type"], planned["depth"], strict=True):
         expected = np.array(to_rgb(FORMAT_COLOURS[plan.formats[name]])) * 255
         assert np.abs(image[types.index(kind), depth] - expected).max() <= 1
-    assert title(figure).startswith(
-        f"{len(plan.protected)} of 70 layers stay in 16-bit: nearly all of q_proj"
-    )
-    assert f"{plan.matrix_bits:.2f} matrix bits" in title(figure)
     mixed = {"rule": "matrix_bits", "value": 7.0, "formats": ("nf4", "int8", "16bit")}
     (legend,) = figures.plan_map(layers, make_plan(layers, score="fisher", **mixed)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["8-bit (int8)", "4-bit (NF4)"]
     assert figures.cut_of(layers, plan) is None  # patterns decided, not a threshold
-    # Several layers in a cell mix by their weights, and one failed layer is enough to be seen.
-    shared = pd.DataFrame({"type": ["e"] * 3, "depth": [0, 0, 1], "numel": [30, 10, 5], "quantizable": True})
-    grid = figures.LayerGrid(shared.assign(status=["ok", "failed", "ok"]))
-    assert grid.colours(np.array([[1.0, 0, 0], [0, 0, 0], [0, 1, 0]]))[0].tolist() == [
-        [191, 0, 0],
-        [0, 255, 0],
-    ]
-    assert grid.hollow == [(0, 0)]
 
 
 def test_frontier_draws_the_optimum_below_scores_the_plan_and_one_format_everywhere(layers, planned):
@@ -165,7 +124,6 @@ def test_frontier_draws_the_optimum_below_scores_the_plan_and_one_format_everywh
         if len(line.get_xdata()) == 11:  # curves are read between whole choices, the optimum at whole ones
             assert (line.get_ydata() >= np.interp(line.get_xdata(), *lowest) - 0.05 * lowest[1].max()).all()
     assert lines["the plan"].get_ydata()[0] == pytest.approx(plan.predicted_kl)
-    assert f"{plan.predicted_kl:.3g} nats a token" in title(figure) and "predicted" in title(figure)
     size = price(layers, dict.fromkeys(planned["name"], "int8"))["total"]
     held = lines["int8 everywhere"].get_xydata()[0]
     assert held == pytest.approx([size / 1e6, planned["predicted_int8"].sum()])
@@ -173,11 +131,10 @@ def test_frontier_draws_the_optimum_below_scores_the_plan_and_one_format_everywh
 
 UNUSUAL = {
     "one layer": lambda: layer_table(1),
-    "all alpha equal": lambda: layer_table(70).assign(alpha_hill=3.0, alpha_pl=3.0, alpha_excess=0.5),
+    "all alpha equal": lambda: layer_table(28).assign(alpha_hill=3.0, alpha_pl=3.0, alpha_excess=0.5),
     "missing and infinite": lambda: broken(alpha_hill=[np.nan, np.inf, -np.inf], alpha_pl=[np.inf, np.nan]),
-    "long names": lambda: layer_table(70).assign(type=lambda table: "x" * 120 + table["type"]),
-    "many layers": lambda: layer_table(2000),
-    "many types": lambda: layer_table(70).assign(type=lambda t: [f"kind_{i % 30}" for i in range(len(t))]),
+    "long names": lambda: layer_table(28).assign(type=lambda table: "x" * 120 + table["type"]),
+    "many layers": lambda: layer_table(700),
 }
 
 
@@ -193,20 +150,14 @@ def test_every_figure_copes(case, monkeypatch):
         figure.draw_without_rendering()
 
 
-def test_an_unknown_score_names_the_nearest_and_long_names_lose_their_middle(layers):
-    with pytest.raises(PlanError, match="alpha_hill"):
-        figures.score_by_depth(layers, "alpha_hil")
-    assert figures.shorten("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb" and figures.shorten("short") == "short"
-
-
 def test_draw_all_saves_every_figure_and_the_same_bytes_again(tmp_path):
-    run = make_run(tmp_path / "run", 35)
-    drawn = draw_all(run, make_plan(layer_table(35), model={"sha256": "0" * 64}))
+    run = make_run(tmp_path / "run", 14)
+    drawn = draw_all(run, make_plan(layer_table(14), model={"sha256": "0" * 64}))
     names = {"score_by_depth", "spectra", "rank_decay", "histogram", "plan_map", "sensitivity", "frontier"}
     assert set(drawn) == names and {path.stem for path in run.figures.glob("*.svg")} == names
     assert figures.show(drawn, "plan_map").data[:4] == b"\x89PNG"
     again = Run(tmp_path / "again")
-    figures.save_figure(figures.score_by_depth(layer_table(35)), again, "score_by_depth")
+    figures.save_figure(figures.score_by_depth(layer_table(14)), again, "score_by_depth")
     for suffix in ("png", "svg"):
         name = f"score_by_depth.{suffix}"
         assert (run.figures / name).read_bytes() == (again.figures / name).read_bytes()
@@ -221,15 +172,3 @@ def test_what_the_table_lacks_is_left_out():
         figures.show(dict.fromkeys(drawn, Path("x.png")), "frontier")
     with pytest.raises(RunError, match="01_analyze"):
         draw_all(Run(Path("nothing")))
-
-
-def test_no_global_drawing_state_and_no_torch():
-    code = (
-        "import sys; from matplotlib import rcParams; keys = ['font.size', 'axes.grid', 'svg.hashsalt']\n"
-        "before = [rcParams[key] for key in keys]\n"
-        "from spi_utils import figures; from tests.synthetic import layer_table\n"
-        "figures.score_by_depth(layer_table(14))\n"
-        "assert [rcParams[key] for key in keys] == before\n"
-        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

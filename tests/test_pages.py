@@ -10,8 +10,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import spi_utils
-from spi_utils import platforms
 from spi_utils.notebook import ALL, STAGES, parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,15 +84,6 @@ def test_every_committed_file_holds_pyprojects_address():
     assert not found, f"run `make links`: {sorted(path.name for path in found)}"
 
 
-def test_every_kind_of_link_is_rewritten_and_foreign_ones_are_left():
-    text = links.relink(BADGES, "ada/spi-lab")
-    assert text.count("ada/spi-lab") == 5 and text.count("OWNER/REPO") == 1
-    assert "https://github.com/huggingface/transformers" in text
-    assert "git clone https://github.com/ada/spi-lab.git && cd REPO" in text
-    assert f'"git+https://github.com/ada/spi-lab@v{spi_utils.__version__}"' in text  # at the tag, not at main
-    assert links.relink(text, "OWNER/REPO") == BADGES.replace("@main", f"@v{spi_utils.__version__}")
-
-
 def test_the_whole_tree_follows_a_new_address(tmp_path, monkeypatch, capsys):
     for folder in ("notebooks", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
@@ -126,14 +115,6 @@ def test_the_kernel_metadata_is_what_kaggle_needs():
     assert kernel["id"].split("/")[1] == slug  # Kaggle makes the address from the title
     book = json.loads((ROOT / kernel["code_file"]).read_text())
     assert book["metadata"]["kernelspec"]["name"] == "python3"
-
-
-def test_the_package_states_its_address_only_once_it_is_fixed(monkeypatch):
-    for address, told in (("https://github.com/OWNER/REPO", None), ("https://github.com/ada/spi",) * 2):
-        lines = {"Project-URL": ["Issues, https://x", f"Repository, {address}"]}
-        message = type("Message", (), {"get_all": lambda self, name, lines=lines: lines.get(name)})()
-        monkeypatch.setattr(platforms.metadata, "metadata", lambda name, message=message: message)
-        assert platforms.repository_url() == told
 
 
 # --- notebooks --------------------------------------------------------------------------------------------

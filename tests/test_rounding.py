@@ -87,19 +87,6 @@ def test_compressed_tensors_unpacks_the_same_codes(fmt):
     assert torch.equal(dequantize(packed), values.flatten(1))
 
 
-def test_without_correlations_every_code_is_the_nearest_one_to_its_scale():
-    weight, _ = _case()
-    packed, _ = guided(weight, [torch.eye(weight.shape[1])], "nf4")
-    scale = packed.scales.view(weight.shape[0], -1, 1)
-    from spi_utils.formats import bitsandbytes_state
-
-    levels = bitsandbytes_state(packed).code
-    blocks = weight.float().view(weight.shape[0], -1, 64)
-    best = (blocks[..., None] - (levels * scale)[..., None, :]).abs().amin(-1)
-    found = (blocks - dequantize(packed).view_as(blocks)).abs()
-    assert torch.allclose(found, best, atol=1e-6)
-
-
 def test_one_group_is_within_reach_of_an_exhaustive_search():
     """A row of 64 where only 3 inputs matter: feedback finds nearly the best of all codes for those three."""
     weight, _ = _case(rows=6, cols=64, dtype=torch.float32)
@@ -133,16 +120,6 @@ def test_moments_that_cannot_guide_give_plain_codes_and_say_so(fmt):
         assert dequantize(packed).isfinite().all()
 
 
-def test_a_singular_moment_is_carried_by_the_damping_and_dead_inputs_by_nearest_levels():
-    weight, _ = _case()
-    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    x[:, 7] = 0
-    packed, damping = guided(weight, [x.T @ x], "nf4")
-    assert damping is not None
-    levels = dequantize(packed)[:, 7]
-    assert (levels - weight[:, 7].float()).abs().max() <= weight.float().abs().max() * 0.2
-
-
 def test_zero_blocks_stay_zero_and_widths_that_do_not_divide_are_refused():
     weight, h = _case()
     weight[:, 64:128] = 0
@@ -166,6 +143,6 @@ def test_a_file_of_codes_is_the_same_bytes_in_every_process(tmp_path):
         "made = {(name, 'nf4'): quantize(torch.randn(64, 64), 'nf4') for name in 'ab'}; "
         "write_codes(Path(sys.argv[1]), made, 'mark')"
     )
-    for number in range(4):
+    for number in range(2):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
-    assert len({(tmp_path / str(number)).read_bytes() for number in range(4)}) == 1
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(2)}) == 1

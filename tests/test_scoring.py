@@ -14,7 +14,6 @@ from spi_utils import scoring
 from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
 from spi_utils.scoring import Switch
-from spi_utils.sensitivity import Measure
 from tests.tiny import Originals, make_tiny
 
 
@@ -192,17 +191,3 @@ def test_out_of_memory_halves_the_batch_says_so_and_goes_on(model, windows, monk
     monkeypatch.setattr(scoring, "_states", lambda model, ids: tight(model, torch.cat([ids, ids])))
     with pytest.raises(EvaluationError, match="single window of 24 tokens"):
         scoring.token_scores(model, windows, reference)
-
-
-@pytest.mark.parametrize("arch", ["llama_untied", "qwen3_5", "gpt2"])
-def test_starting_at_a_layers_block_changes_no_number(arch, tmp_path, windows):
-    model = load(make_tiny(arch, tmp_path, initializer_range=0.15))
-    switch = make_switch(model)
-    reference = scoring.reference_states(model, windows)
-    measure = Measure(switch, windows, reference)
-    assert len(measure.blocks) == 4
-    for name in (switch.layers[0], switch.layers[len(switch.layers) // 2], switch.layers[-1]):
-        started = measure.one(name, "nf4")
-        assert started > 0
-        switch.to({name: "nf4"})
-        assert started == scoring.token_scores(model, windows, reference).kl.mean(dtype=np.float64)

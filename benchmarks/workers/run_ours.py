@@ -39,7 +39,7 @@ def formats_of(job: Job, layers: pd.DataFrame, source: ModelSource, run: Run) ->
         group=asked["group"], model=run_info(run)["model"],
     )  # fmt: skip
     if asked.get("recipe"):
-        write_recipes(run, plan, source, engines=["llama.cpp"])
+        write_recipes(run, plan, source)
     return dict(plan.formats)
 
 
