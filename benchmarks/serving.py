@@ -131,13 +131,13 @@ def write_tasks(folder: Path, text: str, count: int) -> list[str]:
     """Two tasks for lm-evaluation-harness in a folder, from a text; their names."""
     rows, file = questions(text, count), folder / "questions.jsonl"
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-    shared = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+    shared: dict[str, Any] = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}}
     shared |= {"test_split": "test", "num_fewshot": 0, "metadata": {"version": 1}}
-    choice = {
+    choice: dict[str, Any] = {
         "task": "spi_continuation", "output_type": "multiple_choice", "doc_to_text": "{{passage}}",
         "doc_to_target": "{{label}}", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    prose = {
+    prose: dict[str, Any] = {
         "task": "spi_prose", "output_type": "loglikelihood_rolling", "doc_to_text": "",
         "doc_to_target": "{{passage}}", "metric_list": [{"metric": "word_perplexity"}],
     }  # fmt: skip
@@ -161,7 +161,7 @@ class Bench:
         start, self.text = start_token(tokenizer, config), load_text(args.text)
         ids = make_windows(self.text, tokenizer, 1, args.tokens + 1, start, config=config)
         message = [{"role": "user", "content": PROMPT}]
-        ask = PROMPT
+        ask: Any = PROMPT
         if tokenizer.chat_template:
             ask = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         prompt = tokenizer(ask, add_special_tokens=not tokenizer.chat_template)["input_ids"]

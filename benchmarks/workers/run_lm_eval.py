@@ -23,8 +23,9 @@ said = simple_evaluate(
     tasks=asked["names"], limit=asked["limit"], bootstrap_iters=0,
     task_manager=TaskManager(include_path=asked["tasks"], include_defaults=False),
 )  # fmt: skip
-held = {"version": f"lm-eval {metadata.version('lm-eval')}", "results": {}}
+results = {}
 for name in asked["names"]:
     numbers = {key: one for key, one in said["results"][name].items() if isinstance(one, int | float)}
-    held["results"][name] = numbers | {"samples": said["n-samples"][name]["effective"]}
+    results[name] = numbers | {"samples": said["n-samples"][name]["effective"]}
+held = {"version": f"lm-eval {metadata.version('lm-eval')}", "results": results}
 (Path(job["out"]) / "worker.json").write_text(json.dumps(held), encoding="utf-8")
