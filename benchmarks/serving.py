@@ -101,7 +101,7 @@ def beside(engine: dict[str, Any], own: dict[str, Any], dtype: str) -> dict[str,
             break
         prefix += 1
     return {
-        "dtype": dtype, "tokens": len(exact["logprobs"]), "error": error, "stock_error": allowed,
+        "dtype": dtype, "tokens": len(exact["logprobs"]), "off": error, "stock_off": allowed,
         "apart": differences(engine["logprobs"], stock["logprobs"]), "same_top": same,
         "as_good": error["mean"] <= AS_GOOD * allowed["mean"], "answer": engine["answer"],
         "same_answer": [prefix, len(own["answer"])],
@@ -318,7 +318,7 @@ def show(row: dict[str, Any]) -> None:
     if "error" in row:
         said = f"failed: {row['error']}"
     elif "as_good" in row:
-        means = [row[name]["mean"] for name in ("error", "stock_error")]
+        means = [row[name]["mean"] for name in ("off", "stock_off")]
         said = "mean error {:.5f}, transformers' own {:.5f}".format(*means)
     else:
         said = json.dumps({name: one for name, one in row.items() if name != "checkpoint"})

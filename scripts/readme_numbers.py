@@ -383,8 +383,7 @@ def served_vllm(held: dict[str, Any]) -> str:
             cells = "did not load |  |  |  |  | no"
         else:
             gaps = [
-                f"{row[name]['mean']:.4f}, {row[name]['max']:.3f}"
-                for name in ("error", "stock_error", "apart")
+                f"{row[name]['mean']:.4f}, {row[name]['max']:.3f}" for name in ("off", "stock_off", "apart")
             ]
             same, of = row["same_answer"]
             cells = f"{' | '.join(gaps)} | {row['same_top']} of {row['tokens']} | {same} of {of} | "

@@ -25,8 +25,8 @@ def test_an_engine_is_as_good_as_the_dtype_if_it_is_no_farther_from_exact_than_t
     own = {"exact": read([-1.0, -2.0], [5, 6]), "float16": read([-1.1, -2.0], [5, 6]), "answer": [1, 2, 3]}
     engine = read([-1.0, -2.12], [5, 7]) | {"answer_ids": [1, 2, 9], "answer": "x"}
     row = serving.beside(engine, own, "float16")
-    assert row["error"] == pytest.approx({"mean": 0.06, "max": 0.12})
-    assert row["stock_error"] == pytest.approx({"mean": 0.05, "max": 0.1})
+    assert row["off"] == pytest.approx({"mean": 0.06, "max": 0.12})
+    assert row["stock_off"] == pytest.approx({"mean": 0.05, "max": 0.1})
     assert row["apart"] == pytest.approx({"mean": 0.11, "max": 0.12})
     assert row["as_good"] and row["same_top"] == 1 and row["same_answer"] == [2, 3]
     assert not serving.beside(engine | read([-1.0, -2.13], [5, 7]), own, "float16")["as_good"]
