@@ -362,7 +362,7 @@ def served(plan: ProtectionPlan) -> str:
     for row in SERVERS:
         if foreign := sorted(used - row.formats):
             said = f"no: {', '.join(foreign)} ({row.seen})"
-        elif row.merges and (parts := torn(plan, backend)):
+        elif used and row.merges and (parts := torn(plan, backend)):
             said = f"no: it merges {', '.join(parts)}, which differ ({row.seen})"
         else:
             said = f"ran ({row.seen})" if used <= row.ran else f"by its source, not run ({row.seen})"
