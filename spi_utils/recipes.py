@@ -365,6 +365,8 @@ def served(plan: ProtectionPlan) -> str:
         elif used and row.merges and (parts := torn(plan, backend)):
             said = f"no: it merges {', '.join(parts)}, which differ ({row.seen})"
         else:
-            said = f"ran ({row.seen})" if used <= row.ran else f"by its source, not run ({row.seen})"
+            said = (
+                f"ran ({row.seen})" if row.ran and used <= row.ran else f"by its source, not run ({row.seen})"
+            )
         lines.append(f"{row.engine}: {said}")
     return "\n".join(lines)
