@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install run batch jupyter test test-fast test-images lint gpu-check bench rivals links clean
+.PHONY: help install run batch jupyter test test-fast test-images lint gpu-check bench rivals serving links clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ rivals: $(INSTALLED)  ## other quantizers on the same windows, each in an enviro
 	@test -e bench-out/healed/made.json || $(PY) benchmarks/healed.py bench-out/healed
 	@$(PY) -m benchmarks.rivals --model bench-out/healed --json bench-out/rivals-healed.json --pip-args "$(PIP_ARGS)" $(RIVALS_ARGS)
 	@$(PY) -m benchmarks.rivals --draw bench-out/rivals.json,bench-out/rivals-healed.json --figure bench-out/rivals.png
+
+serving: $(INSTALLED)  ## our files in vLLM, llama.cpp and lm-evaluation-harness, each in an environment of its own (an hour), into bench-out/
+	@mkdir -p bench-out
+	@$(PY) -m benchmarks.serving --json bench-out/serving.json --pip-args "$(PIP_ARGS)" $(SERVING_ARGS)
 
 links: $(INSTALLED)  ## write the repository's address from pyproject.toml into badges and first cells
 	@$(PY) scripts/links.py

@@ -62,6 +62,7 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "llamacpp": ((*STACK, "ik-llama-cpp-python==0.1.5", "gguf==0.19.0", "sentencepiece==0.2.3"),),
     "bitpolar": ((*STACK, "bitpolar==0.3.3"),),
 }
+PINS_ITSELF = ("llmcompressor", "vllm")  # other versions than ours (vllm is benchmarks/serving.py's)
 MIX: dict[str, Any] = {"formats": ["int4_g64", "int8", "16bit"], "group": "fused"}
 
 
@@ -189,7 +190,7 @@ def environment(name: str, folder: Path, base: Path | None, pip_args: list[str])
     shutil.rmtree(home, ignore_errors=True)
     steps = [[sys.executable, "-m", "venv", str(home)]]
     for wanted in ENVIRONMENTS[name]:
-        constraints = [] if name == "llmcompressor" else ["-c", str(ROOT / "constraints.txt")]
+        constraints = [] if name in PINS_ITSELF else ["-c", str(ROOT / "constraints.txt")]
         steps.append([str(python), "-m", "pip", "install", "--quiet", *pip_args, *constraints, *wanted])
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)

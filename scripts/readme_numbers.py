@@ -5,6 +5,7 @@
     python scripts/readme_numbers.py formats=FILE            read what benchmarks/formats.py wrote, and write
     python scripts/readme_numbers.py models=RUN,RUN          read a run of `claim` a model, and write
     python scripts/readme_numbers.py rivals=FILE,FILE        read what benchmarks/rivals.py wrote, and write
+    python scripts/readme_numbers.py serving=FILE            read what benchmarks/serving.py wrote, and write
     python scripts/readme_numbers.py                         write the blocks from docs/results.json
     python scripts/readme_numbers.py --check                 say what would change; exit 1 if anything would
 
@@ -27,7 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "docs" / "results.json"
 RIVALS = ROOT / "docs" / "rivals.json"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "models", "rivals"))]
+SERVING = ROOT / "docs" / "serving.json"
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "models", "rivals", "serving")),
+]
 PAGES = [path for path in PAGES if path.exists()]  # rivals.md from the day on which that table is whole
 FIGURES = ("quality_by_bytes", "sensitivity")  # of the run `claim`
 NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "same_top1", "window_kl")
@@ -390,7 +395,89 @@ def pairs(held: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def served(held: dict[str, Any]) -> str:
+    """What ran, where and when."""
+    run = held["serving"]
+    versions = [next((row["version"] for row in run["vllm"] if "version" in row), "")]
+    versions += [run["llamacpp"].get("version", ""), run["llamacpp"].get("tools", "")]
+    versions += [row["version"] for row in run["lm_eval"] if "version" in row][:1]
+    return (
+        f"{run['date']}, {run['machine']}; {run['model']}, {run['tokens']} tokens of {run['text']} behind "
+        f"the start token; transformers {run['transformers']}, {', '.join(filter(None, versions))}."
+    )
+
+
+def served_vllm(held: dict[str, Any]) -> str:
+    """vLLM's log-probabilities beside transformers', a row a checkpoint and dtype."""
+    rows = [
+        "| checkpoint | layers | dtype | vLLM: mean, max | transformers: mean, max | apart: mean, max | "
+        "same top token | same answer | as good |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    failed = {}
+    run = held["serving"]
+    for row in run["vllm"]:
+        layers = run["plans"].get(row["checkpoint"], {}).get("held", "as published")
+        if "error" in row:
+            failed[row["checkpoint"]] = row["error"]
+            cells = "did not load |  |  |  |  | no"
+        else:
+            gaps = [
+                f"{row[name]['mean']:.4f}, {row[name]['max']:.3f}" for name in ("off", "stock_off", "apart")
+            ]
+            same, of = row["same_answer"]
+            cells = f"{' | '.join(gaps)} | {row['same_top']} of {row['tokens']} | {same} of {of} | "
+            cells += "yes" if row["as_good"] else "no"
+        rows.append(f"| {row['checkpoint']} | {layers} | {row['dtype']} | {cells} |")
+    return "\n".join([*rows, "", *(f"- {key}: `{error}`" for key, error in failed.items())])
+
+
+def served_gguf(held: dict[str, Any]) -> str:
+    """llama.cpp with our recipe."""
+    run = held["serving"]["llamacpp"]
+    if "error" in run:
+        return f"Failed: `{run['error']}`"
+    types = ", ".join(f"{count} {kind}" for kind, count in run["types"].items())
+    rows = ["| file | mean, max difference | same top token | its answer |", "| --- | --- | --- | --- |"]
+    for part, name in (("half", "16-bit"), ("recipe", f"by the recipe: {types}")):
+        row = run[part]
+        answer = " ".join(row["answer"].split())
+        rows.append(
+            f"| {name} | {row['mean']:.4f}, {row['max']:.3f} | {row['same_top']} of {row['tokens']} | "
+            f"{answer} |"
+        )
+    scored = [f"{kl_cell(run[who])}" for who in ("scored", "ours")]
+    return "\n".join(
+        [
+            *rows, "",
+            f"KL to the 16-bit model, {run['windows']} windows × {run['length']} tokens, float32 from the "
+            f"file's values: llama.cpp's rounding of this plan {scored[0]} at {run['matrix_bits']:.2f} "
+            f"matrix bits ({size(run['bytes'])}), our own checkpoint of it {scored[1]}.",
+        ]
+    )  # fmt: skip
+
+
+def served_tasks(held: dict[str, Any]) -> str:
+    """lm-evaluation-harness on saved checkpoints."""
+    rows = ["| checkpoint | continuation, accuracy | prose, word perplexity | samples |"]
+    rows.append("| --- | --- | --- | --- |")
+    for row in held["serving"]["lm_eval"]:
+        if "error" in row:
+            rows.append(f"| {row['checkpoint']} | failed: `{row['error']}` |  |  |")
+            continue
+        choice, prose = row["results"]["spi_continuation"], row["results"]["spi_prose"]
+        rows.append(
+            f"| {row['checkpoint']} | {choice['acc,none']:.3f} | {prose['word_perplexity,none']:.1f} | "
+            f"{choice['samples']} and {prose['samples']} |"
+        )
+    return "\n".join(rows)
+
+
 BLOCKS = {
+    "served": served,
+    "served_vllm": served_vllm,
+    "served_gguf": served_gguf,
+    "served_tasks": served_tasks,
     "verdict": verdict,
     "presets": presets,
     "run": run_table,
@@ -500,6 +587,9 @@ def main(arguments: list[str]) -> int:
         if files := named.pop("rivals", ""):
             beside = [json.loads(Path(one).read_text(encoding="utf-8")) for one in files.split(",")]
             RIVALS.write_text(json.dumps(beside, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if file := named.pop("serving", ""):
+            ran = json.loads(Path(file).read_text(encoding="utf-8"))
+            SERVING.write_text(json.dumps(ran, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if files := named.pop("rounding", ""):
             held["rounding"] = read_rounding([Path(one) for one in files.split(",")])
             draw_rounding(held)
@@ -513,7 +603,8 @@ def main(arguments: list[str]) -> int:
             shutil.copy(Path(named["claim"]) / "figures" / f"{name}.png", ROOT / "docs" / f"{name}.png")
     held = json.loads(RESULTS.read_text(encoding="utf-8"))
     beside = json.loads(RIVALS.read_text(encoding="utf-8")) if RIVALS.exists() else []
-    found = pages(held | {"rivals": beside})
+    ran = json.loads(SERVING.read_text(encoding="utf-8")) if SERVING.exists() else {}
+    found = pages(held | {"rivals": beside, "serving": ran})
     for path, text in found.items():
         print(f"{'would change' if '--check' in arguments else 'wrote'} {path.relative_to(ROOT)}")
         if "--check" not in arguments:

