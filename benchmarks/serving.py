@@ -269,7 +269,7 @@ def llamacpp(bench: Bench) -> dict[str, Any]:
     """The recipe through llama-quantize, served, and scored as the rivals are."""
     folder = bench.checkpoint(RECIPE)
     run, plan = bench.plans[RECIPE]
-    recipe = write_recipes(run, plan, bench.source, engines=["llama.cpp"])["llama.cpp"]
+    recipe = write_recipes(run, plan, bench.source)["llama.cpp"]
     try:
         sources, tools = quantizer(bench.python("llamacpp_main"))
     except SPIError as error:
