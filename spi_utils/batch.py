@@ -42,7 +42,7 @@ from spi_utils import figures, notebook, runs
 from spi_utils.claims import Evaluation, generalization
 from spi_utils.errors import BatchError, ParameterError, RunError, SPIError, suggest
 from spi_utils.notebook import ALL, STAGES, parameters_of
-from spi_utils.presets import for_all_stages, formats_to_cost, resolve
+from spi_utils.presets import for_all_stages, resolve
 from spi_utils.progress import cores
 from spi_utils.runs import Run, fingerprint, slug
 
@@ -205,8 +205,9 @@ def expand(held: Any, where: str = "the grid") -> tuple[list[Job], dict[str, Set
             raise BatchError(f"{where}: {axis}: an empty list; give a value, or leave the key out.")
         axes.append([_entry(axis, x, where) for x in (values if isinstance(values, list) else [values])])
     chosen = [_settings([*choice, fixed], where) for choice in itertools.product(*axes)]
-    # what any job's plan may hold, so that all share an analysis
-    costed = {"cost_formats": list(dict.fromkeys(fmt for one in chosen for fmt in formats_to_cost(one)))}
+    # what any job's plan may hold, so that all share an analysis; nf4_dq last, as `for_all_stages` has it
+    formats = dict.fromkeys(fmt for one in chosen for fmt in for_all_stages(one)["cost_formats"])
+    costed = {"cost_formats": sorted(formats, key="nf4_dq".__eq__)}
     chosen = [for_all_stages(costed | settings) for settings in chosen]
 
     defaults, jobs, analyses = parameters_of(ALL), [], {}

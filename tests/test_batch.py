@@ -114,7 +114,8 @@ def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
         }
     )
     assert len(jobs) == len({job.name for job in jobs}) == 2**5
-    shared = {"rounding": "guided", "seed": 3}
+    # what any job may use: double quantization has costs of its own
+    shared = {"rounding": "guided", "seed": 3, "cost_formats": ["nf4", "int8", "nf4_dq"]}
     assert sorted(analyses.values(), key=str) == [
         {"model": "a/one", **shared},
         {"model": "b/two", "revision": "v2", **shared},
@@ -130,7 +131,10 @@ def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
 
 def test_what_is_left_out_keeps_its_default_and_equal_names_get_folders_of_their_own(tmp_path):
     (job,), _ = expand({"models": "bundled"})
-    assert job.name.startswith("bundled.alpha-hill.claim.seed-0.") and job.parameters == {"model": "bundled"}
+    assert job.name.startswith("bundled.alpha-hill.claim.seed-0.") and job.parameters == {
+        "model": "bundled",
+        "cost_formats": ["nf4", "int8"],
+    }
     names = [job.name for job in expand({"models": ["a/same", "b/same"]})[0]]
     assert len(set(names)) == 2 and all(name.startswith("same.alpha-hill.claim.seed-0.") for name in names)
     assert len(read_grid(ROOT / "examples" / "grid.yaml")[0]) >= 4

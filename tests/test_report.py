@@ -202,7 +202,7 @@ def test_damaged_files_are_told_in_one_sentence(run, file, path, value, notebook
     if value is DELETED:
         del held[path[-1]]
     (run.path / file).write_text(json.dumps(whole))
-    with pytest.raises(RunError, match=rf"{file}: .*{notebook}") as told:
+    with pytest.raises(RunError, match=rf"{file}\b.*{notebook}") as told:
         report.write_report(run)
     assert "\n" not in str(told.value) and not run.report.exists()
 
