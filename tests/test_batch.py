@@ -126,7 +126,7 @@ def test_a_grid_is_every_combination_and_a_model_has_one_analysis():
     assert analyses[last.analysis]["revision"] == "v2"
     chosen = {"model": "b/two", "revision": "v2", "score": "alpha_hill", "direction": "low", "seed": 4}
     chosen |= {"rule": "matrix_bits", "value": 5.65, "double_quant": True, "windows": 12}
-    assert last.parameters == chosen
+    assert last.parameters == chosen | {"cost_formats": shared["cost_formats"]}
 
 
 def test_what_is_left_out_keeps_its_default_and_equal_names_get_folders_of_their_own(tmp_path):
