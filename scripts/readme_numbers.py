@@ -225,8 +225,10 @@ def rounding(held: dict[str, Any]) -> str:
 
 
 def parts(held: dict[str, Any]) -> str:
-    """What guided rounding is without one of its parts, or with more text, beside itself."""
-    return tried({"tried": [one for one in held["rounding"] if not one["rounding"].startswith("nearest")]})
+    """What guided rounding is without one of its parts, beside itself."""
+    lacking = {one["format"] for one in held["rounding"] if one["rounding"].startswith("guided, ")}
+    rows = [one for one in held["rounding"] if one["rounding"].startswith("guided")]
+    return tried({"tried": [one for one in rows if one["format"] in lacking]})
 
 
 def tried(held: dict[str, Any]) -> str:
@@ -494,6 +496,8 @@ BLOCKS = {
 
 def draw_rounding(held: dict[str, Any]) -> None:
     """docs/rounding.png: nearest and guided at the same bytes, every model and format that was measured."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     from spi_utils.figures import BLUE, VERMILLION, headline, new_figure, styled
 
     found = {(one["model"], one["format"], one["rounding"], one["tokens"]): one for one in held["rounding"]}
@@ -544,10 +548,11 @@ def draw_rounding(held: dict[str, Any]) -> None:
             ],
         )
         axes.set_ylim(len(pairs) - 0.5, -0.7)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="mean KL(16-bit ‖ 4-bit), nats a token")
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower right")
         ratios = [nearest["kl"] / guided["kl"] for nearest, guided in pairs]
         headline(
             figure,
