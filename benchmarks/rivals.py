@@ -133,6 +133,7 @@ def data_free() -> Iterator[Rival]:
         ("int4_g64", "guided int4, groups of 64"),
         ("int4_g32", "guided int4, groups of 32"),
         ("nf4", "guided NF4"),
+        ("nf4_dq", "guided NF4, double quantization"),
         ("int8", "nearest int8"),
     ):
         yield ours(fmt, f"ours: {label}", uniform=fmt)

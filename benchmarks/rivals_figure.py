@@ -22,7 +22,11 @@ from spi_utils.figures import (
 )
 
 CURVE = ("ours_int4_g64", "ours_mix_4.5", "ours_mix_5", "ours_balanced", "ours_mix_6", "ours_mix_8")
-POINTS = {"ours_nf4": "guided NF4", "ours_int4_g32": "guided int4, groups of 32"}
+POINTS = {
+    "ours_nf4": "guided NF4",
+    "ours_int4_g32": "guided int4, groups of 32",
+    "ours_nf4_dq": "guided NF4, double quantization",
+}
 # A rival's rows by their key: legend, colour, marker.
 FAMILIES = {
     "gguf_": ("llama.cpp", ORANGE, "s"),
@@ -72,7 +76,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
         for place, (key, label) in enumerate(POINTS.items()):
             if key in rows:
                 axes.plot(
-                    rows[key]["matrix_bits"], rows[key]["kl"], "<>"[place], color=BLUE, markersize=9,
+                    rows[key]["matrix_bits"], rows[key]["kl"], "<>p"[place], color=BLUE, markersize=9,
                     label=f"ours: {label}", zorder=4,
                 )  # fmt: skip
         for start, (label, colour, marker) in FAMILIES.items():

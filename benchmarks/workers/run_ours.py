@@ -23,7 +23,7 @@ from spi_utils.recipes import write_recipes
 from spi_utils.rounding import Codes
 from spi_utils.runs import Run, open_run, run_info
 
-FORMATS = ("nf4", "int8", "int4_g64", "int4_g32")
+FORMATS = ("nf4", "nf4_dq", "int8", "int4_g64", "int4_g32")
 
 
 def formats_of(job: Job, layers: pd.DataFrame, source: ModelSource, run: Run) -> dict[str, str]:
