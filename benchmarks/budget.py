@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from spi_utils.budget import MACHINES, Cost, Machine, Model, beside_actual, budget, check_budget, work_of
-from spi_utils.presets import OWN_WINDOWS
+from spi_utils.presets import OWN_WINDOWS, formats_to_cost
 from spi_utils.runs import existing_run, read_layers, run_info, write_json
 
 LIMITS = {"quick": 20, "full": 40}  # minutes that the project promises on a T4
@@ -31,7 +32,8 @@ def qwen35_4b() -> Model:
 def table(model: Model, machine: Machine, profile: str, run: Path | None) -> tuple[list[Cost], str]:
     """The costs of one profile on one machine, and them as a Markdown table with its problems."""
     tokens, variants = work_of(profile)
-    costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
+    more: dict[str, Any] = {"own": OWN_WINDOWS[profile], "formats": formats_to_cost({"profile": profile})}
+    costs = budget(model, machine, tokens=tokens, variants=variants, **more)
     stages = run_info(existing_run(run))["stages"] if run else {}
     notes = check_budget(costs, machine) or [
         f"fits; {LIMITS[profile]} minutes are promised after the download"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
 from spi_utils.platforms import find_gpus, memory_bytes
-from spi_utils.presets import OWN_WINDOWS
+from spi_utils.presets import OWN_WINDOWS, formats_to_cost
 from spi_utils.tokens import platform_name
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Of spi_utils.sensitivity: tokens a window; windows for rounding to one for slopes; windows written together.
 OWN_LENGTH, HELD_OUT, TOGETHER = 256, 4, 40
 BACKWARD = 4  # a forward pass, each block's again, and a backward pass, in forward passes
-CHANGES = 5  # ΔW·x for three formats, in and out of their codes, in forward passes of the matrices
-GUIDED = 2  # formats that are rounded under guidance: NF4 and int4
+CHANGES = 5 / 3  # ΔW·x for a format, in and out of its codes, in forward passes of the matrices
+MEASURED = 2 * 8 * 256  # tokens for a format's sum: all layers, and the cheaper half, on 8 windows
 BATCH_WINDOWS = 4  # in one pass through a block
 LAUNCH = 40e-6  # seconds a column of a symmetric eigenvalue solve spends in launches
 FARMS = 0.2  # seconds a matrix: its 128 × 128 blocks on one host core (0.09 measured here)
@@ -127,7 +127,14 @@ class Cost:
 
 
 def budget(
-    model: Model, machine: Machine, *, tokens: int, variants: int, kept: float = 0.55, own: int = 32
+    model: Model,
+    machine: Machine,
+    *,
+    tokens: int,
+    variants: int,
+    kept: float = 0.55,
+    own: int = 32,
+    formats: Sequence[str] = ("nf4", "int8"),
 ) -> list[Cost]:
     """The cost of every stage.
 
@@ -138,15 +145,19 @@ def budget(
         variants: that are scored, the reference included.
         kept: share of the planned weights that stay in 16-bit.
         own: windows of own text that guide the rounding.
+        formats: whose costs are computed; those of 4 bits are rounded under guidance.
     """
     guiding, sloping = own * OWN_LENGTH, own // HELD_OUT * OWN_LENGTH  # tokens
     size, planned, shapes = model.bytes_16bit, model.planned, model.shapes
     matrix = max(rows * cols for rows, cols in shapes)
-    nf4, int8, int4 = (model.packed(fmt) for fmt in ("nf4", "int8", "int4_g64"))
+    nf4, int8 = (model.packed(fmt) for fmt in ("nf4", "int8"))
+    rounded = [fmt for fmt in formats if fmt.startswith(("nf4", "int4"))]
     checkpoint = size - (1 - kept) * (2 * planned - nf4)
     head = 2.0 * model.vocabulary * model.hidden  # its operations a token, and its bytes in 16-bit
     streamed = INTERPRETER + max(4 * matrix, head)
-    codes = INTERPRETER + nf4 + int8 + int4  # sensitivities and evaluation keep those of every matrix
+    codes = INTERPRETER + sum(
+        map(model.packed, formats)
+    )  # sensitivities and evaluation keep those of every matrix
 
     # 01: every matrix' eigenvalues, then one pass over the model's own text, rounding on the way
     solve = guided = 0.0
@@ -157,11 +168,12 @@ def budget(
         work, moved = 2.0 * short**2 * long + 2.0 / 3 * short**3, 4.0 / 3 * short**3
         solve += FARMS + work / machine.single + moved / machine.gpu_bandwidth + LAUNCH * short
         # its second moment, the inverse's factor, and the columns one by one in a format
-        work = 2.0 * guiding * cols**2 + 5.0 / 3 * cols**3 + GUIDED * 2.0 * rows * cols**2
-        guided += work / machine.single + GUIDED * 12 * LAUNCH / 4 * cols
+        work = 2.0 * guiding * cols**2 + 5.0 / 3 * cols**3 + len(rounded) * 2.0 * rows * cols**2
+        guided += work / machine.single + len(rounded) * 12 * LAUNCH / 4 * cols
     batches = math.ceil((guiding + sloping) / OWN_LENGTH / TOGETHER)
     write = batches * OWN_LENGTH * size / machine.gpu_bandwidth  # token after token
-    passes = (guiding + sloping) * BACKWARD * model.forward + sloping * CHANGES * 2.0 * planned
+    passes = (guiding + sloping) * BACKWARD * model.forward
+    passes += len(formats) * (sloping * CHANGES * 2.0 * planned + MEASURED * (model.forward + 2 * head))
     read = 2 * size / machine.disk  # once for the spectra, once for the model
     analyze = solve + write + passes / machine.half + guided + read
     # its peak: one block's graph for a batch of windows, its second moments, the factors of the largest of
@@ -184,7 +196,12 @@ def budget(
 
     stages = {  # seconds, GPU memory, memory, disk
         "fetch": (size / machine.download, 0.0, INTERPRETER, size),
-        "analyze": (analyze, gradients, max(streamed + inputs, codes), 0.05e9 + nf4 + int4),
+        "analyze": (
+            analyze,
+            gradients,
+            max(streamed + inputs, codes),
+            0.05e9 + sum(map(model.packed, rounded)),
+        ),
         "visualize": (20.0, 0.0, INTERPRETER, 0.02e9),
         "quantize": (quantize, checkpoint + 4 * matrix, streamed, checkpoint),
         "evaluate": (evaluate, size + 12 * matrix + ACTIVATIONS, codes, 0.1e9),
@@ -251,7 +268,8 @@ def announce(
     machine = replace(machine, name=name, gpu_bytes=gpus[0].memory_bytes, ram_bytes=memory_bytes())
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
-    costs = budget(model, machine, tokens=tokens, variants=variants, own=OWN_WINDOWS[profile])
+    more: dict[str, Any] = {"own": OWN_WINDOWS[profile], "formats": formats_to_cost({"profile": profile})}
+    costs = budget(model, machine, tokens=tokens, variants=variants, **more)
     problems = check_budget(costs, machine)
     said = (
         f"{source.id} does not fit: {'; '.join(problems)}. This arithmetic is good to a factor of two: "

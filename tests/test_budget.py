@@ -70,7 +70,7 @@ def test_qwen_fits_a_t4_in_the_promised_time_and_a_larger_model_does_not():
     )
     assert "analyze needs about" in problems and "GPU memory" in problems and "GB of memory" in problems
     small = replace(KAGGLE, disk_bytes=5_000_000_000)
-    assert check_budget(quick(qwen35_4b(), small), small) == ["the run leaves 10.2 GB, Kaggle, T4 has 5"]
+    assert check_budget(quick(qwen35_4b(), small), small) == ["the run leaves 8.3 GB, Kaggle, T4 has 5"]
 
 
 def test_the_profiles_work_is_counted():
