@@ -35,7 +35,7 @@ PAGES = [
 ]
 PAGES = [path for path in PAGES if path.exists()]  # rivals.md from the day on which that table is whole
 FIGURES = ("quality_by_bytes", "sensitivity")  # of the run `claim`
-NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "same_top1", "window_kl")
+NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "predicted_kl", "same_top1", "window_kl")
 # What a preset is for, in README's order; the command's other half is the model.
 PRESETS = {
     "claim": "the post's choice of layers, to see it for yourself",
@@ -172,15 +172,16 @@ def run_table(held: dict[str, Any]) -> str:
         f"{where(held, run)}. Every window begins with the start token. Δ loss is paired, in nats a "
         "token; KL is KL(16-bit ‖ variant). " + run["reason"],
         "",
-        "| weights | MB | matrix bits | perplexity | Δ loss to 16-bit | mean KL | same top token |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| weights | MB | matrix bits | perplexity | Δ loss to 16-bit | mean KL | predicted | same top token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, one in run["variants"].items():
+        predicted = "" if one.get("predicted_kl") is None else f"{one['predicted_kl']:.4f}"
         delta = interval(one["delta"], 4) if "delta" in one else "0"
         mark = "**" if key == "plan" else ""
         rows.append(
             f"| {mark}{one['label']}{mark} | {one['bytes'] / 1e6:.0f} | {one['matrix_bits']:.2f} "
-            f"| {one['perplexity']:.2f} | {delta} | {one['kl_mean']:.4f} | {one['same_top1']:.1%} |"
+            f"| {one['perplexity']:.2f} | {delta} | {one['kl_mean']:.4f} | {predicted} | {one['same_top1']:.1%} |"
         )
     stock = run["stock"]
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run["seconds"].items())
