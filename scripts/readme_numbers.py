@@ -35,7 +35,7 @@ PAGES = [
 ]
 PAGES = [path for path in PAGES if path.exists()]  # rivals.md from the day on which that table is whole
 FIGURES = ("quality_by_bytes", "sensitivity")  # of the run `claim`
-NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "predicted_kl", "same_top1", "window_kl")
+NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "predicted_kl", "same_top1")
 # What a preset is for, in README's order; the command's other half is the model.
 PRESETS = {
     "claim": "the post's choice of layers, to see it for yourself",
@@ -51,7 +51,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     variants = {}
     for key, one in evaluation["variants"].items():
-        variants[key] = {name: one[name] for name in NUMBERS if name in one and name != "window_kl"}
+        variants[key] = {name: one[name] for name in NUMBERS if name in one}
         variants[key] |= {"kl": [one["kl"][x] for x in ("mean", "low", "high")]} if "kl" in one else {}
         variants[key] |= (
             {"delta": [one["delta"][x] for x in ("mean", "low", "high")]} if "delta" in one else {}
@@ -172,7 +172,8 @@ def run_table(held: dict[str, Any]) -> str:
         f"{where(held, run)}. Every window begins with the start token. Δ loss is paired, in nats a "
         "token; KL is KL(16-bit ‖ variant). " + run["reason"],
         "",
-        "| weights | MB | matrix bits | perplexity | Δ loss to 16-bit | mean KL | predicted | same top token |",
+        "| weights | MB | matrix bits | perplexity | Δ loss to 16-bit | mean KL | predicted "
+        "| same top token |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, one in run["variants"].items():
