@@ -182,7 +182,8 @@ def run_table(held: dict[str, Any]) -> str:
         mark = "**" if key == "plan" else ""
         rows.append(
             f"| {mark}{one['label']}{mark} | {one['bytes'] / 1e6:.0f} | {one['matrix_bits']:.2f} "
-            f"| {one['perplexity']:.2f} | {delta} | {one['kl_mean']:.4f} | {predicted} | {one['same_top1']:.1%} |"
+            f"| {one['perplexity']:.2f} | {delta} | {one['kl_mean']:.4f} | {predicted} "
+            f"| {one['same_top1']:.1%} |"
         )
     stock = run["stock"]
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run["seconds"].items())
