@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -228,7 +229,8 @@ def call(python: Path, worker: str, job: Path, log: Path, limit: float, threads:
     work.returncode = os.waitstatus_to_exitcode(status)
     if work.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing said"]
-        raise RivalError(f"exit {work.returncode}: {said[-1].strip()[:300]}")
+        last = re.sub(r"(/[^/\s'\"]+)+/", "", said[-1].strip())  # without this machine's folders
+        raise RivalError(f"exit {work.returncode}: {last[:300]}")
     return {
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),

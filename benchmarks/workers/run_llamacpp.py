@@ -44,16 +44,27 @@ class _Q6(gguf.quants.Q5_0.__base__, qtype=Q6_0):  # type: ignore[call-arg, misc
 job = Job()
 tools = Path(ik_llama_cpp.__file__).parents[1] / "bin"
 tools = tools if (tools / "llama-quantize").exists() else Path(sys.prefix) / "bin"
+
+
+def run(what: str, command: list, **variables: str) -> None:
+    """Run a tool; where it fails, its last line is what the row says."""
+    told = {"stderr": subprocess.PIPE, "text": True, "env": os.environ | variables}
+    done = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{what}: {done.stderr.strip().splitlines()[-1]}")
+
+
 half, out = job.out / "half.gguf", job.out / "out.gguf"
 convert = [sys.executable, "-c", CONVERT, tools / "convert_hf_to_gguf.py", job.model_dir]
 convert += ["--outfile", half, "--outtype", "f16"]
-subprocess.run(convert, check=True, env=os.environ | {"NO_LOCAL_GGUF": "1"})
+run("the converter", convert, NO_LOCAL_GGUF="1")
 kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
 if recipe := job.settings.get("rules"):  # pattern=type, as recipes/llama_cpp.tensor-types.txt has them
     kept += ["--custom-q", ",".join(recipe)]
 tool = tools / "llama-quantize"
 tool.chmod(0o755)
-subprocess.run([tool, *kept, half, out, job.settings["type"]], check=True)
+run("llama-quantize", [tool, *kept, half, out, job.settings["type"]])
 tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
 names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 200)
 planned = {name: tensors[f"{names.get_name(name)}.weight"] for name in job.layers}
