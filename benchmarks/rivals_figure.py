@@ -95,19 +95,20 @@ def draw(results: list[dict[str, Any]]) -> Any:
                         label=label + (" (saw data)" if data else ""),
                     )  # fmt: skip
         axes.set(yscale="log", xlabel="bits a weight over the quantized matrices")
-        axes.set_title(Path(str(result["model"])).name, fontsize=10)
+        cut = f"{result['windows']} windows of {result['length']} tokens"
+        axes.set_title(f"{Path(str(result['model'])).name}, {cut}", fontsize=10)
     panels[0].set_ylabel("mean KL(16-bit ‖ quantized), nats a token")
     handles: dict[str, Any] = {}
     for axes in panels:
         found_handles, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, found_handles, strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside right center")
+    names = sorted(handles, key=lambda name: not name.startswith("ours"))
+    figure.legend([handles[name] for name in names], names, loc="outside right center")
     first = results[0]
     headline(
         figure,
         finding(results),
-        f"{first['windows']} windows of {first['length']} tokens of {first['text']}; bars: 95 % intervals "
-        f"over windows. Hollow: calibrated on {first['own']} windows of own text, of pydoc, or of the "
-        "evaluation's text (other half). Budgets: 4.25, 4.5, 5, 6, 8 bits.",
+        f"{first['text']}; bars: 95 % intervals over windows. Hollow: calibrated on {first['own']} windows "
+        "of own text, of pydoc, or of the evaluation's text (other half). Budgets: 4.25, 4.5, 5, 6, 8 bits.",
     )
     return figure
