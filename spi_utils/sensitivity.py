@@ -818,8 +818,8 @@ def per_block(slopes: NDArray[np.float32], size: int = NEIGHBOURS) -> tuple[Floa
 def scaled(values: Floats, cheap: NDArray[np.bool_], total: float, half: float) -> Floats:
     """Costs (layers,) whose sum is the KL measured with all layers, and over the `cheap` ones their own.
 
-    Slopes underrate the damage of layers that cost little: on the bundled model by .71 where dear ones are
-    at .95. One scale for all would predict plans by `fisher` at .7 to .8 of their KL. Where the two
+    Slopes underrate the damage of layers that cost little more than that of dear ones, and plans by `fisher`
+    leave just the cheap ones quantized: one scale for all would predict them too low. Where the two
     measurements contradict each other, one scale it is. NaN: the format can't hold the layer.
     """
     parts = ((cheap, half), (~cheap, total - half))

@@ -310,7 +310,9 @@ def test_wrong_parameters_and_plans_that_do_not_fit_are_refused(refused, changes
     assert not refused.run.partial.exists()
 
 
-def test_no_package_disk_or_device(refused, monkeypatch, tmp_path):
+def test_a_broken_package_a_full_disk_and_no_device_are_refused_with_nothing_written(
+    refused, monkeypatch, tmp_path
+):
     broken = tmp_path / "broken" / "bitsandbytes"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('CUDA Setup failed')")
@@ -323,6 +325,7 @@ def test_no_package_disk_or_device(refused, monkeypatch, tmp_path):
         refused(CheckpointError, "of disk are needed, 0.00 GB are free")
     if not torch.cuda.is_available():
         refused(ModelError, "no CUDA", device="cuda:0")
+    assert not refused.run.model_dir.exists()
 
 
 def test_foreign_files_in_the_target_are_left_alone_and_its_own_output_is_no_source(refused, llama):
