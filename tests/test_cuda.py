@@ -6,7 +6,6 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from spi_utils.errors import EvaluationError
 from spi_utils.formats import dequantize, quantize
 from spi_utils.models import list_layers, load_model, open_weights, resolve
 from spi_utils.rounding import guided
@@ -113,17 +112,8 @@ def test_scores_are_float32s_on_the_cpu(device, dtype, source):
 
 
 @on_devices
-@pytest.mark.parametrize("policy", ["saturate", "upcast", "error"])
-def test_what_overflows_float16_is_dealt_with_as_the_policy_says(device, policy):
-    plain = nn.Linear(64, 32, bias=False)
+def test_what_overflows_float16_is_the_float32_product(device):
+    plain = nn.Linear(64, 32, bias=False).half().requires_grad_(False)
     nn.init.constant_(plain.weight, 100.0)
-    safe = SafeFP16Linear.from_linear(plain.half(), policy=policy).to(device)
-    x = torch.full((2, 64), 50.0, dtype=torch.float16, device=device)
-    if policy == "error":
-        with pytest.raises(EvaluationError):
-            safe(x)
-        return
-    y = safe(x)
-    assert bool(y.isfinite().all()) and safe.overflows > 0
-    expected = 64 * 100 * 50 if policy == "upcast" else 65504
-    assert float(y.float().max()) == pytest.approx(expected, rel=1e-3)
+    y = SafeFP16Linear.from_linear(plain).to(device)(torch.full((2, 64), 50.0).half().to(device))
+    assert y.tolist() == [[64 * 100 * 50] * 32] * 2
