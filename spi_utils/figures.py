@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import linregress
 
 from spi_utils import runs, stats
 from spi_utils.claims import SURVIVAL, Evaluation, is_random
@@ -113,7 +113,6 @@ LABELS = {
     "alpha_hill": ("α Hill", "α (Hill, top tenth of the eigenvalues)"),
     "alpha_pl": ("α Clauset", "α (Clauset's power-law fit)"),
     "alpha_farms": ("α FARMS", "α (FARMS, 128×128 blocks)"),
-    "alpha_excess": ("α over noise", ""),
     "alpha_decay": ("rank decay a", "rank-decay exponent a"),
     "nf4_error": ("NF4 error", "relative NF4 error ‖Q(W)−W‖/‖W‖"),
     "fisher": ("Fisher", "predicted KL avoided (nats a token per GB)"),
@@ -121,7 +120,7 @@ LABELS = {
 
 
 def short_label(score: str) -> str:
-    """A score's name for a legend."""
+    """A score's name for a legend and a title."""
     return LABELS.get(score, (score.replace("_", " "),))[0]
 
 
@@ -129,12 +128,7 @@ def score_label(score: str) -> str:
     """How a score is written on an axis, with its unit where it has one."""
     row = score_row(score)
     generic = f"{score} KL avoided (nats a token per GB)" if row.additive else row.title
-    return LABELS.get(score, ("", ""))[1] or generic
-
-
-def score_symbol(score: str) -> str:
-    """A score in running text: "α" for the exponents of the spectrum's tail, else its label without unit."""
-    return "α" if score.startswith("alpha_") and score != "alpha_decay" else score_label(score).split(" (")[0]
+    return LABELS.get(score, ("", generic))[1]
 
 
 def shorten(name: str, limit: int = 40) -> str:
@@ -191,36 +185,30 @@ def histogram_edges(values: Floats, bins: int = 40) -> Floats:
 
 def type_styles(types: pd.Series) -> dict[str, dict[str, Any]]:
     """Colour, marker and legend label of each layer type, by order of appearance."""
-    styles = {}
-    for i, name in enumerate(dict.fromkeys(types)):
-        look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
-        styles[name] = look | {"label": shorten(name, 24)}
-    return styles
+    looks = zip(cycle(CYCLE), cycle(MARKERS), dict.fromkeys(types), strict=False)
+    return {name: {"color": c, "marker": m, "label": shorten(name, 24)} for c, m, name in looks}
 
 
-def draw_types(axes: Axes, types: pd.Series, x: Floats, y: Floats, joined: bool = False, **look: Any) -> None:
-    """A point for each layer (L,) that has both values, in its type's style; `joined` by a line."""
-    look = {"ms": float(np.clip(1000 / len(types), 1.5, 5)), "rasterized": len(types) > 2000} | look
+def draw_types(axes: Axes, types: pd.Series, x: Floats, y: Floats, **look: Any) -> None:
+    """A point for each layer (L,) that has both values, in its type's style."""
+    look = {"ls": "", "lw": 0.8, "ms": float(np.clip(1000 / len(types), 1.5, 5))} | look
     for name, style in type_styles(types).items():
         here = (types == name).to_numpy() & np.isfinite(x) & np.isfinite(y)
-        axes.plot(x[here], y[here], ls="-" if joined else "", lw=0.8, **style | look)
+        axes.plot(x[here], y[here], **style | look)
 
 
 @styled
 def score_by_depth(layers: pd.DataFrame, score: str = "alpha_hill") -> Figure:
     """A score against depth, a colour and marker for each layer type."""
     planned, values = scored(layers, score)
-    depth, name, lost = planned["depth"].to_numpy(float), score_symbol(score), ~np.isfinite(values)
-    axes = new_figure().subplots()
-    draw_types(axes, planned["type"], depth, values, joined=True)
+    axes, lost = new_figure().subplots(), ~np.isfinite(values)
+    draw_types(axes, planned["type"], planned["depth"].to_numpy(float), values, ls="-")
     axes.set(xlabel="depth (block)", ylabel=score_label(score), yscale=scale_of(values))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    share = between_share(values, planned["type"])
-    finding = f"{share:.0%} of the spread of {name} lies between layer types, {1 - share:.0%} within them"
-    if np.isnan(share):
-        finding = f"{name} has no spread over its {(~lost).sum()} layers"
-    note = f"Not drawn: {lost.sum()} without a finite value." if lost.any() else ""
-    return finished(axes, finding, note)
+    share, finding = between_share(values, planned["type"]), f"{short_label(score)} has no spread"
+    if np.isfinite(share):
+        finding = f"{share:.0%} of the spread of {short_label(score)} lies between layer types"
+    return finished(axes, finding, f"Not drawn: {lost.sum()} without a finite value." if lost.any() else "")
 
 
 @styled
@@ -233,11 +221,11 @@ def score_histogram(
         threshold: score units; layers at it or beyond, in `direction`, are protected.
     """
     planned, values = scored(layers, score)
-    types, name, high, parts = planned["type"], score_symbol(score), direction == "high", []
-    noise = score == "alpha_hill" and "alpha_excess" in planned and planned["alpha_excess"].notna().any()
-    panels = new_figure(height=6.2 if noise else 4.0).subplots(
-        2 if noise else 1, 1, sharex=True, squeeze=False
-    )[:, 0]
+    types, name, sign, parts = planned["type"], short_label(score), "≥" if direction == "high" else "≤", []
+    noise = (
+        score == "alpha_hill" and "alpha_excess" in planned and bool(planned["alpha_excess"].notna().any())
+    )
+    panels = new_figure(height=6.2 if noise else 4.0).subplots(1 + noise, 1, sharex=True, squeeze=False)[:, 0]
     styles = type_styles(types)
     bars = [values[(types == kind).to_numpy() & np.isfinite(values)] for kind in styles]
     look = {key: [style[key] for style in styles.values()] for key in ("color", "label")}
@@ -245,25 +233,21 @@ def score_histogram(
     panels[0].set_ylabel("layers")
     panels[-1].set(xlabel=score_label(score), xscale=scale_of(values))
     if threshold is not None:
-        sign = "≥" if high else "≤"
         for panel in panels:
             panel.axvline(threshold, color=VERMILLION, lw=1.8, zorder=4, label=f"{sign} kept in 16-bit")
-        kept = (values >= threshold if high else values <= threshold).sum()
+        kept = (values >= threshold if sign == "≥" else values <= threshold).sum()
         parts.append(f"{name} {sign} {threshold:.4g} keeps {kept} of {len(values)} layers in 16-bit")
     if noise:
-        rho = _draw_noise(panels[1], planned, values)
+        _draw_noise(panels[1], planned, values)
+        rho = rank_correlation(values, planned["alpha_hill"] - planned["alpha_excess"])
         told = f"its rank correlation with Gaussian noise of the same shapes is ρ = {rho:.2f}"
-        parts.append("all layers have one shape, so shape explains nothing here" if np.isnan(rho) else told)
+        parts += [told] if np.isfinite(rho) else []
     detail = "Diamonds: mean of Gaussian matrices of that shape, bar ±2 sd." if noise else ""
     return finished(panels[0], "; ".join(parts) or f"{name} of {len(values)} layers", detail)
 
 
-def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
-    """A row for each of the ten commonest shapes: its layers' α, a diamond where noise of that shape lies.
-
-    Returns:
-        Spearman's ρ of the layers' α and that of Gaussian matrices of their shapes.
-    """
+def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> None:
+    """A row for each of the ten commonest shapes: its layers' α, a diamond where noise of that shape lies."""
     shape = planned["rows"].astype(str) + "×" + planned["cols"].astype(str)
     mean = planned["alpha_hill"] - planned["alpha_excess"]
     reach = 2 * (planned["alpha_excess"] / planned["alpha_excess_z"]).abs().replace(np.inf, np.nan)
@@ -276,7 +260,6 @@ def _draw_noise(axes: Axes, planned: pd.DataFrame, values: Floats) -> float:
     axes.errorbar(noise["mean"], range(len(rows)), xerr=noise["reach"], fmt="D", zorder=7, **look)
     axes.set_yticks(range(len(rows)), [f"{name}  ({counts[name]})" for name in rows])
     axes.set(ylabel="shape (layers)", ylim=(-0.6, len(rows) - 0.4))
-    return rank_correlation(values, mean)
 
 
 # Sensitivity columns, the best first, as an axis names them.
@@ -296,11 +279,10 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
         column: the sensitivity column (nats a token), one of `COST_NAMES`.
     """
     planned, values = scored(layers, score)
-    types, name, styles = planned["type"], score_symbol(score), type_styles(planned["type"])
+    types, styles = planned["type"], type_styles(planned["type"])
     cost = planned[column].where(planned[column] > 0).to_numpy(float)  # the axis is logarithmic
-    lost = (~np.isfinite(values) | ~np.isfinite(cost)).sum()
     left, right = new_figure(height=max(4.8, 1.5 + 0.18 * len(styles))).subplots(1, 2, width_ratios=[1.7, 1])
-    draw_types(left, types, values, cost, alpha=0.85, label="_")  # the bars' names are the legend
+    draw_types(left, types, values, cost, label="_")  # the bars' names are the legend
     cost_label = f"{COST_NAMES[column]} cost in NF4 (nats a token)"
     left.set(xlabel=score_label(score), ylabel=cost_label, yscale="log")
     overall = rank_correlation(values, cost)
@@ -312,11 +294,11 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
     right.set(xlim=(-1.05, 1.05), xlabel="Spearman's ρ")
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
-    inside = [rho for rho in within.values() if np.isfinite(rho)] or [overall]
-    finding = f"{name} ranks the layers' cost with ρ = {overall:.2f} overall, but {min(inside):.2f} to "
-    finding += f"{max(inside):.2f} within a type (median {np.median(inside):.2f})"
+    finding = f"{short_label(score)} ranks the layers' cost with ρ = {overall:.2f} overall, and a median of "
+    finding += f"{pd.Series(within).median():.2f} within a type"
     if np.isnan(overall):
-        finding = f"Too few layers, or no spread: no rank correlation between {name} and cost"
+        finding = f"Too few layers, or no spread: {short_label(score)} ranks no cost"
+    lost = (~np.isfinite(values) | ~np.isfinite(cost)).sum()
     note = f"{lost} layers without both values are left out. " if lost else ""
     return finished(left, finding, f"{note}ρ is Spearman's; colours are those of the right panel.")
 
@@ -326,13 +308,6 @@ def score_against_sensitivity(layers: pd.DataFrame, score: str, column: str) -> 
 FIT = ["alpha_pl", "alpha_pl_xmin", "alpha_pl_tail", "alpha_pl_ks", "alpha_pl_sigma"]
 # What the fit drops (WeightWatcher's cut), so that the drawn density is the fitted one.
 SMALLEST_EIGENVALUE = 1e-5
-
-
-def pick_layers(layers: pd.DataFrame, score: str, count: int) -> pd.DataFrame:
-    """Rows of `count` layers spread evenly over a score's ranks, the lowest and the highest among them."""
-    planned, values = scored(layers, score)
-    ranked = planned.iloc[np.argsort(values, kind="stable")[: np.isfinite(values).sum()]]
-    return ranked.iloc[np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)]
 
 
 def layer_title(row: Any) -> str:
@@ -375,10 +350,12 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
         spectra: name -> singular values, descending; a layer that it lacks is shown without any.
         names: layers to draw; by default the most compact, a middling and the flattest with a sound fit.
     """
-    sound = layers[layers["status"] == "ok"]  # a tail of nine values has no α
     chosen = layers[layers["name"].isin(names)]
     if not names:
-        chosen = pick_layers(sound if sound["quantizable"].sum() >= 3 else layers, "alpha_pl", 3)
+        ranked = layers[np.isfinite(layers["alpha_pl"])].sort_values("alpha_pl", kind="stable")
+        sound = ranked[ranked["status"] == "ok"]  # a tail of nine values has no α
+        ranked = sound if len(sound) >= 3 else ranked
+        chosen = ranked.iloc[sorted({0, len(ranked) // 2, len(ranked) - 1})]
     rows = [row for _, row in chosen.iterrows()]
     panels = new_figure(height=4.6 if len(rows) > 1 else 3.4).subplots(1, len(rows), squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):
@@ -401,35 +378,6 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
     note = "" if names else "Of the layers whose fit is sound. "
     reading = "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data."
     return finished(panels[0], finding, f"{note}{reading} Other figures show Hill's α, of the top tenth.")
-
-
-@styled
-def rank_decay(layers: pd.DataFrame, spectra: Spectra) -> Figure:
-    """Singular values against their rank on log-log axes, each with its power law and how well that fits.
-
-    Drawn are five layers, spread over the decay exponents.
-
-    Args:
-        spectra: name -> singular values, descending.
-    """
-    rows, styles = pick_layers(layers, "alpha_decay", 5), type_styles(layers["type"][layers["quantizable"]])
-    axes, found = new_figure().subplots(), []
-    for _, row in rows.iterrows():
-        sigma = spectra[row["name"]]
-        sigma = sigma[sigma > 0] / sigma[0]
-        k, fitted = np.arange(1.0, len(sigma) + 1), slice(1, len(sigma) // 2)
-        law = linregress(np.log(k[fitted]), np.log(sigma[fitted]))
-        look = {"color": styles[row["type"]]["color"]}
-        label = f"{layer_title(row)}: a = {-law.slope:.2f}, R² {law.rvalue**2:.2f}"
-        axes.plot(k, sigma, lw=1.8, label=label, **look)
-        axes.plot(k[fitted], np.exp(law.intercept) * k[fitted] ** law.slope, lw=1.2, ls=":", **look)
-        found.append((f"{-law.slope:.2f} in {layer_title(row)}", law.rvalue**2))
-    axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σₖ / σ₁")
-    shares = [share for _, share in found]
-    finding = f"Singular values fall with exponent {found[-1][0]} and {found[0][0]}, the flatter one; "
-    finding += f"a power law explains {min(shares):.0%} to {max(shares):.0%} of the fall"
-    reading = "Dotted: slope −a, least squares over k = 2 … M/2. R²: of log σ there, 1 is a power law."
-    return finished(axes, finding, f"{reading} Large a: compact.")
 
 
 # --- a plan as a map -------------------------------------------------------------------------------------
@@ -491,8 +439,7 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
     for name in reversed(tiers):
         axes.plot([], [], "s", ms=9, color=FORMAT_COLOURS[name], label=FORMAT_LABELS[name])
     if grid.hollow:
-        label = f"analysis failed ({(planned['status'] == 'failed').sum()})"
-        axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label=label)
+        axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label="analysis failed")
     place = "are above the smallest format" if len({*held} - {"16bit"}) > 1 else "stay in 16-bit"
     finding = f"{above.sum()} of {len(above)} layers {place}"
     size = f"({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"
@@ -501,9 +448,9 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
 
 # --- what a gigabyte buys --------------------------------------------------------------------------------
 
-# The curves that are named; every other score is a thin grey line, there to be compared with.
-NAMED = {("alpha_hill", "high"): (BLUE, "-"), ("alpha_hill", "low"): (BLUE, "--")}
-NAMED |= {("fisher", "high"): (GREEN, "-"), ("measured", "high"): (PURPLE, "-")}
+# The curves that are named, beside the plan's; every other score is a thin grey line to compare with.
+POINT: dict[str, Any] = {"ms": 9, "mec": "white", "zorder": 5}
+NAMED = {("alpha_hill", "high"): BLUE, ("fisher", "high"): GREEN, ("measured", "high"): PURPLE}
 
 
 @styled
@@ -519,27 +466,28 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
     unit, unit_name = size_unit(curves["bytes"].max())
     kinds: Any = dict(list(curves.assign(size=curves["bytes"] / unit).groupby("kind")))
     axes = new_figure(height=5.0).subplots()
-    looks = {(plan.score, plan.direction): (VERMILLION, "-")} | NAMED
+    colours = {(plan.score, plan.direction): VERMILLION} | NAMED
     for key, curve in kinds["score"].groupby(["score", "direction"]):
-        colour, line = looks.get(key, ("#DADADA", "-"))
-        look = {"lw": 2, "label": f"{short_label(key[0])}, {key[1]}"} if key in looks else {"lw": 0.7}
-        axes.plot(curve["size"], curve["predicted_kl"], color=colour, ls=line, **look)
+        line: Any = {"color": "#DADADA", "lw": 0.7}
+        if key in colours:
+            line = {"color": colours[key], "lw": 2, "label": f"{short_label(key[0])}, {key[1]}"}
+        axes.plot(curve["size"], curve["predicted_kl"], **line)
     bands = kinds["random"].pivot_table("predicted_kl", "size", "quantile")
     low, high = min(bands), max(bands)
-    label = f"random, {100 * (high - low):.0f} %"
-    axes.fill_between(bands.index, bands[low], bands[high], color="#A6A6A6", alpha=0.55, lw=0, label=label)
+    look: Any = {"color": "#A6A6A6", "alpha": 0.55, "lw": 0, "label": f"random, {100 * (high - low):.0f} %"}
+    axes.fill_between(bands.index, bands[low], bands[high], **look)
     optimum = kinds["optimum"].groupby("size")["predicted_kl"].median()
     axes.plot(optimum, color=BLACK, lw=1.8, ls="--", label="least predicted KL")
-    points: list[Any] = [(plan.bytes["total"], plan.predicted_kl, "o", VERMILLION, "the plan")]
+    size, kl = plan.bytes["total"], plan.predicted_kl or 0.0
+    axes.plot(size / unit, kl, "o", color=VERMILLION, **POINT, label="the plan")
     int8 = dict.fromkeys(layers["name"][layers["quantizable"]], "int8")
     if (cost := predicted_kl(layers, int8)) is not None:
-        points.append((price(layers, int8)["total"], cost, "D", ORANGE, "int8 everywhere"))
-    for size, kl, marker, colour, label in points:
-        axes.plot(size / unit, kl, marker, color=colour, ms=9, mec="white", zorder=5, label=label)
-    middle, size = bands.median(axis=1), plan.bytes["total"]
+        everywhere = price(layers, int8)["total"]
+        axes.plot(everywhere / unit, cost, "D", color=ORANGE, **POINT, label="int8 everywhere")
+    middle = bands.median(axis=1)
     finding = (
-        f"At {gigabytes(size)} the plan's predicted KL is {plan.predicted_kl:.3g} nats a token; a random "
-        f"choice's is predicted at {np.interp(size / unit, middle.index, middle):.3g}"
+        f"At {gigabytes(size)} the plan's predicted KL is {kl:.3g} nats a token, a random "
+        f"choice's {np.interp(size / unit, middle.index, middle):.3g}"
     )
     axes.set(xlabel=f"model size ({unit_name})", ylabel="predicted KL (nats a token)", ylim=(0, None))
     reading = "All KL here are predictions, sums over layers; notebook 04 measures the plan's."
@@ -549,21 +497,16 @@ def frontier_figure(layers: pd.DataFrame, plan: ProtectionPlan, curves: pd.DataF
 # --- a run's figures -------------------------------------------------------------------------------------
 
 
-def draw_all(run: runs.Run, plan: ProtectionPlan | None = None) -> dict[str, Path]:
+def draw_all(run: runs.Run, plan: ProtectionPlan) -> dict[str, Path]:
     """Draw and save every figure that the run's data allow (`all_figures`).
-
-    Args:
-        plan: whose score, threshold and map are drawn; read from plan.json by default.
 
     Returns:
         Figure name -> its PNG in the run's figures; an SVG lies beside it.
 
     Raises:
-        RunError: no analysis or no plan in this run; says which notebook to run.
+        RunError: no analysis in this run; says which notebook to run.
     """
     layers, spectra = runs.read_layers(run), runs.read_spectra(run)
-    if plan is None:
-        plan = ProtectionPlan.read(run.plan_json, model=runs.run_info(run)["model"])
     inputs = {"layers": runs.layers_fingerprint(run), "plan": plan.fingerprint}
     outputs: list[str] = []
     with runs.stage(run, "visualize", inputs, outputs, force=True):
@@ -576,9 +519,8 @@ def draw_all(run: runs.Run, plan: ProtectionPlan | None = None) -> dict[str, Pat
 def all_figures(layers: pd.DataFrame, spectra: Spectra, plan: ProtectionPlan) -> dict[str, Figure]:
     """Every figure by name; those on spectra and sensitivity only if the layer table holds them."""
     figures = {"score_by_depth": score_by_depth(layers, plan.score)}
-    if np.isfinite(layers[["alpha_pl", "alpha_decay"]]).any().all():
+    if np.isfinite(layers["alpha_pl"]).any():
         figures["spectra"] = spectra_figure(layers, spectra)
-        figures["rank_decay"] = rank_decay(layers, spectra)
     figures["histogram"] = score_histogram(layers, plan.score, cut_of(layers, plan), plan.direction)
     figures["plan_map"] = plan_map(layers, plan)
     if column := sensitivity_column(layers):
@@ -621,34 +563,38 @@ WHOSE = "float32, from the file's tensors"  # what every KL of an evaluation's v
 WINE = "#882255"  # Tol's muted palette: told apart from the others by the colour-blind too
 
 
-def _look(
-    colour: str, marker: str, size: float = 7.0, line: str = "-", hollow: bool = False
-) -> dict[str, Any]:
+BESIDE_RANDOM = {
+    "supported": "lower than random layers'",
+    "refuted": "higher than random layers'",
+    "not separable": "not separable from random's",
+}
+
+
+def _look(colour: str, marker: str, size: float = 7.0, line: str = "-", full: bool = True) -> dict[str, Any]:
     """Matplotlib's words for a variant's point and curve; large markers lie below small ones."""
-    fill, rim, width = ("none", colour, 1.6) if hollow else (colour, "white", 0.6)
-    edge = {"mfc": fill, "mec": rim, "mew": width}
+    edge = {"mec": "white", "mew": 0.6} if full else {"mfc": "none", "mew": 1.6}
     return {"color": colour, "marker": marker, "ms": size, "ls": line, "zorder": 4 - size / 20, **edge}
 
 
 LOOKS = {
     "reference": _look(BLACK, "*", 11, ":"),
     "nf4": _look(BLACK, "s"),
-    "nf4_nearest": _look(BLACK, "s", line="--", hollow=True),
+    "nf4_nearest": _look(BLACK, "s", line="--", full=False),
     "int8": _look(ORANGE, "D"),
     "plan": _look(VERMILLION, "o", 10),
-    "plan_nearest": _look(VERMILLION, "o", 10, "--", hollow=True),
-    "other_direction": _look(PURPLE, "v", 11, "--", hollow=True),
+    "plan_nearest": _look(VERMILLION, "o", 10, "--", full=False),
+    "other_direction": _look(PURPLE, "v", 11, "--", full=False),
     "fisher": _look(GREEN, "^", 9),
     "fisher_int8": _look(GREEN, "P", 7, "--"),
     # A wide rim: at low budgets int4 gets few layers, and the point lies on that of fisher_int8.
-    "fisher_int4": _look(BLUE, "s", 11, hollow=True),
+    "fisher_int4": _look(BLUE, "s", 11, full=False),
     "int4": _look(SKY, "d", 9),
     "noise": _look(GREY, "X", line="--"),
     "first_last": _look(BLUE, "<", line="--"),
     "smallest_first": _look(BLUE, ">", line=":"),
     "type_prior": _look(BLUE, "h", line="-."),
 }
-RANDOM = _look(GREY, "o", 4, hollow=True) | {"mew": 0.9, "zorder": 2, "label": "random, equal bytes"}
+RANDOM = _look(GREY, "o", 4, full=False) | {"mew": 0.9, "zorder": 2, "label": "random, equal bytes"}
 RIVAL = _look(WINE, "p", 9)
 WINDOWED = ("nf4", "plan", "plan_nearest", "other_direction", "fisher", "fisher_int8", "fisher_int4", "int8")
 FLOOR = 1e-6  # nats a token: the smallest KL that is drawn
@@ -687,23 +633,14 @@ def quality_by_bytes(evaluation: Evaluation) -> Figure:
     left.set(xlabel=size, ylabel=f"perplexity on {evaluation.text['name']}")
     right.set(xlabel=size, ylabel="mean KL(16-bit ‖ variant), nats a token", yscale="log")
     reading = "Bars: 95 % intervals over windows (perplexity: of the paired ratio to 16-bit)."
-    return finished(left, quality_finding(evaluation), f"{reading} {_windows(evaluation)}")
-
-
-BESIDE_RANDOM = {"supported": "lower than random layers'", "refuted": "higher than random layers'"}
-
-
-def quality_finding(evaluation: Evaluation) -> str:
-    """One sentence: is the plan better than random at its bytes, and what would int8 cost?"""
-    words = f"The plan's KL is {evaluation.variants['plan']['kl_mean']:.3g} ({WHOSE})"
-    if beside := evaluation.variants["plan"].get("vs_random"):
+    finding = f"The plan's KL is {variants['plan']['kl_mean']:.3g} ({WHOSE})"
+    if beside := variants["plan"].get("vs_random"):
         held = stats.Estimate.from_dict(beside["kl"])
-        verdict = BESIDE_RANDOM.get(stats.verdict(held, "lower"), "not separable from random's")
-        random_kl = np.mean([one["kl_mean"] for key, one in evaluation.variants.items() if is_random(key)])
-        words += f", {verdict} ({random_kl:.3g}) at equal bytes"
-    if "int8" in evaluation.variants:
-        words += f"; int8 everywhere: {evaluation.variants['int8']['kl_mean']:.2g}"
-    return words
+        random_kl = np.mean([one["kl_mean"] for key, one in variants.items() if is_random(key)])
+        finding += f", {BESIDE_RANDOM[stats.verdict(held, 'lower')]} ({random_kl:.3g}) at equal bytes"
+    if "int8" in variants:
+        finding += f"; int8 everywhere: {variants['int8']['kl_mean']:.2g}"
+    return finished(left, finding, f"{reading} {_windows(evaluation)}")
 
 
 @styled
@@ -761,16 +698,9 @@ def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     axes.plot(ends, ends, color=GREY, lw=1, ls=":", label="predicted = real", zorder=1)
     axes.set(xscale="log", xlim=ends, xlabel="predicted KL, nats a token")
     axes.set(yscale="log", ylim=ends, ylabel="real KL, nats a token")
-    reading = "The prediction is a sum over layers, scaled once a format by all layers in that format."
-    return finished(axes, prediction_finding(pairs), f"{reading} {_windows(evaluation)}")
-
-
-def prediction_finding(pairs: Mapping[str, Sequence[float]]) -> str:
-    """One sentence: how far off predictions are, the plan's own among them; pairs = (predicted, real) KL."""
-    off = {key: predicted / real - 1 for key, (predicted, real) in pairs.items()}
-    median = np.median(np.abs(list(off.values())))
-    words = f"Predicted KL is off by {median:.0%} (median of {len(off)} variants)"
+    off = [abs(predicted / real - 1) for predicted, real in pairs.values()]
+    finding = f"Predicted KL is off by {np.median(off):.0%} (median of {len(off)} variants)"
     if "plan" in pairs:
-        words += f"; the plan's is {abs(off['plan']):.0%} {'too high' if off['plan'] > 0 else 'too low'}: "
-        words += "{:.3g} predicted, {:.3g} real".format(*pairs["plan"]) + f" ({WHOSE})"
-    return words
+        finding += "; the plan's is {:.3g}, and {:.3g} in truth".format(*pairs["plan"]) + f" ({WHOSE})"
+    reading = "The prediction is a sum over layers, scaled once a format by all layers in that format."
+    return finished(axes, finding, f"{reading} {_windows(evaluation)}")

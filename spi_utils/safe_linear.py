@@ -64,8 +64,8 @@ def widen(model: nn.Module) -> bool:
     for parameter in others:
         parameter.data = parameter.data.float()
     safe = {name: SafeFP16Linear.from_linear(module) for name, module in linear.items()}
-    for name, module in safe.items():
-        model.set_submodule(name, module)
+    for name, layer in safe.items():
+        model.set_submodule(name, layer)
     for module in (*safe.values(), *embeddings):
         module.register_forward_hook(lambda module, inputs, output: output.float())
     return True
