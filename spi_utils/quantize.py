@@ -124,29 +124,24 @@ def quantize(
     with runs.stage(run, "quantize", inputs, ["model"], force=force) as st:
         if st.finished:
             return run.model_dir
-        made, old = run.partial / "quantize" / "model", run.path / ".model-old"
-        st.record(**make_checkpoint(made, source, saving, max_shard_size, overflow))
-        shutil.rmtree(old, ignore_errors=True)
-        if run.model_dir.exists():  # two renames, so that no mixture is ever there
-            os.replace(run.model_dir, old)
+        made, report = make_checkpoint(run.partial / "quantize", source, saving, max_shard_size, overflow)
+        st.record(**report)
+        shutil.rmtree(run.model_dir, ignore_errors=True)
         os.replace(made, run.model_dir)
-        shutil.rmtree(old, ignore_errors=True)
     return run.model_dir
 
 
 def make_checkpoint(
-    folder: Path, source: ModelSource, saving: Saving, max_shard_size: str, overflow: str
-) -> dict[str, Any]:
-    """Write and verify a checkpoint in `folder`, in bfloat16 where float16 can't hold it; what was found.
+    parts: Path, source: ModelSource, saving: Saving, max_shard_size: str, overflow: str
+) -> tuple[Path, dict[str, Any]]:
+    """Write and verify a checkpoint in a folder below `parts`; the folder, and what was found.
 
-    One tensor in bfloat16 or float32 among float16 ones is not possible, so one that overflows moves all.
-    Stock loaders keep a quantized checkpoint's dtypes as saved, and then refuse to multiply a float16
-    activation by another dtype; a checkpoint without NF4 layers they cast to float16, where the value becomes
-    infinite.
+    It is saved in bfloat16 where float16 can't hold it. One tensor in bfloat16 or float32 among float16 ones
+    is not possible, so one that overflows moves all. Stock loaders keep a quantized checkpoint's dtypes as
+    saved, and then refuse to multiply a float16 activation by another dtype; a checkpoint without NF4 layers
+    they cast to float16, where the value becomes infinite.
     """
-    wide = folder.with_name("in-bfloat16")  # marks that float16 was tried, for a run that resumes
-    if wide.exists():
-        saving = replace(saving, storage="bfloat16")
+    folder = parts / saving.storage / "model"
     try:
         with models.open_weights(source) as weights:
             shards, notes = plan_shards(folder, weights, saving, max_shard_size), {}
@@ -161,10 +156,9 @@ def make_checkpoint(
         if overflow == "error" or saving.storage != "float16":
             raise
         print(f"quantize: {str(error).partition('. ')[0]}; written again in bfloat16", flush=True)
-        shutil.rmtree(folder)
-        runs.write_text(wide, "")
-        return make_checkpoint(folder, source, saving, max_shard_size, overflow)
-    return report | {"saved_as": saving.storage}
+        shutil.rmtree(folder.parent)
+        return make_checkpoint(parts, source, replace(saving, storage="bfloat16"), max_shard_size, overflow)
+    return folder, report | {"saved_as": saving.storage}
 
 
 # --- before anything is written --------------------------------------------------------------------------
@@ -182,13 +176,12 @@ def check_request(source: ModelSource, plan: ProtectionPlan, backend: str = "bit
     try:
         import_module(backend.replace("-", "_"))
     except (ImportError, RuntimeError, OSError) as error:
-        what = f"{backend} can't be used here ({error})"
-        raise CheckpointError(f"{what}: `pip install {backend}`, then start the session again.") from error
+        raise CheckpointError(
+            f"{backend} can't be used here ({error}): `pip install {backend}`, then start the session again."
+        ) from error
     if plan.model.get("sha256") != source.sha256:
-        held = plan.model.get("id")
-        raise PlanError(
-            f"The plan is for {held}, this is {source.id} with other weights: analyse and plan it."
-        )
+        whose = f"The plan is for {plan.model.get('id')}, this is {source.id} with other weights"
+        raise PlanError(f"{whose}: analyse and plan it.")
     check_writer(plan, backend)
     layers = models.list_layers(source)
     check_plan(plan, [layer.name for layer in layers])
@@ -220,7 +213,7 @@ def _check_target(run: Run, source: ModelSource) -> None:
         return
     owner = runs.read_json(plan, what="plan").get("model", {}) if plan.exists() else {}
     if owner.get("sha256") != source.sha256:
-        whose = f"a checkpoint of {owner.get('id')}" if owner else "files that this stage did not write"
+        whose = owner.get("id", "something that this stage did not write")
         raise CheckpointError(f"{folder} holds {whose}. Move it away, or choose another `run_dir`.")
 
 
@@ -387,10 +380,10 @@ def prove(
         NotFinite: loaded by stock transformers it computes infinities or NaN.
         CheckpointError: it isn't what was planned; says where.
     """
-    report = check_size(folder, saving.plan.bytes["total"])
     check_bits(folder, {name: mark for note in notes.values() for name, mark in note["sha256"].items()})
-    counts = sorted(Counter(map(saving.fmt, weights.shapes)).items())
-    report["bits"] = {**dict(counts), "against": f"{saving.backend} and the source"}
+    counts = dict(sorted(Counter(map(saving.fmt, weights.shapes)).items()))
+    report: dict[str, Any] = check_size(folder, saving.plan.bytes["total"])
+    report |= {"bits": counts | {"against": f"{saving.backend} and the source"}, "proof": None}
     planned = {name: fmt for name, fmt in saving.plan.formats.items() if fmt != "16bit"}
     nf4 = [layer for layer in models.list_layers(source) if planned.get(layer.name) == "nf4"]
     awkward = [layer.name for layer in nf4 if layer.rows % 32 or layer.cols % 64]
@@ -400,20 +393,20 @@ def prove(
     if forward:
         config, tokenizer = weights.model.config, models.load_tokenizer(source)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None) or PROOF_LENGTH
-        reads = (PROOF_WINDOWS, min(PROOF_LENGTH, longest), start_token(tokenizer, config))
-        windows = make_windows(load_text(PROOF_TEXT), tokenizer, *reads, config=config).tolist()
-    request: dict[str, Any] = {"stems": {name: file_stem(weights, name) for name in planned}}
+        size = (PROOF_WINDOWS, min(PROOF_LENGTH, longest), start_token(tokenizer, config))
+        windows = make_windows(load_text(PROOF_TEXT), tokenizer, *size, config=config).tolist()
+    request: dict[str, Any] = {
+        "stems": {name: file_stem(weights, name) for name in planned},
+        "windows": windows,
+    }
     request |= {"model": str(folder.resolve()), "source": str(source.directory.resolve())}
-    request |= {"trust": source.trust_remote_code, "device": str(saving.device), "windows": windows}
-    request |= {"threads": torch.get_num_threads(), "load": load, "forward": forward}
-    answer = ask(request)
+    request |= {"trust": source.trust_remote_code, "threads": torch.get_num_threads()}
+    answer = ask(request | {"device": str(saving.device), "load": load, "forward": forward})
     check_modules(answer, planned)
-    report["proof"] = None
     if forward:
-        proof = check_use(answer, saving.storage)
-        proof |= {"device": request["device"], "text": PROOF_TEXT, "windows": len(windows)}
-        proof |= {"length": len(windows[0]), "tokens": sum(map(len, windows)), "start_token": reads[2]}
-        report["proof"] = proof
+        shape = {"windows": len(windows), "length": len(windows[0]), "tokens": sum(map(len, windows))}
+        proof = check_use(answer, saving.storage) | shape
+        report["proof"] = proof | {"device": str(saving.device), "text": PROOF_TEXT, "start_token": size[2]}
     remarks = {
         "The model is too large to be loaded on this machine: classes were checked without weights (meta "
         "device), all bits by reading the files; logits were not compared.": not load,
@@ -431,9 +424,9 @@ def check_size(folder: Path, planned: int) -> dict[str, Any]:
     """Compare the files' bytes with the plan's prediction.
 
     Raises:
-        CheckpointError: a file is cut or damaged, or they differ by more than `size_tolerance`.
+        CheckpointError: they differ by more than `size_tolerance`.
     """
-    size = sum(path.stat().st_size for path in {path for path, *_ in saved_files(folder).values()})
+    size = disk_bytes(folder)
     if abs(size - planned) > formats.size_tolerance(planned):
         raise CheckpointError(
             f"{folder}: the weights take {size:,} bytes, the plan predicted {planned:,} "

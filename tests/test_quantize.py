@@ -245,7 +245,7 @@ def test_what_is_finished_is_recognised_and_another_plan_replaces_it(tiny, tmp_p
         q.quantize(run, source, plan_for(source, keep=keep), device="cpu", force=True)
         assert ((folder / "model.safetensors").read_bytes() == first) == (keep == 0.5)
         assert ("quantization_config" in json.loads((folder / "config.json").read_text())) == (keep < 1)
-        assert not (run.path / ".model-old").exists()
+        assert not run.partial.exists()
 
 
 @pytest.mark.slow
