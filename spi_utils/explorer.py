@@ -93,7 +93,7 @@ class ExplorerState:
         Args:
             layers: the layer table.
             run: where `save` writes; None for exploring only.
-            spectra: name -> singular values, for `spectrum`.
+            spectra: name -> singular values, for the page.
             share: of the layers, how many are protected at first; unless
             threshold: says where to start, in the score's units.
             lower: the format of the layers that are not kept in 16-bit.
@@ -122,9 +122,8 @@ class ExplorerState:
         self.options["force_16bit"] = told["force_16bit"] + [own[name] for name in self.held] or None
         self.options["forbid_16bit"] = told["forbid_16bit"] or None
         if self.held:
-            some = ", ".join(self.held[:3]) + (", …" if len(self.held) > 3 else "")
             words = "layer(s) stay in 16-bit because the analysis failed there"
-            self.notes[0] = f"{len(self.held)} {words} ({some})."
+            self.notes[0] = f"{len(self.held)} {words} ({shorten(', '.join(self.held), 160)})."
         if asked := ", ".join(f"{key} {', '.join(given)}" for key, given in told.items() if given):
             self.notes.append(f"Held at every threshold, and saved with the plan: {asked}.")
         # What random selections and the optimum reach at each size; None without sensitivity.
@@ -244,12 +243,6 @@ class ExplorerState:
         """The choice as a PNG: histogram with threshold, frontier, depth × type map."""
         self._picture = self._picture or Picture(self)
         return self._picture.png(self)
-
-    def spectrum(self, name: str) -> bytes:
-        """One planned layer's spectrum and fit as a PNG."""
-        file = io.BytesIO()
-        figures.spectra_figure(self.layers, self.spectra, [name]).savefig(file, format="png", dpi=100)
-        return file.getvalue()
 
     def plan(self) -> ProtectionPlan:
         """The present choice as a plan, by plan.py's own rule."""
@@ -410,9 +403,7 @@ class Explorer:
         typed = {"continuous_update": False, "layout": widgets.Layout(width="120px")}
         self.number, self.size_number = widgets.Text(**typed), widgets.Text(**typed)
         self.line, self.message, self.saved = (widgets.HTML() for _ in range(3))
-        self.picture, self.spectrum = (widgets.Image(format="png", layout=picture) for _ in range(2))
-        names = list(state.planned["name"])
-        self.layer = widgets.Combobox(options=names, value=names[0], ensure_option=True, layout=wide)
+        self.picture = widgets.Image(format="png", layout=picture)
         self.save = widgets.Button(description="Save plan", button_style="primary", icon="")
 
         def row(label: str, *parts: Any) -> Any:
@@ -425,8 +416,6 @@ class Explorer:
             row("Threshold", self.threshold, self.number),
             row(f"Model size, {state.unit[1]}", self.size, self.size_number),
             *(self.line, self.message, row("", self.save, self.saved), self.picture),
-            row("Layer", self.layer),
-            self.spectrum,
         ]
         self.box = widgets.VBox(rows, layout=picture)
         self.box.add_class("spi-explorer")
@@ -436,10 +425,8 @@ class Explorer:
         self._on(self.number, lambda text: state.set_threshold(read_number(text)))
         self._on(self.size, lambda step: state.set_size(state.sizes[step]))
         self._on(self.size_number, lambda text: state.set_size(read_number(text) * unit))
-        self.layer.observe(self._show_layer, names="value")
         self.save.on_click(self._save)
         self._show()
-        self._show_layer()
 
     def _on(self, widget: Any, act: Callable[[Any], None]) -> None:
         """Run `act` when a person changes `widget`; show the new choice, or why there is none."""
@@ -468,9 +455,6 @@ class Explorer:
         self.line.value = f"<b>{html.escape(state.say('line'))}</b><br>{said}"
         self.picture.value = state.picture()
 
-    def _show_layer(self, _: Any = None) -> None:
-        self.spectrum.value = self.state.spectrum(self.layer.value)
-
     def _save(self, _: Any) -> None:
         self.saved.value = _told(lambda: f"Saved to {self.state.save()}. Notebook 03_quantize uses it next.")
 
@@ -496,7 +480,6 @@ def read_number(text: str) -> float:
 
 SPECTRA_UP_TO = 1000  # layers; beyond, the file would grow past what an e-mail carries
 CONSTANT = ("planned", "failed", "unknown")  # facts that no choice changes
-ROWS = 1000  # of a score's table; where it has more cuts, they are thinned evenly
 
 
 def write_explorer(run: runs.Run, **options: Any) -> Path:
@@ -590,31 +573,32 @@ def _score(state: ExplorerState, name: str) -> dict[str, Any]:
         c = state.chooser_of(name, direction)
         cut = np.nan_to_num(c.cut)  # an infinite score is the first or the last
         ends = np.flatnonzero(np.diff(cut, append=np.nan)) + 1  # equal scores go together
-        counts = np.append(0, ends[:: -(len(ends) // ROWS + 1)][::-1])
+        counts = np.append(0, ends)
         told = pd.DataFrame([state.consequences(c, int(count)) for count in counts], dtype=object)
         told = told.where(told.notna(), None).drop(columns=list(CONSTANT), errors="ignore")
         place = np.full(len(c.problem.count), len(cut) + 1)
         place[c.order[: len(cut)]] = np.arange(1, len(cut) + 1)
         first = np.searchsorted(counts, place[c.problem.member])
-        row = {"cut": cut[counts[1:] - 1].tolist(), "bytes": c.file_bytes[counts].tolist()}
-        row |= {"kl": [_short(kl) for kl in c.kl[counts]], "facts": told.to_dict("list")}
-        tables[direction] = row | {"row": first.tolist()}
+        tables[direction] = {
+            "cut": cut[counts[1:] - 1].tolist(),
+            "bytes": c.file_bytes[counts].tolist(),
+            "kl": [_short(kl) for kl in c.kl[counts]],
+            "facts": told.to_dict("list"),
+            "row": first.tolist(),
+        }
     values, steps = values_of(c), thresholds_of(c)
     edges, held = histogram_edges(values), np.isfinite(values)
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    row, names = score_row(name), {"axis": figures.score_label(name), "short": figures.short_label(name)}
     return {
-        **{
-            "title": state.scores[name],
-            "axis": figures.score_label(name),
-            "short": figures.short_label(name),
-        },
-        **{"additive": score_row(name).additive, "scale": scale_of(values)},
+        **{"title": row.title, "additive": row.additive, "scale": scale_of(values)},
         "steps": [_short(step) for step in steps],
         "domain": [min(steps[0], edges[0]), max(steps[-1], edges[-1])],
         "edges": [_short(edge) for edge in edges],
         "top": 1.08 * np.bincount(bins[held], minlength=1).max(),  # air above the tallest bar
         "bin": np.where(held, bins, -1).tolist(),
         "values": [f"{value:.3g}" if known else None for value, known in zip(values, held, strict=True)],
+        **names,
         **tables,
     }
 
@@ -622,16 +606,14 @@ def _score(state: ExplorerState, name: str) -> dict[str, Any]:
 def _tips(state: ExplorerState) -> list[dict[str, str]]:
     """What a layer's tooltip tells besides its format and score, a record a layer: title -> text."""
     table, low = state.planned, state.lower
-    name = low.upper() if low == "nf4" else low
     titles = {"alpha_hill": figures.short_label("alpha_hill"), "alpha_pl": "α (Clauset)"}
-    titles |= {f"{kind}_{low}": f"{kind} KL in {name}" for kind in ("predicted", "measured")}
-    double = bool(state.options.get("double_quant"))
-    full, few = (plan.payload_bytes(table, fmt, double) for fmt in ("16bit", low))
+    titles |= {f"{kind}_{low}": f"{kind} KL in {low}" for kind in ("predicted", "measured")}
+    sizes = plan.payload_bytes(table, low, bool(state.options.get("double_quant")))
     tips = []
-    for (_, row), whole, small in zip(table.iterrows(), full, few, strict=True):
+    for (_, row), size in zip(table.iterrows(), sizes, strict=True):
         told = {title: f"{row[column]:.3g}" for column, title in titles.items() if pd.notna(row.get(column))}
         told |= {"Clauset's fit": row["status"].replace("_", " ")}
-        tips.append(told | {"size": f"{gigabytes(whole)}, in {name} {gigabytes(small)}"})
+        tips.append(told | {"size": f"{gigabytes(2 * row['numel'])}, in {low} {gigabytes(size)}"})
     return tips
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -343,21 +343,20 @@ def density_of(row: pd.Series, singular_values: Floats) -> dict[str, Any]:
 
 
 @styled
-def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] = ()) -> Figure:
-    """The eigenvalue density (ESD) of layers on log-log axes, with the fitted tail, xmin and KS distance.
+def spectra_figure(layers: pd.DataFrame, spectra: Spectra) -> Figure:
+    """The eigenvalue density (ESD) of three layers, log-log, with the fitted tail, xmin and KS distance.
+
+    They are the most compact, a middling and the flattest of those with a sound fit.
 
     Args:
         spectra: name -> singular values, descending; a layer that it lacks is shown without any.
-        names: layers to draw; by default the most compact, a middling and the flattest with a sound fit.
     """
-    chosen = layers[layers["name"].isin(names)]
-    if not names:
-        ranked = layers[np.isfinite(layers["alpha_pl"])].sort_values("alpha_pl", kind="stable")
-        sound = ranked[ranked["status"] == "ok"]  # a tail of nine values has no α
-        ranked = sound if len(sound) >= 3 else ranked
-        chosen = ranked.iloc[sorted({0, len(ranked) // 2, len(ranked) - 1})]
+    ranked = layers[np.isfinite(layers["alpha_pl"])].sort_values("alpha_pl", kind="stable")
+    sound = ranked[ranked["status"] == "ok"]  # a tail of nine values has no α
+    ranked = sound if len(sound) >= 3 else ranked
+    chosen = ranked.iloc[sorted({0, len(ranked) // 2, len(ranked) - 1})]
     rows = [row for _, row in chosen.iterrows()]
-    panels = new_figure(height=4.6 if len(rows) > 1 else 3.4).subplots(1, len(rows), squeeze=False)[0]
+    panels = new_figure().subplots(1, len(rows), squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):
         found = density_of(row, spectra.get(row["name"], np.empty(0)))
         axes.set(xlabel="eigenvalue λ = σ²", ylabel="density of eigenvalues" if row is rows[0] else "")
@@ -373,11 +372,9 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra, names: Sequence[str] 
             axes.axvline(found["fit"][0][0], color=VERMILLION, lw=1, ls="--")
     first, last = (f"{row['alpha_pl']:.2f} in {layer_title(row)}" for row in (rows[0], rows[-1]))
     finding = f"From compact to flat: Clauset's α is {first} and {last}"
-    if len(rows) == 1:
-        finding = "Layer {name}  ({rows} × {cols}, {status})".format_map(rows[0])
-    note = "" if names else "Of the layers whose fit is sound. "
-    reading = "Dashed: xmin, where the fitted tail begins. KS: largest distance of fit and data."
-    return finished(panels[0], finding, f"{note}{reading} Other figures show Hill's α, of the top tenth.")
+    reading = "Of the layers whose fit is sound. Dashed: xmin, where the fitted tail begins. KS: largest "
+    reading += "distance of fit and data. Other figures show Hill's α, of the top tenth."
+    return finished(panels[0], finding, reading)
 
 
 # --- a plan as a map -------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_density_integrates_to_one_and_the_fit_holds_the_tails_share(layers, pla
     area = y * x / (row["alpha_pl"] - 1) * (1 - (end / x) ** (1 - row["alpha_pl"]))
     share = row["alpha_pl_tail"] / len(spectra[row["name"]])
     assert area == pytest.approx(share, rel=0.05)
-    figure = figures.spectra_figure(layers, {}, [row["name"]])
+    figure = figures.spectra_figure(layers, {})
     assert "no spread" in figure.axes[0].get_title(loc="left")
 
 
