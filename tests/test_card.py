@@ -59,18 +59,14 @@ def test_the_card_is_true_of_every_mix_of_formats(finished, choose, rounding, he
     assert all(words in text for words in said) and not any(words in text for words in unsaid)
 
 
-def test_the_verdict_comes_first_then_the_numbers_then_how_to_load(finished):
-    _, text = written(finished)
+def test_the_verdict_comes_first_then_the_numbers_then_how_to_load(finished, tmp_path):
+    run = Run(shutil.copytree(finished.path, tmp_path / "run"))
+    runs.write_json(run.model_dir / "config.json", {"auto_map": {}})  # code of its own: loaded with leave
+    _, text = written(run)
+    assert text.count("trust_remote_code=True)") == 2
     order = ("# small", headline_of(Evaluation.read(finished.evaluation_json)), "**this model**")
     places = [text.index(part) for part in (*order, "## Load it", "## How it was made", "## Limits")]
     assert places == sorted(places)
-
-
-def test_a_model_with_code_of_its_own_is_loaded_with_leave(finished, tmp_path):
-    run = Run(shutil.copytree(finished.path, tmp_path / "run"))
-    runs.write_json(run.model_dir / "config.json", {"auto_map": {}})
-    _, text = written(run, lambda leaf: "nf4")
-    assert text.count("trust_remote_code=True)") == 2
 
 
 # --- the licence -----------------------------------------------------------------------------------------
@@ -83,7 +79,6 @@ def test_a_model_with_code_of_its_own_is_loaded_with_leave(finished, tmp_path):
         ("license: apache-2.0\nlanguage:\n- de\n- fr", True, "apache-2.0", ["de", "fr"], ""),
         ("license: llama3.2", True, "llama3.2", None, "Built with Llama"),
         ("license: other\nlicense_name: llama3.2", True, "llama3.2", None, "Built with Llama"),
-        ("license: other\nlicense_name: my-own-terms", False, "other", None, ""),
         ("license: foo-bar-evil-1.0", False, "other", None, ""),
         ("license: cc-by-nc-nd-4.0", False, "other", None, "Non-commercial"),
         ("license:\n- apache-2.0\n- cc-by-nd-4.0", False, "other", None, ""),
@@ -141,13 +136,10 @@ def decided(run, given):
     [
         {},
         {"preset": "small"},
-        {"preset": "balanced"},
-        {"rule": "top_k", "value": 0.0},
         {"score": "fisher", "rule": "matrix_bits", "value": 7.25, "group": "fused"},
         {"score": "fisher", "rule": "bits_per_weight", "value": 9.0, "formats": ["int8", "16bit"]},
         {"rule": "threshold", "value": 3.1234567891, "direction": "low"},
         {"rule": "top_k", "value": 9.0, "force_16bit": [r"\.0\.mlp", "o_proj"], "double_quant": True},
-        {"score": "random", "rule": "top_k", "value": 9.0, "seed": 7},
         {"backend": "compressed-tensors", "rule": "top_k", "value": 9.0, "group": None},
     ],
     ids=json.dumps,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spi_utils import report, runs
+from spi_utils import runs
 from spi_utils.claims import Evaluation, stock_sentence
-from spi_utils.errors import EvaluationError, RunError
+from spi_utils.errors import EvaluationError
 from spi_utils.evaluate import evaluate
 from spi_utils.plan import ProtectionPlan
 from spi_utils.quantize import quantize
@@ -78,19 +78,3 @@ def test_a_file_whose_configuration_computes_another_model_is_refused(made, tmp_
     with pytest.raises(EvaluationError, match=r"Loaded by stock transformers in float16.*isn't what users"):
         evaluate(run, source, speed_repeats=0, **QUICK)
     assert not run.evaluation_json.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", ["model", "plan", "variants", "other_texts", "checkpoint_sha256", "hashes"])
-def test_a_damaged_evaluation_is_named_with_the_notebook_that_makes_it_again(made, key, tmp_path):
-    path, held = tmp_path / "evaluation.json", json.loads(made[0].evaluation_json.read_text())
-    for damaged in ({k: v for k, v in held.items() if k != key}, held | {key: None}, held | {key: 5}):
-        path.write_text(json.dumps(damaged))
-        with pytest.raises(RunError, match=rf"{key}.*04_evaluate again"):
-            Evaluation.read(path)
-
-
-def test_the_report_shows_the_answer_that_proved_the_checkpoint():
-    said = {"prompt": "Why <b>?", "chat_template": True, "text": "It is 1 < 2 & so.", "tokens": 9}
-    html = report._pieces().answer({"generation": said, "dtype": "bfloat16"})
-    assert "It is 1 &lt; 2 &amp; so." in html and "Why &lt;b&gt;?" in html and "bfloat16" in html
