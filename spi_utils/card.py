@@ -179,6 +179,13 @@ def make_card(
     own, text = evaluation.variants["plan"], evaluation.text
     dataset, config, split = DATASETS.get(text["name"], (text["name"], None, None))
     known = licence.id is None or licence.id.lower() in KNOWN
+    scored = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": text["name"]}
+    scored |= {"dataset_config": config, "dataset_split": split}
+    scored |= {"metric_args": {"convention": text["convention"]}}
+    results = [
+        EvalResult(**scored, metric_type=kind, metric_name=label, metric_value=round(float(own[key]), 5))
+        for kind, label, key in METRICS
+    ]
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -191,25 +198,13 @@ def make_card(
         tags=["mixed-precision", "quantized", *tags, plan.score],
         datasets=[dataset] if text["name"] in DATASETS else None,
         model_name=repo_id.rsplit("/", maxsplit=1)[-1],
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=dataset,
-                dataset_name=text["name"],
-                dataset_config=config,
-                dataset_split=split,
-                metric_type=kind,
-                metric_name=label,
-                metric_value=round(float(own[key]), 5),
-                metric_args={"convention": text["convention"]},
-            )
-            for kind, label, key in METRICS
-        ],
+        eval_results=results,
     )
     planned = layers[layers["quantizable"]]
     held = planned["name"].map(plan.formats)
     used = sorted(set(held), key=nominal_bits, reverse=True)
     config_file = run.model_dir / "config.json"
+    types = held.groupby(planned["type"], sort=False)
     look: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=PackageLoader("spi_utils", "."), **look)
     body = templates.get_template("card.md.jinja").render(
@@ -232,10 +227,7 @@ def make_card(
         rule_title=RULES[plan.rule].title,
         command=command_of(plan, backend, identity),
         used=used,
-        types=[
-            (kind, [int((of == fmt).sum()) for fmt in used])
-            for kind, of in held.groupby(planned["type"], sort=False)
-        ],
+        types=[(kind, [int((of == fmt).sum()) for fmt in used]) for kind, of in types],
         figures=shown_figures(figures),
         repository=repository_url(),
     )

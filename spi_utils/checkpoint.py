@@ -64,19 +64,11 @@ def _bnb_config(
 
     # Giving any list of modules to skip drops transformers' own, so heads (tied ones too) must stand in it.
     # Names are plain, not escaped: other loaders match them as they are.
-    skipped = [
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and formats.get(name) != "nf4"
-    ]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=skipped,
-    )
+    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    skipped = [name for name in linear if formats.get(name) != "nf4"]
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+    how |= {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": torch.uint8}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **how)
 
 
 # --- compressed-tensors ----------------------------------------------------------------------------------
@@ -131,19 +123,12 @@ def _ct_config(
         if isinstance(module, nn.Linear):
             targets.setdefault(formats.get(name, "16bit"), []).append(name)
     ignore = targets.pop("16bit", [])
+    groups = {fmt: ct_scheme(fmt, targets[fmt]) for fmt in sorted(targets)}
+    compressed = QuantizationStatus.COMPRESSED
     made = QuantizationConfig(
-        config_groups={fmt: ct_scheme(fmt, targets[fmt]) for fmt in sorted(targets)},
-        format=LAYOUT,
-        quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=ignore,
+        config_groups=groups, format=LAYOUT, quantization_status=compressed, ignore=ignore
     )
     return made.model_dump(mode="json") | {"version": compressed_tensors.__version__}
-
-
-def ct_formats(quantization: Mapping[str, Any]) -> dict[str, str]:
-    """{module: format} of a `quantization_config` that `_ct_config` made."""
-    groups = quantization["config_groups"].items()
-    return {target: name for name, group in groups for target in group["targets"]}
 
 
 # --- the table -------------------------------------------------------------------------------------------
@@ -177,29 +162,24 @@ def disk_bytes(model_dir: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(model_dir))
 
 
-@contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except ModelError as error:
-        raise CheckpointError(str(error).replace("Fetch it again.", AGAIN)) from error
-
-
 def saved_files(model_dir: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """Every tensor of a checkpoint, by its name in the files -> (file, safetensors' dtype, shape).
 
     Raises:
         CheckpointError: no file, or one that is cut or damaged.
     """
-    with _reading():
+    with reading():
         found = ((path, read_header(path)) for path in weight_files(model_dir))
         return {name: (path, *entry) for path, header in found for name, entry in header.items()}
 
 
-def read_part(path: Path, name: str) -> torch.Tensor:
-    """One tensor of the files, by their own name for it; CheckpointError if its bytes can't be read."""
-    with _reading():
-        return read_tensor(path, name)
+@contextmanager
+def reading() -> Iterator[None]:
+    """Inside, a file that is cut or damaged is a CheckpointError that says how to write it again."""
+    try:
+        yield
+    except ModelError as error:
+        raise CheckpointError(str(error).replace("Fetch it again.", AGAIN)) from error
 
 
 def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -217,22 +197,20 @@ def read_saved(model_dir: str | Path, model: PreTrainedModel) -> Iterator[tuple[
     recipes = find_recipes(model, {plain: files[name][2] for name, plain in codes.items()})
     weights = Weights(model.dtype, model, files, recipes)
     config = read_json(Path(model_dir) / "config.json", what="configuration")
-    quantization = config.get("quantization_config") or {"quant_method": ""}
-    stated = ct_formats(quantization) if "config_groups" in quantization else {}
+    quantization = config.get("quantization_config") or {}
+    groups = quantization.get("config_groups", {}).items()
+    stated = {target: name for name, group in groups for target in group["targets"]}
     for name, recipe in recipes.items():
         module, stem = name.removesuffix(".weight"), recipe.sources[0][1].removesuffix("weight")
         fmt = "nf4" if stem + BLOB in files else stated.get(module, "16bit")
-        if fmt == "16bit":
-            with _reading():
+        with reading():
+            if fmt == "16bit":
                 value = weights.read_source(name)
-        else:
-            parts = {
-                part.removeprefix(stem): read_part(path, part)
-                for part, (path, *_) in files.items()
-                if part.startswith(f"{stem}weight")
-            }
-            value = BACKENDS[quantization["quant_method"]][1](fmt, parts)
-            value = value.T.contiguous() if module in conv1d else value
+            else:
+                held = {part: path for part, (path, *_) in files.items() if part.startswith(f"{stem}weight")}
+                parts = {part.removeprefix(stem): read_tensor(path, part) for part, path in held.items()}
+                value = BACKENDS[quantization["quant_method"]][1](fmt, parts)
+                value = value.T.contiguous() if module in conv1d else value
         yield name, fmt, value
 
 

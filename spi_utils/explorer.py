@@ -316,14 +316,12 @@ class Picture:
         for axes in right:
             _draw_frontier(axes, state)
         below = bottom.subplots()
-        cells = state.grid.draw(below, self.colours[np.zeros(len(self.values), int)])
+        self.map = state.grid.draw(below, self.colours[np.zeros(len(self.values), int)])
         below.set_title("What is kept in 16-bit, a cell a layer", **TITLE)
         below.plot([], [], "s", ms=8, color=kept, label="16-bit")
         below.plot([], [], "s", ms=8, color=low, label=FORMAT_LABELS[state.lower])
-        if state.grid.hollow:
-            below.plot([], [], "s", ms=7, mfc="white", mec=kept, mew=2, label="analysis failed")
         below.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1)
-        self.map, self.moving = cells[0], [self.kept, self.line, self.point, *cells]
+        self.moving = [self.kept, self.line, self.point, self.map]
         for artist in self.moving:
             artist.set_animated(True)
         self.canvas.draw()

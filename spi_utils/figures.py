@@ -383,8 +383,7 @@ def spectra_figure(layers: pd.DataFrame, spectra: Spectra) -> Figure:
 class LayerGrid:
     """The depth × type grid of a layer table: where each planned layer lies, types in order of appearance.
 
-    Several layers in one cell (experts listed one by one) share it by their number of weights. `hollow` are
-    the cells (row, column) with a layer whose analysis failed.
+    Several layers in one cell (experts listed one by one) share it by their number of weights.
     """
 
     def __init__(self, layers: pd.DataFrame) -> None:
@@ -394,8 +393,6 @@ class LayerGrid:
         rows = planned["type"].map({name: row for row, name in enumerate(self.types)})
         self.cell = (rows * len(self.depths) + planned["depth"] - self.depths[0]).to_numpy()
         self.weights = planned["numel"].to_numpy(float)
-        failed = np.unique(self.cell[planned["status"] == "failed"])
-        self.hollow = [divmod(int(cell), len(self.depths)) for cell in failed]
 
     def colours(self, rgb: Floats) -> Any:
         """Cells in the colours, 0 to 1, of their layers (L, 3), mixed: (types, depths, 3), 8-bit."""
@@ -405,8 +402,8 @@ class LayerGrid:
         image = np.where(held > 0, np.concatenate(sums, axis=2) / np.maximum(held, 1), 1.0)
         return (255 * image + 0.5).astype(np.uint8)
 
-    def draw(self, axes: Axes, rgb: Floats) -> list[Any]:
-        """Draw the map on `axes` and return its cells, and the insides of hollow ones."""
+    def draw(self, axes: Axes, rgb: Floats) -> Any:
+        """Draw the map on `axes` and return its cells."""
         axes.set_yticks(range(len(self.types)), [shorten(name, 24) for name in self.types])
         axes.set_xlabel("depth (block)")
         axes.tick_params(length=0)
@@ -416,8 +413,7 @@ class LayerGrid:
         width = 0.6 if len(self.depths) <= 130 else 0.0  # of the white lines between cells
         cells = axes.pcolormesh(x, y, self.colours(rgb), edgecolors="white", lw=width)
         axes.invert_yaxis()
-        rows, columns = zip(*self.hollow, strict=True) if self.hollow else ((), ())
-        return [cells, *axes.plot(self.depths[list(columns)], rows, "s", color="white", ms=7)]
+        return cells
 
 
 @styled
@@ -435,8 +431,6 @@ def plan_map(layers: pd.DataFrame, plan: ProtectionPlan) -> Figure:
         axes.annotate(f"{kept}/{count}", (1.01, row), xycoords=beside, va="center", fontsize=9, color=GREY)
     for name in reversed(tiers):
         axes.plot([], [], "s", ms=9, color=FORMAT_COLOURS[name], label=FORMAT_LABELS[name])
-    if grid.hollow:
-        axes.plot([], [], "s", ms=8, mfc="white", mec=BLACK, mew=1.8, label="analysis failed")
     place = "are above the smallest format" if len({*held} - {"16bit"}) > 1 else "stay in 16-bit"
     finding = f"{above.sum()} of {len(above)} layers {place}"
     size = f"({gigabytes(plan.bytes['total'])}, {plan.matrix_bits:.2f} matrix bits)"

@@ -36,7 +36,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory as split
 
 from spi_utils import formats, models, runs
-from spi_utils.checkpoint import BACKENDS, conv1d_modules, disk_bytes, read_part, saved_files
+from spi_utils.checkpoint import BACKENDS, conv1d_modules, disk_bytes, reading, saved_files
 from spi_utils.errors import CheckpointError, PlanError, RunError
 from spi_utils.models import ModelSource, Weights
 from spi_utils.plan import ProtectionPlan, check_plan, check_writer
@@ -442,8 +442,9 @@ def check_bits(folder: Path, written: Mapping[str, str]) -> None:
         CheckpointError: a file is cut or damaged; tensors that differ, are missing, or are too many.
     """
     files, found = saved_files(folder), {}
-    for name in progress(list(files), len(files), "verify"):
-        found[name] = tensor_hash(read_part(files[name][0], name))
+    with reading():
+        for name in progress(list(files), len(files), "verify"):
+            found[name] = tensor_hash(models.read_tensor(files[name][0], name))
     wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(

@@ -35,11 +35,11 @@ from benchmarks.quantize import synthetic
 from spi_utils import fresh_check
 from spi_utils import quantize as q
 from spi_utils.analyze import analyze
-from spi_utils.checkpoint import BACKENDS, put_saved, read_part, read_saved, saved_files
+from spi_utils.checkpoint import BACKENDS, put_saved, read_saved, saved_files
 from spi_utils.errors import CheckpointError, ModelError, PlanError
 from spi_utils.formats import FORMATS, dequantize, fits
 from spi_utils.formats import quantize as round_to_nearest
-from spi_utils.models import list_layers, load_model, open_weights, resolve
+from spi_utils.models import list_layers, load_model, open_weights, read_tensor, resolve
 from spi_utils.plan import decide, make_plan, price, read_plan
 from spi_utils.rounding import Codes
 from spi_utils.runs import Run, open_run, run_info
@@ -360,7 +360,7 @@ def transposed_absmax(tensors):
 )
 def test_tensors_that_are_other_too_few_or_too_many_are_found(llama, tmp_path, change, wrong):
     files = saved_files(llama)
-    written = {name: q.tensor_hash(read_part(path, name)) for name, (path, *_) in files.items()}
+    written = {name: q.tensor_hash(read_tensor(path, name)) for name, (path, *_) in files.items()}
     folder = edit(shutil.copytree(llama, tmp_path / "copied"), change)
     if wrong:
         with pytest.raises(CheckpointError, match=r"1 of \d+ tensors on the disk differ"):
