@@ -34,7 +34,7 @@ class SafeFP16Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features), in the weight's dtype, or float32."""
         y = super().forward(x.to(self.weight.dtype))
-        if self.weight.dtype != torch.float16 or y.numel() == 0:
+        if self.weight.dtype != torch.float16 or y.is_meta or y.numel() == 0:  # nothing to look at
             return y
         low, high = torch.aminmax(y.detach())  # an infinity or NaN anywhere, in an input too, shows in them
         if low.isfinite() & high.isfinite():
