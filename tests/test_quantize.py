@@ -510,7 +510,9 @@ def analysed(tmp_path_factory):
     return lambda folder: (Run(shutil.copytree(run.path, folder / "run")), source)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float16", "nf4"), ("bfloat16", "nf4_dq")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float16", "nf4"), pytest.param("bfloat16", "nf4_dq", marks=pytest.mark.slow)]
+)
 def test_the_codes_that_were_chosen_are_in_the_file_in_any_dtype(analysed, tmp_path, dtype, stored):
     run, source = analysed(tmp_path)
     plan = decide(run, double_quant=stored == "nf4_dq", force=True)
@@ -540,6 +542,7 @@ def test_values_that_the_backends_package_reads_otherwise_are_refused(refused, m
     refused(CheckpointError, "bitsandbytes reads nf4 as other values than were meant")
 
 
+@pytest.mark.slow
 def test_compressed_tensors_reads_the_codes_that_were_chosen_or_made_now(analysed, tmp_path, capsys):
     run, source = analysed(tmp_path)
     plan = decide(run, backend="compressed-tensors")
