@@ -675,8 +675,10 @@ def list_layers(source: ModelSource) -> list[Layer]:
         elif isinstance(module, nn.Linear):
             # bitsandbytes replaces nn.Linear itself, never a subclass
             plain = type(module) is nn.Linear and name.startswith(inside)
-            # a single row (the gate of a shared expert) has no spectrum, and no bytes to save
-            add(name, "linear", module.weight, plain and module.out_features > 1)
+            # A single row (the gate of a shared expert) has no spectrum, and no bytes to save; Mamba's blocks
+            # read the weight of dt_proj without calling it, which packed codes don't survive.
+            unfit = module.out_features == 1 or name.endswith(".dt_proj")
+            add(name, "linear", module.weight, plain and not unfit)
         else:
             for local, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and "experts" in f"{name}.{local}":

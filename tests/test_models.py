@@ -59,6 +59,9 @@ def test_what_stock_loaders_leave_alone_is_not_planned(copy):
     gate = layers["model.layers.0.mlp.shared_expert_gate"]  # a single row: no spectrum, nothing to save
     assert (gate.role, gate.rows, gate.quantizable) == ("linear", 1, False)
     assert layers["model.layers.0.mlp.shared_expert.up_proj"].quantizable
+    text("config.json", '{"model_type": "mamba"}')(copy)
+    kinds = {(layer.type, layer.quantizable) for layer in models.list_layers(models.resolve(str(copy)))}
+    assert {("x_proj", True), ("dt_proj", False)} <= kinds  # whose weight is read without a call
     text("config.json", '{"model_type": "falcon"}')(copy)
     with pytest.raises(ModelError, match="this model's are FalconLinear"):
         models.list_layers(models.resolve(str(copy)))

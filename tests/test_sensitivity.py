@@ -405,16 +405,23 @@ def test_settings_that_make_no_sense_are_refused(table, monkeypatch, options, me
         table(**options)
 
 
+# a decoder cut from its encoder, whose cross attention is never called
+DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 256}
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("self", "no key-value cache.*'random'"), ("random", "dt_proj doesn't see every token")],
+    ("kind", "options", "message"),
+    [
+        ("mamba", {}, "no key-value cache.*'random'"),
+        ("bart", DECODER, r"encoder_attn\..* doesn't see every token"),
+    ],
 )
-def test_what_a_state_space_model_cannot_give_is_refused_and_said(tmp_path, text, message):
-    source = resolve(str(make_tiny("llama", tmp_path / "mamba", model_type="mamba")))
+def test_what_a_model_cannot_give_is_refused_and_said(tmp_path, kind, options, message):
+    source = resolve(str(make_tiny("llama", tmp_path / kind, model_type=kind, **options)))
     frame = layer_table(list_layers(source), {}, FORMATS, source.storage_dtype)
     run = open_run(tmp_path / "run", source.identity())
     with pytest.raises(AnalysisError, match=message):
-        sensitivities(run, source, frame, sensitivity=text, windows=2, length=12, text="pydoc")
+        sensitivities(run, source, frame, windows=2, length=12, text="pydoc")
 
 
 def test_own_text_that_collapses_is_replaced_and_said(table, monkeypatch, capsys):
