@@ -619,19 +619,28 @@ def build_on_meta(source: ModelSource) -> PreTrainedModel:
         ModelError: transformers can't build it, or it is no next-token model, for which alone perplexity and
             KL are defined.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     code = {"trust_remote_code": source.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source.directory, **code)
+        # transformers has a causal class for these, too: it sees the tokens that it predicts, or lacks a half
+        unfit = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        unfit |= bool(getattr(config, "is_encoder_decoder", False))  # the causal class changes it
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **code).eval()
+            model = AutoModelForCausalLM.from_config(config, **code).eval()
     except Exception as error:  # a configuration can be wrong in any way, and so can code that came with it
         raise ModelError(
             f"{source.id}: transformers can't make a causal language model from its config.json "
             f"({first_line(error)}). Upgrade transformers, or set trust_remote_code=True if the repository "
             "brings code that you trust."
         ) from error
+    if unfit:
+        raise ModelError(
+            f"{source.id}: {config.model_type} is an encoder, or an encoder with a decoder, and no "
+            "next-token model. Choose a decoder-only one."
+        )
+    return model
 
 
 def list_layers(source: ModelSource) -> list[Layer]:
@@ -665,13 +674,21 @@ def list_layers(source: ModelSource) -> list[Layer]:
             add(name, "conv1d", module.weight.T, type(module) is Conv1D)
         elif isinstance(module, nn.Linear):
             # bitsandbytes replaces nn.Linear itself, never a subclass
-            add(name, "linear", module.weight, type(module) is nn.Linear and name.startswith(inside))
+            plain = type(module) is nn.Linear and name.startswith(inside)
+            # A single row (the gate of a shared expert) has no spectrum, and no bytes to save; Mamba's blocks
+            # read the weight of dt_proj without calling it, which packed codes don't survive.
+            unfit = module.out_features == 1 or name.endswith(".dt_proj")
+            add(name, "linear", module.weight, plain and not unfit)
         else:
             for local, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and "experts" in f"{name}.{local}":
                     add(f"{name}.{local}", "experts", parameter)
     if not any(layer.quantizable for layer in layers):
-        raise ModelError(f"{source.id}: no linear layer that could be quantized.")
+        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+        raise ModelError(
+            f"{source.id}: no linear layer that could be quantized. Stock loaders replace nn.Linear itself; "
+            f"this model's are {', '.join(sorted(kinds)) or 'none'}. Choose a model of another architecture."
+        )
     parents: dict[str, set[str]] = defaultdict(set)  # GPT-2's attn.c_proj and mlp.c_proj are two types
     for layer in layers:
         parents[layer.type] |= {part for part in layer.name.split(".")[-2:-1] if not part.isdigit()}

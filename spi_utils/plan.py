@@ -490,6 +490,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 CLAIM_LAYERS, CLAIM_OF = 129, 248  # the SPI's own count, of the matrices of Qwen3.5-4B
 CLAIM_SHARE = 0.52
 TOLERANCE = 1e-3  # a budget this close below the smallest plan is the smallest plan: "matrix_bits=4.5"
+MUCH = 0.2  # of the 16-bit model's bytes: so much that no plan can touch is said
 EQUAL = 5e-3  # "equal bytes": within this share of the 16-bit model's bytes
 Decision = tuple[Ints, str, dict[str, int]]
 
@@ -852,9 +853,11 @@ def make_plan(
 
 
 def _remarks(p: Problem, weight: Mapping[str, int]) -> list[str]:
-    """What else a reader of the plan must know: layers without a score, shapes that don't fit, a missed
-    budget."""
+    """What else a reader of the plan must know: weights that no plan can touch, layers without a score,
+    shapes that don't fit, a missed budget."""
     said = []
+    if (fixed := weight["rest"] / weight["total_16bit"]) > MUCH:
+        said.append(f"{fixed:.0%} of the 16-bit model is never quantized: stacked experts and the like.")
     if missing := int(p.count[np.isnan(p.raw) & p.free].sum()):
         said.append(f"{missing} layers have no {p.score} and come last.")
     for fmt, unfit in zip(p.formats, (~p.fits).sum(axis=0), strict=True):

@@ -197,6 +197,8 @@ def check_request(source: ModelSource, plan: ProtectionPlan, backend: str = "bit
             fault = "transformers loads no Conv1D and no stack of experts from such a file"
         if fault:
             cure = "Give it another format, or choose another backend."
+            if layer.role == "experts":
+                cure = "Use backend='bitsandbytes', as preset='small' does."
             raise PlanError(f"{layer.name} can't be {fmt} in a {backend} checkpoint: {fault}. {cure}")
 
 

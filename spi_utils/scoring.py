@@ -135,7 +135,12 @@ class Head:
 
 def final_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Final hidden states (B, T, d), in the head's dtype."""
-    return as_head_takes(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return as_head_takes(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+def body(model: Any) -> Any:
+    """What is below the head; `base_model` is the whole model where a class names no such part (Llama 4)."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def as_head_takes(model: Any, hidden: torch.Tensor) -> torch.Tensor:

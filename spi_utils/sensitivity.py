@@ -65,6 +65,7 @@ from spi_utils.scoring import (
     Reference,
     Switch,
     as_head_takes,
+    body,
     final_hidden,
     mean_kl,
     reference_states,
@@ -85,6 +86,10 @@ COLLAPSED = 0.5  # share of one token above which a window is no text
 SCALES = tuple(2.0**k for k in (10, 6, 2, -2, -6, -10))  # of a float16 gradient, until nothing overflows
 IN_BLOCK = re.compile(r"^(.*?)\.(\d+)\.")  # "model.layers.3.mlp.down_proj" -> "model.layers", "3"
 OWN = ("self", "random")
+UNLIKE = (
+    "Layer {} doesn't see every token once: its sensitivity can't be taken from gradients. Use "
+    "sensitivity='measured' or 'none', and rounding='nearest'."
+)
 
 
 def sensitivities(
@@ -354,6 +359,8 @@ class Work:
         moments = passing.moments(block)
         kinds = self.notes.setdefault("guided", {})
         for name in passing.layers[block]:
+            if name not in moments:
+                raise AnalysisError(UNLIKE.format(name))
             weight = self.switch.original(name)
             for fmt in self.settings["formats"]:
                 if guidable(fmt, weight.shape[1]):
@@ -532,10 +539,7 @@ class BlockPass:
             visits = [one for one in self._visit(block, k) if one[1][..., 0].numel() == ids.numel()]
             times = Counter(name for name, *_ in visits)
             if unlike := [name for name in names if times[name] != 1]:
-                raise AnalysisError(
-                    f"Layer {unlike[0]} doesn't see every token once: its sensitivity can't be taken from "
-                    "gradients. Use sensitivity='measured' or 'none', and rounding='nearest'."
-                )
+                raise AnalysisError(UNLIKE.format(unlike[0]))
             for (name, x, g), fmt in product(visits, formats):
                 slope = torch.full(ids.shape, torch.nan)
                 if (name, fmt) in deltas:
@@ -775,8 +779,12 @@ def sample_windows(
     for place, u in enumerate(uniform.split(SAMPLED)):
         columns, cache = [first.split(SAMPLED)[place].to(device)], None
         for column in progress(range(1, length), length - 1, f"{purpose} sampled from the model"):
-            output = model.base_model(input_ids=columns[-1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = body(model)(input_ids=columns[-1], past_key_values=cache, use_cache=True)
+            if (cache := getattr(output, "past_key_values", None)) is None:
+                raise AnalysisError(
+                    f"{type(model).__name__} keeps no key-value cache, as state-space models don't, so it "
+                    "can't be asked for text of its own. Use sensitivity='random' or a text."
+                )
             last = as_head_takes(model, output.last_hidden_state[:, -1])
             drawn = zip(last.split(head.chunk), u[:, column, None].split(head.chunk), strict=True)
             tokens = [pick(torch.softmax(head.finish(head.raw(h, "variant")), -1), d) for h, d in drawn]

@@ -53,6 +53,20 @@ def test_types_depths_and_roles(tiny):
     assert untied["lm_head"].role == "head" and untied["model.embed_tokens"].depth == -1
 
 
+def test_what_stock_loaders_leave_alone_is_not_planned(copy):
+    config(model_type="qwen2_moe")(copy)
+    layers = {layer.name: layer for layer in models.list_layers(models.resolve(str(copy)))}
+    gate = layers["model.layers.0.mlp.shared_expert_gate"]  # a single row: no spectrum, nothing to save
+    assert (gate.role, gate.rows, gate.quantizable) == ("linear", 1, False)
+    assert layers["model.layers.0.mlp.shared_expert.up_proj"].quantizable
+    text("config.json", '{"model_type": "mamba"}')(copy)
+    kinds = {(layer.type, layer.quantizable) for layer in models.list_layers(models.resolve(str(copy)))}
+    assert {("x_proj", True), ("dt_proj", False)} <= kinds  # whose weight is read without a call
+    text("config.json", '{"model_type": "falcon"}')(copy)
+    with pytest.raises(ModelError, match="this model's are FalconLinear"):
+        models.list_layers(models.resolve(str(copy)))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float32_sources_are_stored_as_bfloat16_and_bfloat16_stays(tmp_path, dtype):
     source = models.resolve(str(make_tiny("llama", tmp_path / dtype, dtype=dtype)))
@@ -166,6 +180,8 @@ UNREADABLE = "make a causal language model from its config.json"
         (config(vocab_size="many"), UNREADABLE),
         (config(model_type="llama9"), UNREADABLE),
         (config(model_type="vit", architectures=["ViTModel"]), UNREADABLE),
+        (config(model_type="electra"), "no next-token model"),
+        (config(model_type="bart"), "no next-token model"),
         (config(quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
     ],
 )

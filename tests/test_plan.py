@@ -172,6 +172,16 @@ def test_ends_ties_infinite_and_missing_scores():
     assert len(make_plan(layers, rule="top_k", value=3).protected) == 3
 
 
+def test_a_plan_says_how_much_of_the_model_it_cannot_touch():
+    layers = small()
+    experts = layers.iloc[[1]].assign(
+        name="model.layers.0.mlp.experts.up_proj", role="experts", quantizable=False
+    )
+    for numel, said in ((2000, False), (9 * 35072, True)):  # of 35,072 weights beside them
+        plan = make_plan(pd.concat([layers, experts.assign(numel=numel)]), rule="top_k", value=1)
+        assert ("90% of the 16-bit model is never quantized: stacked experts" in plan.reason) == said
+
+
 @pytest.mark.parametrize(
     ("rule", "value"), [("matrix_bits", 7.0), ("bits_per_weight", 9.0), ("budget_gb", 0.15)]
 )

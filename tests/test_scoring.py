@@ -105,9 +105,18 @@ def test_divergence_is_exact_whatever_the_batch_and_the_chunks(model, windows, m
         np.testing.assert_array_equal(scores.same_top1, (log_p.argmax(-1) == log_q.argmax(-1)).numpy())
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3_5", "gemma3", "phi3", "gpt2", "mixtral"])
-def test_every_architecture_is_scored_and_comes_back_to_16bit(arch, tmp_path):
-    model = load(make_tiny(arch, tmp_path))
+LLAMA4 = {"model_type": "llama4_text", "intermediate_size_mlp": 256}  # its `base_model` is the whole model
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        *((arch, {}) for arch in ("llama", "qwen3_5", "gemma3", "phi3", "gpt2", "mixtral")),
+        ("mixtral", LLAMA4),
+    ],
+)
+def test_every_architecture_is_scored_and_comes_back_to_16bit(arch, options, tmp_path):
+    model = load(make_tiny(arch, tmp_path, **options))
     windows = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
     switch = make_switch(model)
     reference = scoring.reference_states(model, windows)

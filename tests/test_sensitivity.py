@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spi_utils import sensitivity
+from spi_utils.analyze import layer_table
 from spi_utils.errors import AnalysisError, EvaluationError
 from spi_utils.formats import dequantize, layer_bytes, quantize
 from spi_utils.models import list_layers, resolve
@@ -402,6 +403,25 @@ def test_settings_that_make_no_sense_are_refused(table, monkeypatch, options, me
         monkeypatch.setattr(sensitivity.psutil, "virtual_memory", lambda: type("M", (), {"available": 1000}))
     with pytest.raises((AnalysisError, EvaluationError), match=message):
         table(**options)
+
+
+# a decoder cut from its encoder, whose cross attention is never called
+DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 256}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mamba", {}, "no key-value cache.*'random'"),
+        ("bart", DECODER, r"encoder_attn\..* doesn't see every token"),
+    ],
+)
+def test_what_a_model_cannot_give_is_refused_and_said(tmp_path, kind, options, message):
+    source = resolve(str(make_tiny("llama", tmp_path / kind, model_type=kind, **options)))
+    frame = layer_table(list_layers(source), {}, FORMATS, source.storage_dtype)
+    run = open_run(tmp_path / "run", source.identity())
+    with pytest.raises(AnalysisError, match=message):
+        sensitivities(run, source, frame, windows=2, length=12, text="pydoc")
 
 
 def test_own_text_that_collapses_is_replaced_and_said(table, monkeypatch, capsys):
