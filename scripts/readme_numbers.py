@@ -39,7 +39,7 @@ NUMBERS = ("label", "bytes", "matrix_bits", "perplexity", "kl_mean", "predicted_
 # What a preset is for, in README's order; the command's other half is the model.
 PRESETS = {
     "claim": "the post's choice of layers, to see it for yourself",
-    "small": "the smallest: NF4, a few layers in 16-bit",
+    "small": "the smallest: NF4, its scales quantized too, a few layers in 16-bit",
     "balanced": "int4, int8 and 16-bit, mixed for the least damage",
     "near-lossless": "a model that answers as its 16-bit self does",
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spi_utils.errors import PlatformError
 from spi_utils.formats import layer_bytes
 from spi_utils.platforms import find_gpus, memory_bytes
-from spi_utils.presets import OWN_WINDOWS, formats_to_cost
+from spi_utils.presets import OWN_WINDOWS
 from spi_utils.tokens import platform_name
 
 if TYPE_CHECKING:
@@ -241,7 +241,12 @@ def beside_actual(costs: Sequence[Cost], stages: Mapping[str, Mapping[str, Any]]
 
 
 def announce(
-    source: ModelSource, profile: str, *, random_seeds: int = 5, over_budget: str = "warn"
+    source: ModelSource,
+    profile: str,
+    *,
+    formats: Sequence[str],
+    random_seeds: int = 5,
+    over_budget: str = "warn",
 ) -> list[Cost]:
     """Print the budget of all stages on Kaggle or Colab before they start; nothing, and no costs, elsewhere.
 
@@ -250,6 +255,7 @@ def announce(
     Args:
         source: the model.
         profile: of the evaluation.
+        formats: whose costs are computed.
         random_seeds: its random selections.
         over_budget: where the run does not fit by this arithmetic, "warn" says so and goes on (it is good to
             a factor of two), "stop" raises.
@@ -268,7 +274,7 @@ def announce(
     machine = replace(machine, name=name, gpu_bytes=gpus[0].memory_bytes, ram_bytes=memory_bytes())
     model = Model.of_layers(pd.DataFrame([vars(layer) for layer in list_layers(source)]))
     tokens, variants = work_of(profile, random_seeds)
-    more: dict[str, Any] = {"own": OWN_WINDOWS[profile], "formats": formats_to_cost({"profile": profile})}
+    more: dict[str, Any] = {"own": OWN_WINDOWS[profile], "formats": formats}
     costs = budget(model, machine, tokens=tokens, variants=variants, **more)
     problems = check_budget(costs, machine)
     said = (

@@ -114,7 +114,8 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 # Names that stand in modules with torch are repeated here; a test compares them.
 TABLE: dict[str, Parameter] = {
-    **dict.fromkeys(("force", "trust_remote_code", "include_embeddings", "double_quant"), SWITCH),
+    **dict.fromkeys(("force", "trust_remote_code", "include_embeddings"), SWITCH),
+    "double_quant": replace(SWITCH, optional=True),
     **dict.fromkeys(("dry_run", "private"), SWITCH),
     **dict.fromkeys(("min_tail", "workers", "sensitivity_windows", "windows", "random_seeds"), COUNT),
     **dict.fromkeys(("sensitivity_length", "length"), LENGTH),

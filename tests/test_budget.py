@@ -81,10 +81,10 @@ def test_the_profiles_work_is_counted():
 
 def test_a_run_is_announced_on_a_t4_only_and_warned_of_where_it_does_not_fit(tiny, monkeypatch, capsys):
     source = resolve(str(tiny("llama")))
-    assert announce(source, "quick") == [] and capsys.readouterr().out == ""
+    assert announce(source, "quick", formats=("nf4",)) == [] and capsys.readouterr().out == ""
     monkeypatch.setattr(budgets, "platform_name", lambda: "colab")
     monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("Tesla T4", (7, 5), COLAB.gpu_bytes),))
-    costs = announce(source, "quick")
+    costs = announce(source, "quick", formats=("nf4",))
     assert "Budget on Colab, Tesla T4" in capsys.readouterr().out
     assert next(c for c in costs if c.stage == "fetch").disk == 2 * 631_936
     big = replace(qwen35_4b(), shapes=qwen35_4b().shapes * 2)
@@ -93,11 +93,12 @@ def test_a_run_is_announced_on_a_t4_only_and_warned_of_where_it_does_not_fit(tin
     with pytest.raises(
         PlatformError, match=r"analyze needs .* GPU memory, Colab, Tesla T4 has 15\.8.*'warn'"
     ):
-        announce(source, "quick", over_budget="stop")
-    assert announce(source, "quick")
+        announce(source, "quick", formats=("nf4",), over_budget="stop")
+    assert announce(source, "quick", formats=("nf4",))
     assert "Warning: " in (said := capsys.readouterr().out) and "factor of two" in said
     monkeypatch.setattr(budgets, "find_gpus", lambda: (Gpu("NVIDIA A100", (8, 0), 40 * GIB),))
-    announce(source, "quick", over_budget="stop")  # a larger GPU is not held to a T4's memory
+    # a larger GPU is not held to a T4's memory
+    announce(source, "quick", formats=("nf4",), over_budget="stop")
     assert "Budget on Colab, NVIDIA A100" in capsys.readouterr().out
 
 

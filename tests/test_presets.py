@@ -35,7 +35,10 @@ def test_what_is_given_wins_and_half_a_pair_brings_its_own_other_half():
     assert resolve("small", GIVEN | {"rule": "claim"})["value"] is None
     assert resolve("small", {"rounding": None}) == {"rounding": "guided"}
     assert resolve("balanced", {"backend": None}) == {"backend": "compressed-tensors"}
-    assert "value=4.6" in told("small", GIVEN) and "score='fisher'" in told("small", GIVEN)
+    assert resolve("small", {"double_quant": None}) == {"double_quant": True}
+    assert not resolve("small", GIVEN | {"backend": "compressed-tensors"})["double_quant"]
+    assert "value=4.6" in told("small", GIVEN) and "double_quant=True" in told("small", GIVEN)
+    assert "double_quant" not in told("claim", GIVEN)
     with pytest.raises(ParameterError, match="top_k"):
         check_settings({"preset": "small", "rule": "top_k"}, ALL)  # without its number
 
@@ -44,7 +47,7 @@ def test_what_is_given_wins_and_half_a_pair_brings_its_own_other_half():
 def test_every_preset_passes_the_door_and_costs_about_the_bits_that_it_promises(preset):
     check_settings({"preset": preset}, ALL)
     chosen = resolve(preset, GIVEN)
-    asked = {name: chosen[name] for name in ("score", "rule", "value")}
+    asked = {name: chosen[name] for name in ("score", "rule", "value", "double_quant")}
     adds_up = preset != "claim"
     plan = make_plan(layer_table(), **asked, formats=TIERS[chosen["backend"]][adds_up])
     assert not adds_up or chosen["value"] - 0.5 < plan.matrix_bits <= chosen["value"]
@@ -58,7 +61,9 @@ def test_the_full_profile_rounds_on_more_own_text():
 
 def test_only_formats_that_the_plan_may_use_are_costed():
     pair, mix = ["nf4", "int8"], ["nf4", "int8", "int4_g64"]
-    assert formats_to_cost({}) == formats_to_cost({"preset": "small", "cost_formats": None}) == pair
+    assert formats_to_cost({}) == formats_to_cost({"backend": "bitsandbytes"}) == pair
+    assert formats_to_cost({"preset": "small", "cost_formats": None}) == [*pair, "nf4_dq"]
+    assert formats_to_cost({"preset": "small", "double_quant": False}) == pair
     assert formats_to_cost({"preset": "balanced"}) == formats_to_cost({"profile": "full"}) == mix
     assert formats_to_cost({"preset": "claim", "backend": "compressed-tensors"}) == mix
     assert formats_to_cost({"formats": ["int4_g32", "16bit"]}) == [*pair, "int4_g32"]
