@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 
 from spi_utils.analyze import analyze
 from spi_utils.models import ModelSource, load_model, load_tokenizer, open_weights, resolve
-from spi_utils.plan import available_scores, equal_bytes_plan, predicted_kl, price
+from spi_utils.plan import available_scores, make_plan, predicted_kl, price
 from spi_utils.runs import atomic_path, fingerprint, open_run, run_info, write_json, write_text
 from spi_utils.scoring import Reference, Switch, reference_states, token_scores
 from spi_utils.sensitivity import NEIGHBOURS, all_slopes, per_block, sample_windows, sensitivities
@@ -175,14 +175,15 @@ def choices(
     layers: pd.DataFrame, scores: Iterable[str], total: int, seeds: int
 ) -> Iterator[tuple[str, str, dict[str, str]]]:
     """(score, direction, formats): every score in its directions and the random control, at one size."""
+    size: dict[str, Any] = {"rule": "budget_gb", "value": total / 1e9}
     for score in scores:
         for direction in ("high",) if score in ONE_END else ("high", "low"):
-            plan = equal_bytes_plan(layers, total_bytes=total, score=score, direction=direction)
+            plan = make_plan(layers, score=score, direction=direction, **size)
             yield score, direction, dict(plan.formats)
     sequence = layers.assign(fisher_nf4=layers["fisher_seq_nf4"])  # added by `budget_rows`
-    yield "fisher_seq", "high", dict(equal_bytes_plan(sequence, total_bytes=total, score="fisher").formats)
+    yield "fisher_seq", "high", dict(make_plan(sequence, score="fisher", **size).formats)
     for seed in range(seeds):
-        plan = equal_bytes_plan(layers, total_bytes=total, score="random", seed=seed)
+        plan = make_plan(layers, score="random", seed=seed, **size)
         yield "random", f"seed {seed}", dict(plan.formats)
 
 

@@ -21,9 +21,9 @@ from spi_utils.plan import (
     able,
     bit_rates,
     costs_as_stored,
-    equal_bytes_plan,
     fused_groups,
     held_words,
+    make_plan,
     matches,
     nominal_bits,
     payload_bytes,
@@ -140,12 +140,14 @@ def _by_score(
     if not mix and score != "fisher" and set(plan.formats.values()) - {low, "16bit"}:
         return _in_plans_formats(layers, plan, score or plan.score, low, seed, flip)
     # What the plan's user settled: a control that chose there too would differ in more than the score.
-    asked = {name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")}
+    asked: dict[str, Any] = {
+        name: plan.options.get(name) for name in ("group", "force_16bit", "forbid_16bit")
+    }
     asked |= {"formats": (low, "16bit"), "double_quant": plan.double_quant, "seed": seed}
     asked |= {"direction": "low" if flip and plan.direction == "high" else "high"}
     asked |= {"group": None, **mix} if mix else {}
-    total = plan.bytes["total"]
-    return equal_bytes_plan(layers, total_bytes=total, score=score or plan.score, **asked).formats
+    asked |= {"score": score or plan.score, "rule": "budget_gb", "value": plan.bytes["total"] / 1e9}
+    return make_plan(layers, **asked).formats
 
 
 def _in_plans_formats(

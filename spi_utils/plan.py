@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.random import default_rng
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from spi_utils import runs
-from spi_utils.errors import PlanError, RunError, suggest
+from spi_utils.errors import PlanError, suggest
 from spi_utils.formats import FORMATS, NF4_DQ, format_row, layer_bytes, stored_as
 from spi_utils.runs import Run, fingerprint
 
@@ -73,18 +74,15 @@ def payload_bytes(layers: pd.DataFrame, fmt: str, double_quant: bool = False) ->
     """Bytes that a saved file holds for each row's tensors in `fmt`, header apart. Shape (rows,).
 
     Read from the table's `bytes_<fmt>` column where there is one, else computed from the shape. Rows that
-    can't be quantized (embeddings, norms, expert stacks), or not in this format (`able`), hold their 16-bit
-    size.
+    can't be quantized (embeddings, norms, expert stacks), or not in this format (`able`), hold 16 bits a
+    weight.
     """
-    held = fits = able(layers, fmt)
-    plain = 2 * layers["numel"]
-    full = layers.get("bytes_16bit", plain).fillna(plain).to_numpy(np.int64)
-    if (column := f"bytes_{stored_as(fmt, double_quant)}") in layers:
-        held = layers[column].to_numpy(float)
-    else:
+    fits = able(layers, fmt)
+    held: Any = layers.get(f"bytes_{stored_as(fmt, double_quant)}")
+    if held is None:
         shapes = zip(layers["rows"].astype(int), layers["cols"].astype(int), fits, strict=True)
-        held = np.array([layer_bytes(fmt, r, c, double_quant=double_quant) if f else 0 for r, c, f in shapes])
-    return np.where(fits, held, full).astype(np.int64)
+        held = [layer_bytes(fmt, r, c, double_quant=double_quant) if f else 0 for r, c, f in shapes]
+    return np.where(fits, held, 2 * layers["numel"]).astype(np.int64)
 
 
 def header_bytes(names: Iterable[str], fmt: str, double_quant: bool = False) -> Ints:
@@ -101,7 +99,7 @@ def fixed_bytes(layers: pd.DataFrame) -> tuple[int, int]:
     typical = len("model.layers.00.post_attention_layernorm.weight") + HEADER_ENTRY
     small = SMALL_TENSORS_PER_BLOCK * layers["depth"].nunique() * typical
     header = int(header_bytes(fixed["name"][fixed["rows"] > 0], "16bit").sum()) + small
-    return int(payload_bytes(fixed, "16bit").sum()), header
+    return 2 * int(fixed["numel"].sum()), header
 
 
 def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool = False) -> dict[str, int]:
@@ -125,13 +123,12 @@ def price(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool =
         here = planned & (held == fmt)
         result[fmt] = int(payload_bytes(layers, fmt, double_quant)[here].sum())
         header += int(header_bytes(names[here], fmt, double_quant).sum())
-    full = payload_bytes(layers, "16bit")
-    ends = ~planned & layers["role"].isin(("embedding", "head")).to_numpy(bool)
-    result["embeddings"] = int(full[ends].sum())
+    ends = ~planned & layers["role"].isin(("embedding", "head"))
+    result["embeddings"] = 2 * int(layers["numel"][ends].sum())
     result |= {"rest": data - result["embeddings"], "header": header}
     result["total"] = sum(result.values())
-    result["total_16bit"] = int(full.sum() + header_bytes(names[planned], "16bit").sum()) + outside
-    return result
+    full = 2 * int(layers["numel"].sum()) + int(header_bytes(names[planned], "16bit").sum())
+    return result | {"total_16bit": full + outside}
 
 
 def bit_rates(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bool) -> tuple[float, float]:
@@ -149,22 +146,14 @@ def bit_rates(layers: pd.DataFrame, formats: Mapping[str, str], double_quant: bo
 
 DIRECTIONS = ("high", "low")
 # What practice protects first, by a pattern on the module's name (METHOD: what llama.cpp, Unsloth and others
-# keep at more bits). Everything else comes last.
+# keep at more bits), the most protected last. Everything else comes after them.
 TYPE_PRIOR = (
-    (r"(linear_attn|ssm|mamba|mixer)\.out_proj$", 5),
-    (r"\.v_proj$", 4),
-    (r"(\.down_proj|mlp\.c_proj|\.fc2|\.dense_4h_to_h|\.w2)$", 3),
-    (r"(\.o_proj|attn\.c_proj|self_attn\.out_proj|self_attention\.dense)$", 2),
-    (r"\.k_proj$", 1),
+    r"\.k_proj$",
+    r"(\.o_proj|attn\.c_proj|self_attn\.out_proj|self_attention\.dense)$",
+    r"(\.down_proj|mlp\.c_proj|\.fc2|\.dense_4h_to_h|\.w2)$",
+    r"\.v_proj$",
+    r"(linear_attn|ssm|mamba|mixer)\.out_proj$",
 )
-
-
-def _random(layers: pd.DataFrame, seed: int) -> Floats:
-    return np.random.default_rng(seed).random(len(layers))
-
-
-def _smallness(layers: pd.DataFrame, seed: int) -> Floats:
-    return -np.log10(layers["numel"].to_numpy(float))
 
 
 def _nearness_to_an_end(layers: pd.DataFrame, seed: int) -> Floats:
@@ -174,10 +163,11 @@ def _nearness_to_an_end(layers: pd.DataFrame, seed: int) -> Floats:
 
 
 def _type_prior(layers: pd.DataFrame, seed: int) -> Floats:
-    rank = [next((v for pattern, v in TYPE_PRIOR if re.search(pattern, name)), 0) for name in layers["name"]]
+    known = [[bool(re.search(pattern, name)) for pattern in TYPE_PRIOR] for name in layers["name"]]
+    rank = (np.array(known) * np.arange(1, len(TYPE_PRIOR) + 1)).max(axis=1)
     end = _nearness_to_an_end(layers, seed)
     # The first and the last block come before every type; within a type, the ends before the middle.
-    return np.array(rank) + np.where(end == 1.0, len(TYPE_PRIOR) + 1.0, 0.9 * end)
+    return rank + np.where(end == 1.0, len(TYPE_PRIOR) + 1.0, 0.9 * end)
 
 
 @dataclass(frozen=True)
@@ -208,8 +198,8 @@ SCORES: dict[str, Score] = {
     "swan": Score("SWAN: concentration, kurtosis, output and weight error", "swan"),
     "type_prior": Score("what practice protects, by layer type", _type_prior),
     "first_last": Score("nearness to the first or last block", _nearness_to_an_end),
-    "smallest": Score("smallest layers first (−log10 of the weights)", _smallness),
-    "random": Score("a seeded random order (the control)", _random),
+    "smallest": Score("smallest layers first (−log10 of the weights)", lambda t, _: -np.log10(t["numel"])),
+    "random": Score("a seeded random order (the control)", lambda t, seed: default_rng(seed).random(len(t))),
     "fisher": Score("Fisher: predicted KL a byte", "fisher", True),
     "refined": Score("Fisher, measured where the cut is near", "refined", True),
     "measured": Score("measured KL of each layer alone, a byte (the oracle)", "measured", True),
@@ -520,11 +510,6 @@ def _threshold(p: Problem, rule: str, value: float) -> Decision:
     sign = "≥" if p.direction == "high" else "≤"
     layers = int(p.count[taken].sum())
     said = f"The {layers} of {len(p.names)} layers with {p.score} {sign} {value:g} stay in {p.top}."
-    if not taken.any() or taken[p.free].all():
-        known = p.raw[~np.isnan(p.raw)]
-        span = f"{p.score} lies between {known.min():.4g} and {known.max():.4g}" if len(known) else ""
-        amount = "all of them" if taken.any() else "none"
-        said += f" That is {amount}: {span or 'no layer has one'}."
     return p.lift(taken), said, {}
 
 
@@ -827,11 +812,25 @@ def make_plan(
             f"{p.score} in direction {p.direction!r} under rule {rule!r} chooses between two formats, "
             f"not {', '.join(p.formats)}. Name two, or use score='fisher', direction='high' and a budget."
         )
-    choice, sentence, more = RULES[rule].choose(p, rule, number)
+    choice, reason, more = RULES[rule].choose(p, rule, number)
     assigned = dict(zip(p.names, np.array(p.formats)[choice[p.member]].tolist(), strict=True))
     layers, double_quant = costs_as_stored(layers, p.double_quant), p.double_quant
     weight = dict.fromkeys(p.formats, 0) | price(layers, assigned, double_quant) | more
     bits_per_weight, matrix_bits = bit_rates(layers, assigned, double_quant)
+    if (fixed := weight["rest"] / weight["total_16bit"]) > MUCH:
+        reason += f" {fixed:.0%} of the 16-bit model is never quantized: stacked experts and the like."
+    if missing := int(p.count[np.isnan(p.raw) & p.free].sum()):
+        reason += f" {missing} layers have no {p.score} and come last."
+    for fmt, unfit in zip(p.formats, (~p.fits).sum(axis=0), strict=True):
+        if unfit:
+            group = format_row(fmt).group
+            reason += f" {unfit} layers can't be {fmt}: {group} doesn't divide their columns."
+    miss = weight.get("miss", 0)
+    if abs(share := miss / weight["total_16bit"]) > EQUAL:
+        reason += (
+            f" The plan misses its budget by {miss / 1e6:.2f} MB ({share:.2%} of the 16-bit model): no whole "
+            "layer fits in what is left."
+        )
     return ProtectionPlan(
         model=dict(model or {}),
         score=p.score,
@@ -847,45 +846,14 @@ def make_plan(
         predicted_kl=predicted_kl(layers, assigned),
         layers_fingerprint=layers_fingerprint,
         origin=origin,
-        reason=" ".join([sentence, *_remarks(p, weight)]),
+        reason=reason,
         options=p.options,
     )
 
 
-def _remarks(p: Problem, weight: Mapping[str, int]) -> list[str]:
-    """What else a reader of the plan must know: weights that no plan can touch, layers without a score,
-    shapes that don't fit, a missed budget."""
-    said = []
-    if (fixed := weight["rest"] / weight["total_16bit"]) > MUCH:
-        said.append(f"{fixed:.0%} of the 16-bit model is never quantized: stacked experts and the like.")
-    if missing := int(p.count[np.isnan(p.raw) & p.free].sum()):
-        said.append(f"{missing} layers have no {p.score} and come last.")
-    for fmt, unfit in zip(p.formats, (~p.fits).sum(axis=0), strict=True):
-        if unfit:
-            said.append(
-                f"{unfit} layers can't be {fmt}: {format_row(fmt).group} doesn't divide their columns."
-            )
-    miss = weight.get("miss", 0)
-    share = miss / weight["total_16bit"]
-    if abs(share) > EQUAL:
-        said.append(
-            f"The plan misses its budget by {miss / 1e6:.2f} MB ({share:.2%} of the 16-bit model): no whole "
-            "layer fits in what is left."
-        )
-    return said
-
-
-def equal_bytes_plan(
-    layers: pd.DataFrame, *, total_bytes: int, score: str = "fisher", **options: Any
-) -> ProtectionPlan:
-    """The plan by `score` that weighs as much as another whose `bytes["total"]` is `total_bytes`: at most
-    that, and as near as whole layers allow. Options and errors are `make_plan`'s."""
-    return make_plan(layers, score=score, rule="budget_gb", value=total_bytes / 1e9, **options)
-
-
 # --- the plan and its file -------------------------------------------------------------------------------
 
-SCHEMA = 1
+SCHEMA, STAGE = 1, runs.NOTEBOOKS["visualize"]
 
 
 @dataclass(frozen=True)
@@ -926,7 +894,7 @@ class ProtectionPlan:
     @property
     def writers(self) -> frozenset[str]:
         """Checkpoint writers that hold every format of this plan; may be empty."""
-        return writers_of([*self.formats.values(), "16bit"])
+        return frozenset.intersection(*(format_row(fmt).writers for fmt in {*self.formats.values(), "16bit"}))
 
     def count(self, fmt: str) -> int:
         """How many layers have this format."""
@@ -952,55 +920,38 @@ class ProtectionPlan:
             layers_fingerprint: refuse a plan made from another layer table.
 
         Raises:
-            PlanError: missing, truncated, of another schema, with missing, unknown or malformed entries, for
-                another model, or from another layer table.
+            RunError: missing, truncated, of another schema, with missing, unknown or malformed entries.
+            PlanError: for another model, or from another layer table.
         """
-        try:
-            held = runs.read_json(path, schema=SCHEMA, what="plan", stage="02_visualize")
-        except RunError as error:
-            raise PlanError(str(error)) from error
-
-        def refuse(why: str) -> None:
-            raise PlanError(f"{path}: {why} Run notebook 02_visualize again with force=True.")
-
-        if missing := [name for name in ENTRIES if name not in held and name not in OPTIONAL]:
-            refuse(f"this plan has no {', '.join(missing)}.")
-        for name, value in held.items():
-            if name not in ENTRIES:
-                refuse(f"a plan has no entry {name!r}.{suggest(name, ENTRIES)}")
-            if type(value) not in ENTRIES[name] or (isinstance(value, float) and math.isnan(value)):
-                refuse(f"`{name}` of a plan can't be {value!r:.60}.")
-        for name, fmt in held["formats"].items():
-            if fmt not in tuple(FORMATS):
-                refuse(f"`formats` gives {name} the unknown format {fmt!r}.{suggest(fmt, FORMATS)}")
-        plan = cls(**held | {"protected": _kept(held["formats"])})
+        with runs.believing(Path(path), "plan", STAGE):
+            held = runs.read_json(path, SCHEMA, "plan", STAGE)
+            if odd := [name for name, value in held.items() if not isinstance(value, KINDS.get(name, str))]:
+                raise TypeError(f"{', '.join(odd)} can't be read")
+            if unknown := {*held["formats"].values()} - {*FORMATS}:
+                raise ValueError(f"there is no format {', '.join(sorted(unknown))}")
+            plan = cls(**held | {"protected": _kept(held["formats"])})
+        others = ""
         if model is not None and plan.model.get("sha256") != model.get("sha256"):
             both = (f"{one.get('id')} (weights {str(one.get('sha256'))[:12]})" for one in (plan.model, model))
-            refuse(f"this plan is for {', not for '.join(both)}.")
-        if layers_fingerprint not in (None, plan.layers_fingerprint):
-            refuse("this plan was made from another layers.csv than the run holds.")
+            others = f"is for {', not for '.join(both)}"
+        elif layers_fingerprint not in (None, plan.layers_fingerprint):
+            others = "was made from another layers.csv than the run holds"
+        if others:
+            raise PlanError(f"{path}: this plan {others}. Run notebook {STAGE} again with force=True.")
         return plan
 
 
-# What each entry of plan.json may be.
-ENTRIES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("score", "direction", "rule", "layers_fingerprint"), (str,)),
-    **dict.fromkeys(("origin", "reason", "rounding"), (str,)),
-    **dict.fromkeys(("model", "formats", "options", "bytes"), (dict,)),
-    **dict.fromkeys(("bits_per_weight", "matrix_bits"), (int, float)),
-    **dict.fromkeys(("value", "predicted_kl"), (int, float, NoneType)),
-    **{"schema": (int,), "protected": (list,), "double_quant": (bool,)},
+NUMBER = (int, float)
+KINDS: Mapping[str, Any] = {  # of what is no string
+    **dict.fromkeys(("model", "formats", "options", "bytes"), dict),
+    **dict.fromkeys(("bits_per_weight", "matrix_bits"), NUMBER),
+    **dict.fromkeys(("value", "predicted_kl"), (*NUMBER, NoneType)),
+    **{"schema": int, "protected": list, "double_quant": bool},
 }
-OPTIONAL = ("origin", "reason", "options", "rounding")  # an older version's plans lack them
 
 
 def _kept(formats: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(name for name, fmt in formats.items() if fmt == "16bit")
-
-
-def writers_of(formats: Iterable[str]) -> frozenset[str]:
-    """Checkpoint writers ("bitsandbytes", "compressed-tensors") that hold all of these formats."""
-    return frozenset.intersection(*(format_row(fmt).writers for fmt in formats))
 
 
 def check_plan(plan: ProtectionPlan, module_names: Collection[str]) -> None:
@@ -1085,16 +1036,17 @@ def decide(
             check_writer(kept, backend)
             # A plan saved by hand must not answer for a score, rule or wish that it wasn't made by; an
             # explorer adds patterns for failed layers.
-            held = {**vars(kept), **kept.options}
-            given = {n: asked[n] for n, default in DEFAULTS.items() if asked[n] not in (default, [], "")}
-            if any(
-                {*_patterns(value)} - {*_patterns(held.get(n))} if "16bit" in n else value != held.get(n)
-                for n, value in given.items()
-            ):
+            held, others = {**vars(kept), **kept.options}, []
+            for name, default in DEFAULTS.items():
+                wish, own = asked[name], held.get(name)
+                if "16bit" in name:
+                    wish, own = {*_patterns(wish)} - {*_patterns(own)}, set()
+                if wish not in (default, own):
+                    others.append(f"{name}={asked[name]!r}")
+            if others:
                 raise PlanError(
-                    "this run holds a plan saved from the explorer, and "
-                    f"{', '.join(f'{n}={value!r}' for n, value in given.items())} asks for another. Run "
-                    "notebook 02_visualize with force=True to replace it, or leave these at their defaults."
+                    "this run holds a plan saved from the explorer, and these ask for another: "
+                    f"{', '.join(others)}. Leave them out, or run notebook 02_visualize with force=True."
                 )
             count = len(kept.protected)
             print(f"Kept the plan saved from the explorer ({count} layers); force=True replaces it.")

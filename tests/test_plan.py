@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spi_utils.errors import PlanError
+from spi_utils.errors import PlanError, SPIError
 from spi_utils.plan import (
     EQUAL,
     GAP,
@@ -23,7 +23,6 @@ from spi_utils.plan import (
     check_plan,
     check_writer,
     decide,
-    equal_bytes_plan,
     in_order,
     least_cost,
     make_plan,
@@ -159,9 +158,8 @@ def test_top_k_and_threshold_agree(direction):
 
 
 def test_ends_ties_infinite_and_missing_scores():
-    for value, count, said in ((99, 0, "That is none"), (-1, 21, "That is all of them")):
-        plan = make_plan(layer_table(21), rule="threshold", value=value)
-        assert len(plan.protected) == count and said in plan.reason
+    for value, count in ((99, 0), (-1, 21)):
+        assert len(make_plan(layer_table(21), rule="threshold", value=value).protected) == count
     first = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
     tied = make_plan(small(alpha=(2.0, 2.0, 2.0)), rule="top_k", value=2)
     assert tied.protected == tuple(first[:2])  # equal scores keep the model's order
@@ -185,7 +183,7 @@ def test_a_plan_says_how_much_of_the_model_it_cannot_touch():
 @pytest.mark.parametrize(
     ("rule", "value"), [("matrix_bits", 7.0), ("bits_per_weight", 9.0), ("budget_gb", 0.15)]
 )
-@pytest.mark.parametrize("score", ["fisher", "alpha_hill", "random"])
+@pytest.mark.parametrize("score", ["fisher", "alpha_hill", "smallest", "type_prior", "random"])
 def test_budgets_are_met_and_filled(rule, value, score):
     plan = make_plan(layer_table(210), score=score, rule=rule, value=value)
     rate = {"matrix_bits": plan.matrix_bits, "bits_per_weight": plan.bits_per_weight}
@@ -214,14 +212,6 @@ def test_the_smallest_plan_for_a_predicted_kl(score):
     assert by_bytes.predicted_kl <= 0.05 * 1.001  # the same trade seen from the other side
     assert make_plan(layers, score=score, rule="max_kl", value=0.02).bytes["total"] > plan.bytes["total"]
     assert make_plan(layers, score=score, rule="max_kl", value=99).protected == ()
-
-
-@pytest.mark.parametrize("score", ["fisher", "alpha_hill", "smallest", "type_prior"])
-def test_equal_bytes_plans_are_within_half_a_percent(score):
-    layers = layer_table(210)
-    plan = make_plan(layers)
-    other = equal_bytes_plan(layers, total_bytes=plan.bytes["total"], score=score)
-    assert 0 <= plan.bytes["total"] - other.bytes["total"] <= EQUAL * plan.bytes["total_16bit"]
 
 
 # --- wishes ----------------------------------------------------------------------------------------------
@@ -355,14 +345,18 @@ def test_the_same_inputs_give_the_same_bytes_in_every_process(tmp_path):
         "for count in (28, 42, 56, 70):\n"
         "    asked = {'score': 'fisher', 'rule': 'matrix_bits', 'value': 6.5}\n"
         "    plan = make_plan(layer_table(count), **asked, formats=('int4_g64', 'nf4', 'int8', '16bit'))\n"
-        "    plan.write(f'{sys.argv[1]}/{count}.json')\n"
+        "    plan.write(f'{sys.argv[1]}-{count}.json')\n"
     )
-    for seed in ("1", "2"):
-        (tmp_path / seed).mkdir()
-        given = [sys.executable, "-c", code, str(tmp_path / seed)]
-        subprocess.run(given, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
-    for one in (tmp_path / "1").iterdir():
-        assert one.read_bytes() == (tmp_path / "2" / one.name).read_bytes()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / seed], env=os.environ | {"PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2")
+    ]
+    assert [one.wait() for one in started] == [0, 0]
+    for count in (28, 42, 56, 70):
+        first, second = ((tmp_path / f"{seed}-{count}.json").read_bytes() for seed in ("1", "2"))
+        assert first == second
 
 
 # --- plan.json, and who can take a plan --------------------------------------------------------------------
@@ -391,26 +385,17 @@ def test_plan_json_round_trips(run):
     assert json.loads(run.plan_json.read_text())["predicted_kl"] is None
 
 
-REQUIRED = ("score", "direction", "rule", "value", "formats", "protected", "double_quant", "bytes", "model")
-REQUIRED += ("bits_per_weight", "matrix_bits", "predicted_kl", "layers_fingerprint", "schema")
-WRONG = {
-    "score": (None, 5),
-    "model": (None, [], "gpt2"),
-    "direction": (None, ["high"]),
-    "value": ("7", True, float("nan")),
-    "formats": (None, [], {"model.layers.0.mlp.up_proj": ["nf4"]}),
-    "protected": (None, "all"),
-    "double_quant": (None, 0),
-    "bytes": (None, []),
-    "matrix_bits": (None, "4.5", True, float("nan")),
-    "predicted_kl": ("0.1", []),
-    "schema": (None, "1", 2),
-    "rounding": (None, 4),
-    "options": (None, []),
-}
-FOREIGN = {
+DAMAGED = {  # what is said: what is changed in a good plan.json; None takes the entry out
+    "score": {"score": 5},
+    "formats": {"formats": None},
+    "can't be read": {"formats": ["nf4"]},
+    "bytes": {"bytes": []},
+    "matrix_bits": {"matrix_bits": "4.5"},
+    "protected": {"protected": "all"},
+    "schema 2": {"schema": 2},
     "formatz": {"formatz": {}},
-    "nf5": {"formats": {"model.layers.0.mlp.up_proj": "nf5"}},
+    "no format nf5": {"formats": {"model.layers.0.mlp.up_proj": "nf5"}},
+    "unhashable": {"formats": {"model.layers.0.mlp.up_proj": ["nf4"]}},
     r"another layers\.csv": {"layers_fingerprint": "0" * 64},
     r"for other \(weights ffffffffffff\), not for synthetic/model \(weights 0000": {
         "model": {"id": "other", "sha256": "f" * 64}
@@ -421,20 +406,20 @@ FOREIGN = {
 def test_a_damaged_plan_is_refused_by_name_and_made_again_as_advised(run):
     plan = decide(run, rule="top_k", value=3)
     good = json.loads(run.plan_json.read_text())
-    cases = [(name, {key: value for key, value in good.items() if key != name}) for name in REQUIRED]
-    cases += [(name, good | {name: value}) for name, values in WRONG.items() for value in values]
-    cases += [(said, good | change) for said, change in FOREIGN.items()]
-    texts = [(said, json.dumps(held)) for said, held in cases]
-    texts += [("plan", text) for text in ("", "{", "[]", "null", '{"schema": 1}', json.dumps(good)[:200])]
+    texts = [("plan", text) for text in ("", "[]", '{"schema": 1}', json.dumps(good)[:200])]
+    for said, change in DAMAGED.items():
+        gone = [name for name, value in change.items() if value is None]
+        held = {name: value for name, value in (good | change).items() if name not in gone}
+        texts.append((said, json.dumps(held)))
     for said, text in texts:
         run.plan_json.write_text(text)
-        with pytest.raises(PlanError, match=said) as refused:
+        with pytest.raises(SPIError, match=said) as refused:
             read_plan(run)
         assert str(run.plan_json) in str(refused.value)
         assert "02_visualize again with force=True" in str(refused.value), text
     assert decide(run, rule="top_k", value=3, force=True) == read_plan(run) == plan
     run.plan_json.unlink()
-    with pytest.raises(PlanError, match="Run notebook 02_visualize first"):
+    with pytest.raises(SPIError, match="Run notebook 02_visualize first"):
         read_plan(run)
 
 
@@ -477,19 +462,12 @@ def test_a_plan_saved_by_hand_stays_until_forced(run, capsys):
     assert decide(run).origin == "parameters"  # a plan for another layer table is made anew
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"score": "fisher"},
-        {"forbid_16bit": "up_proj"},
-    ],
-)
+@pytest.mark.parametrize("asked", [{"score": "fisher"}, {"forbid_16bit": "up_proj"}])
 def test_a_plan_saved_by_hand_does_not_answer_for_another_choice(run, asked):
     by_hand(run)
     saved = run.plan_json.read_bytes()
-    with pytest.raises(PlanError, match="02_visualize with force=True") as refused:
+    with pytest.raises(PlanError, match=f"{next(iter(asked))}=.*02_visualize with force=True"):
         decide(run, **asked)
-    assert all(f"{name}={value!r}" in str(refused.value) for name, value in asked.items())
     assert run.plan_json.read_bytes() == saved
     assert decide(run, **asked, force=True).origin == "parameters"
     wishes = {name: value for name, value in asked.items() if "16bit" in name}
