@@ -38,11 +38,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from spi_utils.errors import AnalysisError, RunError
+from spi_utils.errors import AnalysisError
 from spi_utils.formats import Packed
 from spi_utils.models import (
     ModelSource,
@@ -204,17 +204,9 @@ class Work:
         sha = text.sha256 if text else None
         mark = fingerprint([ENGINE, source.identity(), settings, names, sha, str(device), str(kind)])
         owner, kl = self.folder / "fingerprint", self.folder / "kl.json"
-        resumes = not force and owner.exists() and owner.read_text() == mark
-        if resumes:
-            try:
-                Codes(self.rounded)
-                for path in self.folder.glob("*.safetensors"):
-                    load_file(path)
-                self.kl = read_json(kl) if kl.exists() else {}
-            except (RunError, SafetensorError) as error:
-                print(f"sensitivity: unfinished work is damaged ({error}) and made again.", flush=True)
-                resumes = False
-        if not resumes:
+        if not force and owner.exists() and owner.read_text() == mark:
+            self.kl = read_json(kl) if kl.exists() else {}
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.rounded, ignore_errors=True)
             write_text(owner, mark)

@@ -195,7 +195,7 @@ def spoiled(weight: torch.Tensor) -> torch.Tensor:
 def test_bad_weights_fail_alone_and_are_named(broken, tmp_path, capsys):
     model = broken(mlp__up_proj=spoiled, mlp__down_proj=torch.zeros_like, self_attn__q_proj=torch.ones_like)
     run, table = run_analysis(tmp_path / "run", model, sensitivity="self")
-    assert "model.layers.1.mlp.up_proj holds NaN or Inf" in capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or Inf" in capsys.readouterr().out
     failed = table[table["status"] == "failed"]
     assert sorted(failed["type"]) == ["down_proj", "q_proj", "up_proj"]
     assert failed["alpha_hill"].isna().all() and failed["bytes_nf4"].notna().all()
@@ -213,7 +213,6 @@ def test_bad_weights_fail_alone_and_are_named(broken, tmp_path, capsys):
         ({"layers": "nothing_like_it"}, AnalysisError, "nothing_like_it"),
         ({"layers": "("}, AnalysisError, "regular expression"),
         ({"formats": ("nf3",)}, PlanError, "nf4"),
-        ({"precision": "half"}, AnalysisError, "float64"),
     ],
 )
 def test_bad_settings(parameters, error, said, tiny, tmp_path):
@@ -286,32 +285,6 @@ def test_a_changed_analysis_is_refused_and_made_again_without_force(whole, small
         read_layers(run)
         read_spectra(run)
     costed(run.path, small)
-    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
-    assert run.spectra.read_bytes() == whole.spectra.read_bytes()
-
-
-def test_damaged_pieces_of_unfinished_work_are_made_again(whole, small, tmp_path, monkeypatch, capsys):
-    path, describe = tmp_path / "run", runs.describe_files
-
-    def killed_before(output):
-        def kill(run, outputs):
-            if output in outputs:
-                raise KeyboardInterrupt
-            return describe(run, outputs)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(runs, "describe_files", kill)
-            costed(path, small)
-
-    killed_before("spectra.safetensors")
-    piece = sorted((path / "partial" / "spectra").glob("0*.safetensors"))[1]
-    piece.write_bytes(piece.read_bytes()[:40])
-    killed_before("layers.csv")
-    for piece in (path / "partial" / "analyze" / "sensitivity").iterdir():
-        if piece.suffix:
-            piece.write_bytes(piece.read_bytes()[:40])
-    run = costed(path, small)
-    assert "damaged" in capsys.readouterr().out
     assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
     assert run.spectra.read_bytes() == whole.spectra.read_bytes()
 

@@ -331,7 +331,7 @@ def test_same_seed_same_numbers_whatever_the_batch(finished, table, monkeypatch)
     pd.testing.assert_frame_equal(table("batch", rounding="nearest"), plain, rtol=1e-3)
 
 
-def test_a_killed_run_goes_on_where_it_stopped(finished, source, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(finished, source, tmp_path, monkeypatch):
     run = open_run(tmp_path / "run", source.identity())
     script = f"""
         import os, signal
@@ -360,13 +360,6 @@ def test_a_killed_run_goes_on_where_it_stopped(finished, source, tmp_path, monke
     pd.testing.assert_frame_equal(resumed, finished[1], check_exact=True)
     sensitivities(run, source, make_frame(source), **OPTIONS)
     assert calls == [0]
-    held = dict(Codes(run.rounded).items())
-    damaged = run.rounded / "block-002.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:90])
-    healed = sensitivities(run, source, make_frame(source), **OPTIONS)
-    assert calls == [0, 2, 1, 0] and "damaged" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(healed, resumed, check_exact=True)
-    assert all(torch.equal(held[key].codes, packed.codes) for key, packed in Codes(run.rounded).items())
 
 
 def test_where_memory_runs_out_a_smaller_batch_goes_on(table, monkeypatch, capsys):
