@@ -14,24 +14,20 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from spi_utils import formats as number_formats
 from spi_utils import sensitivity as costs
 from spi_utils.errors import AnalysisError
 from spi_utils.models import Layer, ModelSource, list_layers, open_weights, resolve_device
 from spi_utils.progress import progress, spread
-from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage
+from spi_utils.runs import LAYER_KEYS, Run, atomic_path, read_layers, sha256_file, stage, write_tensors
 from spi_utils.spectra import COLUMNS, INPUTS, alphaq, analyze_matrix, choose_precision, swan
-
-if TYPE_CHECKING:
-    from spi_utils.models import Weights
 
 ENGINE = 2  # raise it when the same weights would give other numbers: finished spectra are then made again
 ANALYSED = ("linear", "conv1d", "experts")
@@ -48,7 +44,6 @@ def analyze(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    precision: str = "auto",
     seed: int = 0,
     workers: int | None = None,
     layers: str | None = None,
@@ -74,7 +69,6 @@ def analyze(
         source: the model.
         device: "auto", "cpu", "cuda": where matrices are decomposed and sensitivities computed.
         dtype: compute dtype of the sensitivities; see `resolve_dtype`.
-        precision: of the decomposition, see `analyze_matrix`.
         seed: of the Gaussian null, the blocks of FARMS and the sensitivities.
         workers: layers at a time; None is one a core on the CPU, and one on CUDA.
         layers: regular expression; only matrices whose name it finds are analysed.
@@ -93,7 +87,7 @@ def analyze(
     """
     place = resolve_device(device)
     formats = tuple(fmt for fmt in formats if number_formats.format_row(fmt).name != "16bit")
-    options = {"device": str(place), "precision": choose_precision(precision, place), "seed": seed}
+    options = {"device": str(place), "precision": choose_precision("auto", place), "seed": seed}
     options |= {"min_tail": min_tail, "formats": formats}
     workers = 1 if place.type == "cuda" else workers
     listed = list_layers(source)
@@ -104,7 +98,7 @@ def analyze(
             paths = {x.name: run.partial / "spectra" / f"{i:05d}.safetensors" for i, x in enumerate(todo)}
             left = [layer for layer in todo if not _is_sound(paths[layer.name], layer)]
             with open_weights(source) as weights:
-                jobs = ((layer, _weight(weights, layer), options) for layer in left)
+                jobs = ((layer, weights.read(layer.tensor), options) for layer in left)
                 results = spread(analyze_weight, jobs, workers=workers)
                 for name, *piece in progress(results, len(todo), "spectra", done=len(todo) - len(left)):
                     _write_piece(paths[name], *piece)
@@ -166,11 +160,6 @@ def _can_run(source: ModelSource, rows: Rows, values: Values) -> bool:
 # --- the spectra stage ------------------------------------------------------------------------------------
 
 
-def _weight(weights: Weights, layer: Layer) -> torch.Tensor:
-    name = f"{layer.name}.weight"
-    return weights.read(name if name in weights.shapes else layer.name)
-
-
 def analyze_weight(
     layer: Layer, weight: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[str, Rows, Values]:
@@ -197,8 +186,7 @@ def analyze_weight(
 
 def _write_piece(path: Path, rows: Rows, values: Values) -> None:
     """Singular values as tensors; all else as JSON in the file's metadata."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(values, metadata={"rows": json.dumps(rows)}))
+    write_tensors(path, {name: torch.from_numpy(x) for name, x in values.items()}, rows=json.dumps(rows))
 
 
 def _read_pieces(paths: Iterable[Path]) -> tuple[Rows, Values]:
@@ -241,23 +229,21 @@ def layer_table(
         storage_dtype: "float16" or "bfloat16".
     """
     rows = []
+    stored = [kind for fmt in formats for kind in ((fmt, number_formats.NF4_DQ) if fmt == "nf4" else (fmt,))]
     for layer in listed:
         names = [layer.name]
         if f"{layer.name}[0]" in pieces:  # an analysed stack: a row for each expert
             names = [f"{layer.name}[{i}]" for i in range(layer.numel // (layer.rows * layer.cols))]
-        whole = 2 * layer.numel // len(names)
-        sizes: dict[str, float] = {"bytes_16bit": whole}
-        for fmt in formats:
-            for double in (False, True) if fmt == "nf4" else (False,):
-                size: float = whole
-                if layer.quantizable:
-                    how: dict[str, Any] = {"double_quant": double, "dtype": storage_dtype}
-                    able = number_formats.fits(fmt, layer.cols)
-                    size = number_formats.layer_bytes(fmt, layer.rows, layer.cols, **how) if able else np.nan
-                sizes[f"bytes_{fmt}_dq" if double else f"bytes_{fmt}"] = size
+        sizes: dict[str, float] = dict.fromkeys(
+            (f"bytes_{fmt}" for fmt in ("16bit", *stored)), 2 * layer.numel // len(names)
+        )
+        for fmt in stored if layer.quantizable else ():
+            able = number_formats.fits(fmt, layer.cols)
+            size = number_formats.layer_bytes(fmt, layer.rows, layer.cols, dtype=storage_dtype)
+            sizes[f"bytes_{fmt}"] = size if able else np.nan
         for name in names:
             status, statistics, errors = pieces.get(name, ["listed", {}, {}])
-            row = {**asdict(layer), "name": name, "numel": whole // 2, "status": status}
+            row = {**asdict(layer), "name": name, "numel": layer.numel // len(names), "status": status}
             row |= dict.fromkeys((*COLUMNS, *INPUTS), np.nan) | statistics | sizes
             rows.append(row | {f"error_{fmt}": errors.get(fmt, np.nan) for fmt in formats})
     table = pd.DataFrame(rows)

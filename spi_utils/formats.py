@@ -198,21 +198,6 @@ def check_finite(values: torch.Tensor) -> None:
         )
 
 
-# --- 16bit ----------------------------------------------------------------------------------------------
-
-
-def _size_16bit(row: Format, rows: int, cols: int, double_quant: bool, dtype: str) -> int:
-    return 2 * rows * cols
-
-
-def _pack_16bit(row: Format, weight: torch.Tensor) -> Packed:
-    return Packed("16bit", tuple(weight.shape), weight.dtype, weight)
-
-
-def _unpack_16bit(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    return packed.codes.to(dtype, copy=True)
-
-
 # --- nf4 ------------------------------------------------------------------------------------------------
 
 BLOCK = 64  # weights that share one absmax
@@ -258,13 +243,10 @@ def _pack_nf4(row: Format, weight: torch.Tensor) -> Packed:
 
 
 def _pack_nf4_dq(row: Format, weight: torch.Tensor) -> Packed:
-    return double_quantized(_pack_nf4(row, weight))
-
-
-def double_quantized(packed: Packed) -> Packed:
-    """An nf4 matrix whose absmaxes are 8-bit codes themselves, as bitsandbytes makes them."""
+    """nf4 whose absmaxes are 8-bit codes themselves, as bitsandbytes makes them."""
     from bitsandbytes import functional
 
+    packed = _pack_nf4(row, weight)
     assert packed.scales is not None
     with one_thread():  # the mean's last bit would depend on the number of threads
         offset = packed.scales.mean()
@@ -414,7 +396,14 @@ def _unpack_integers(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
 _BNB, _CT = frozenset({"bitsandbytes"}), frozenset({"compressed-tensors"})
 _INTEGERS = (_CT, _size_integers, _pack_integers, _unpack_integers)
 _ROWS = [
-    Format("16bit", 16.0, _BNB | _CT, _size_16bit, _pack_16bit, _unpack_16bit),
+    Format(
+        "16bit",
+        16.0,
+        _BNB | _CT,
+        size=lambda row, rows, cols, double_quant, dtype: 2 * rows * cols,
+        pack=lambda row, weight: Packed("16bit", tuple(weight.shape), weight.dtype, weight),
+        unpack=lambda packed, dtype: packed.codes.to(dtype, copy=True),
+    ),
     Format("nf4", 4.5, _BNB, _size_nf4, _pack_nf4, _unpack_nf4),
     Format(NF4_DQ, 4.127, _BNB, _size_nf4, _pack_nf4_dq, _unpack_nf4),
     Format("int8", 8.0, *_INTEGERS, bits=8),

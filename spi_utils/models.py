@@ -16,12 +16,10 @@ import math
 import re
 import shutil
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.errors import ModelError, RunError
+from spi_utils.errors import ModelError
 from spi_utils.runs import hash_files, read_json, sha256_file, slug, write_json
 from spi_utils.safe_linear import widen
 from spi_utils.tokens import hide_token, hub_token
@@ -199,17 +197,10 @@ def _bundled_file() -> Path:
     return Path(spec.submodule_search_locations[0], BUNDLED_FILE)
 
 
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return read_json(path, what=what)
-    except RunError as error:
-        raise ModelError(f"{error} Fetch it again.") from error
-
-
 def _storage_dtype(directory: Path) -> str:
     """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
     was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
-    config = _read(directory / "config.json", "transformers configuration")
+    config = read_json(directory / "config.json", what="transformers configuration")
     sizes: dict[str, int] = defaultdict(int)
     for path in shard_paths(directory):
         for dtype, shape in read_header(path).values():
@@ -266,12 +257,6 @@ def download(
     how: dict[str, Any] = {"revision": revision, "allow_patterns": [*WANTED, *(["*.py"] if code else [])]}
     if token is None and (found := hub_token()) is not None:
         token = found.value
-    if token is None and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        # a commit never changes: a stage that holds no token need not ask the Hub
-        with contextlib.suppress(OSError, ModelError):
-            held = Path(snapshot_download(repo_id, local_files_only=True, **how))
-            shard_paths(held)
-            return held, held.name
     try:
         held = Path(snapshot_download(repo_id, token=token, **how))
     except Exception as error:
@@ -280,17 +265,6 @@ def download(
         # not chained: a Hub that echoes the request would put its header into the traceback
         raise ModelError(f"{repo_id}: {said}.") from None
     return held, held.name
-
-
-def server_delay(headers: Mapping[str, str]) -> float | None:
-    """Seconds from `Retry-After` (a number or a date) or the `RateLimit` header's `t=`; None from neither."""
-    after = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d+(\.\d*)?", after):
-        return float(after)
-    with contextlib.suppress(ValueError):  # no date either
-        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-    limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
-    return float(limit.group(1)) if limit else None
 
 
 def _explain(revision: str | None, error: BaseException) -> str | None:
@@ -344,27 +318,12 @@ def convert_gguf(path: Path, sha256: str) -> Path:
     Raises:
         ModelError: not a GGUF file, truncated, or an architecture that transformers can't read.
     """
-    directory = CACHE / "gguf" / f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
-    if (directory / "config.json").exists():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory.parent) as temporary:
-        work = Path(temporary, "made")
-        work.mkdir()
-        _convert_into(path, work)
-        try:
-            work.rename(directory)
-        except OSError:
-            # Another process was first, and may be reading it: theirs stands if it is whole.
-            if not (directory / "config.json").exists():
-                raise
-    return directory
-
-
-def _convert_into(path: Path, work: Path) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    directory = CACHE / "gguf" / f"{sha256[:16]}-{version('transformers')}-{version('gguf')}-{CONVERTER}"
+    if (directory / "config.json").exists():
+        return directory
     print(f"{path.name} is converted to safetensors, once", flush=True)
     how: dict[str, Any] = {"gguf_file": path.name}
     try:
@@ -380,14 +339,21 @@ def _convert_into(path: Path, work: Path) -> None:
         ) from error
     tied = tied_names(model)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
-    save_file(tensors, work / SHARD, metadata={"format": "pt"})
-    write_json(work / INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)})
     config.dtype, config.architectures = "float16", [type(model).__name__]
-    for part in (config, tokenizer, GenerationConfig.from_model_config(config)):
-        part.save_pretrained(work)
-    for pattern in (f"{path.parent.name}/LICENSE*", f"{path.parent.name}-*/**/LICENSE"):  # a package's too
-        for licence in path.parent.parent.glob(pattern):
-            shutil.copy(licence, work)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory.parent) as temporary:
+        work = Path(temporary, "made")
+        work.mkdir()
+        save_file(tensors, work / SHARD, metadata={"format": "pt"})
+        write_json(work / INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)})
+        for part in (config, tokenizer, GenerationConfig.from_model_config(config)):
+            part.save_pretrained(work)
+        for pattern in (f"{path.parent.name}/LICENSE*", f"{path.parent.name}-*/**/LICENSE"):  # a package's
+            for licence in path.parent.parent.glob(pattern):
+                shutil.copy(licence, work)
+        with contextlib.suppress(OSError):  # another process was first, and may be reading it: theirs stands
+            work.rename(directory)
+    return directory
 
 
 # --- one weight at a time --------------------------------------------------------------------------------
@@ -402,7 +368,7 @@ def shard_paths(directory: Path) -> list[Path]:
     index = directory / INDEX
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if index.exists():
-        mapped = _read(index, "index").get("weight_map")
+        mapped = read_json(index, what="index").get("weight_map")
         held = set(map(str, mapped.values())) if isinstance(mapped, dict) else {"(none)"}
         if missing := sorted(held - set(names)):
             raise ModelError(f"{directory}: no {missing[0]}, which its index names. Fetch the model again.")
@@ -610,6 +576,11 @@ class Layer:
     cols: int
     numel: int
     quantizable: bool
+
+    @property
+    def tensor(self) -> str:
+        """Its weight's name: stacked experts are a parameter themselves."""
+        return self.name if self.role == "experts" else f"{self.name}.weight"
 
 
 def build_on_meta(source: ModelSource) -> PreTrainedModel:

@@ -48,7 +48,6 @@ NOTEBOOKS = {
 }
 LAYER_KEYS = ("name", "type", "depth", "role", "rows", "cols", "numel", "quantizable", "status")
 COUNTS = ("depth", "rows", "cols", "numel")
-WORDS = ("name", "type", "role", "status")  # the layer table's columns of text; all others are numbers
 PACKAGES = ("spi-utils", "torch", "transformers", "bitsandbytes", "numpy", "scipy", "huggingface_hub")
 OWNER, RECORD = ".owner.lock", ".record.lock"  # never removed: another process may hold either already
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,8 +80,6 @@ class Run:
 class Stage:
     """What `stage` hands to its body: is there anything to do, and where to note what was measured."""
 
-    name: str
-    fingerprint: str
     finished: bool
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -376,13 +373,7 @@ def read_layers(run: Run) -> pd.DataFrame:
     """
     kinds = {"quantizable": "bool", **dict.fromkeys(COUNTS, "int64")}
     with _reading(run, run.layers_csv, "layer table"):
-        layers = pd.read_csv(run.layers_csv, float_precision="round_trip", dtype=kinds)
-        if missing := [column for column in LAYER_KEYS if column not in layers]:
-            raise ValueError(f"no column {', '.join(missing)}")
-        numeric = [x for x in layers if x in WORDS or pd.api.types.is_numeric_dtype(layers[x])]
-        if len(numeric) < len(layers.columns) or layers["name"].isna().any() or not layers["name"].is_unique:
-            raise ValueError("a column holds something else than it should")
-    return layers
+        return pd.read_csv(run.layers_csv, float_precision="round_trip", dtype=kinds)
 
 
 def read_spectra(run: Run) -> dict[str, NDArray[np.float64]]:
@@ -424,7 +415,7 @@ def stage(
     done = is_finished()
     with contextlib.nullcontext() if done else owner_lock(run, name):
         # another process may have finished it between the question above and the lock
-        current = Stage(name, mark, done or is_finished())
+        current = Stage(done or is_finished())
         if current.finished:
             yield current
             return
@@ -489,12 +480,8 @@ def add_outputs(run: Run, name: str, outputs: Sequence[str]) -> None:
 
 def is_intact(run: Run, entry: Mapping[str, Any]) -> bool:
     """Whether a finished stage's outputs still are what it wrote, byte for byte."""
-
-    def is_same(path: Path, held: Mapping[str, Any]) -> bool:
-        return path.is_file() and path.stat().st_size == held["bytes"] and sha256_file(path) == held["sha256"]
-
-    held = entry.get("outputs")
-    return held is not None and all(is_same(run.path / name, one) for name, one in held.items())
+    held = {run.path / name: one["sha256"] for name, one in entry.get("outputs", {}).items()}
+    return "outputs" in entry and all(path.is_file() and sha256_file(path) == held[path] for path in held)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,13 @@ def analyze_matrix(
     Raises:
         AnalysisError: the weight isn't a floating-point matrix with at least one entry.
     """
-    matrix = checked(weight)
+    matrix = torch.from_numpy(weight) if isinstance(weight, np.ndarray) else weight.detach()
+    if matrix.ndim != 2 or matrix.numel() == 0 or matrix.dtype not in FLOATS:
+        raise AnalysisError(
+            "Expected a matrix with at least one entry in float16, bfloat16, float32 or float64, got shape "
+            f"{tuple(matrix.shape)}, {str(matrix.dtype).removeprefix('torch.')}. Pass stacks slice by slice, "
+            "and dequantize checkpoints first: codes mean nothing without their scales."
+        )
     precision = choose_precision(precision, matrix.device)
     sigma, moments = decompose(matrix, precision=precision)
     if not np.isfinite(sigma).all() or sigma[0] == 0:
@@ -152,18 +158,6 @@ def analyze_matrix(
 # tridiagonalisation (4 to 10 times slower in OpenBLAS' build), BLAS threads instead of a layer a core.
 
 
-def checked(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """The weight as a floating-point matrix with entries, or an error that says what it is instead."""
-    matrix = torch.from_numpy(weight) if isinstance(weight, np.ndarray) else weight.detach()
-    if matrix.ndim != 2 or matrix.numel() == 0 or matrix.dtype not in FLOATS:
-        raise AnalysisError(
-            "Expected a matrix with at least one entry in float16, bfloat16, float32 or float64, got shape "
-            f"{tuple(matrix.shape)}, {str(matrix.dtype).removeprefix('torch.')}. Pass stacks slice by slice, "
-            "and dequantize checkpoints first: codes mean nothing without their scales."
-        )
-    return matrix
-
-
 def choose_precision(precision: str, device: torch.device) -> str:
     """What "auto" means on this device: float64 on the CPU, float32 on a device whose float64 is slow."""
     if precision == "auto":
@@ -187,9 +181,7 @@ def decompose(matrix: torch.Tensor, *, precision: str = "float64") -> tuple[np.n
     solve = _host_eigenvalues if matrix.device.type == "cpu" else _device_eigenvalues
     values, moments = solve(matrix, precision)
     count = len(values)
-    noise = (
-        count * np.finfo(np.float64).eps if precision == "float64" else count**0.5 * np.finfo(np.float32).eps
-    )
+    noise = np.finfo(precision).eps * (count if precision == "float64" else count**0.5)
     with np.errstate(invalid="ignore"):
         kept = np.where(values <= noise * values[-1], 0.0, values)
         return np.ascontiguousarray(np.sqrt(kept)[::-1]), moments
@@ -369,19 +361,17 @@ def gaussian_hill(rows: int, cols: int, *, seed: int = 0, draws: int = DRAWS) ->
     if short <= k:
         return float("nan"), float("nan")
     rng = np.random.default_rng([seed, short, long])
-    alphas = [hill_alpha(_largest_gaussian_eigenvalues(rng, short, long, k + 1), k) for _ in range(draws)]
+    alphas = []
+    for _ in range(draws):
+        diagonal = np.sqrt(rng.chisquare(long - np.arange(short)))
+        beside = np.sqrt(rng.chisquare(short - 1 - np.arange(short - 1)))
+        main = diagonal**2
+        main[1:] += beside**2
+        # All of them by the root-free QL iteration: faster than bisection for the few.
+        how = {"lapack_driver": "sterf", "check_finite": False}
+        values = eigvalsh_tridiagonal(main, diagonal[:-1] * beside, **how)
+        alphas.append(hill_alpha(values[: -k - 2 : -1], k))
     return float(np.mean(alphas)), float(np.std(alphas, ddof=1))
-
-
-def _largest_gaussian_eigenvalues(rng: np.random.Generator, short: int, long: int, count: int) -> np.ndarray:
-    """The `count` largest eigenvalues of WᵀW for a Gaussian W (long, short), descending."""
-    diagonal = np.sqrt(rng.chisquare(long - np.arange(short)))
-    beside = np.sqrt(rng.chisquare(short - 1 - np.arange(short - 1)))
-    main = diagonal**2
-    main[1:] += beside**2
-    # All of them by the root-free QL iteration: faster than bisection for the few.
-    values = eigvalsh_tridiagonal(main, diagonal[:-1] * beside, lapack_driver="sterf", check_finite=False)
-    return values[: -count - 1 : -1]
 
 
 def choose_blocks(rows: int, cols: int, *, seed: int = 0) -> np.ndarray:

@@ -213,7 +213,6 @@ def test_bad_weights_fail_alone_and_are_named(broken, tmp_path, capsys):
         ({"layers": "nothing_like_it"}, AnalysisError, "nothing_like_it"),
         ({"layers": "("}, AnalysisError, "regular expression"),
         ({"formats": ("nf3",)}, PlanError, "nf4"),
-        ({"precision": "half"}, AnalysisError, "float64"),
     ],
 )
 def test_bad_settings(parameters, error, said, tiny, tmp_path):
@@ -290,6 +289,31 @@ def test_a_changed_analysis_is_refused_and_made_again_without_force(whole, small
     assert run.spectra.read_bytes() == whole.spectra.read_bytes()
 
 
+def test_columns_of_an_older_formula_are_made_again(whole, small, tmp_path, monkeypatch):
+    shutil.copytree(whole.path, tmp_path / "run")
+    monkeypatch.setattr(sensitivity, "ENGINE", sensitivity.ENGINE + 1)
+    before, after = (run_info(run)["stages"] for run in (whole, costed(tmp_path / "run", small)))
+    assert after["analyze"]["fingerprint"] != before["analyze"]["fingerprint"]
+    assert after["spectra"] == before["spectra"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_during_an_analysis_loses_nothing(whole, small, tmp_path, monkeypatch, call):
+    real, left = getattr(os, call), iter(range(6))
+
+    def until_full(*given, **named):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="Free some space"):
+        patch.setattr(os, call, until_full)
+        costed(tmp_path / "run", small)
+    run = costed(tmp_path / "run", small)
+    assert run_info(run)["stages"]["spectra"]["resumed_layers"] > 0
+    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
+
+
 def test_damaged_pieces_of_unfinished_work_are_made_again(whole, small, tmp_path, monkeypatch, capsys):
     path, describe = tmp_path / "run", runs.describe_files
 
@@ -314,28 +338,3 @@ def test_damaged_pieces_of_unfinished_work_are_made_again(whole, small, tmp_path
     assert "damaged" in capsys.readouterr().out
     assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()
     assert run.spectra.read_bytes() == whole.spectra.read_bytes()
-
-
-def test_columns_of_an_older_formula_are_made_again(whole, small, tmp_path, monkeypatch):
-    shutil.copytree(whole.path, tmp_path / "run")
-    monkeypatch.setattr(sensitivity, "ENGINE", sensitivity.ENGINE + 1)
-    before, after = (run_info(run)["stages"] for run in (whole, costed(tmp_path / "run", small)))
-    assert after["analyze"]["fingerprint"] != before["analyze"]["fingerprint"]
-    assert after["spectra"] == before["spectra"]
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fills_during_an_analysis_loses_nothing(whole, small, tmp_path, monkeypatch, call):
-    real, left = getattr(os, call), iter(range(6))
-
-    def until_full(*given, **named):
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*given, **named)
-
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="Free some space"):
-        patch.setattr(os, call, until_full)
-        costed(tmp_path / "run", small)
-    run = costed(tmp_path / "run", small)
-    assert run_info(run)["stages"]["spectra"]["resumed_layers"] > 0
-    assert run.layers_csv.read_bytes() == whole.layers_csv.read_bytes()

