@@ -29,13 +29,11 @@ from torch import Tensor
 
 from spi_utils.compactness import trace_norm
 from spi_utils.errors import AnalysisError
-from spi_utils.lab.arms import NUCLEAR, STANDARD, Arm, both_arm, control_arm, low_rank_arm, trace_arm
 from spi_utils.lab.experiment import Setting, run_all
-from spi_utils.lab.network import load_corpus
 from spi_utils.lab.numeric import depth_table, mass_table, quantizer_grid
 from spi_utils.lab.summary import summarize
-from spi_utils.lab.tables import arm_frame, correlation_frame, plan_frame
-from spi_utils.lab.verdicts import closing_table
+from spi_utils.lab.tables import arm_frame, closing_table, correlation_frame, plan_frame
+from spi_utils.lab.training import NUCLEAR, STANDARD, Arm, load_corpus, trace_arm
 from spi_utils.progress import one_thread
 from spi_utils.runs import write_text
 
@@ -44,9 +42,21 @@ STRONG, MIDDLE = SWEEP[-1], SWEEP[1]
 SHAPES = ((96, 96), (96, 384), (512, 512))
 
 
+def control_arm(penalty: str, c: float) -> Arm:
+    """A penalty on σ_1² or on ‖W‖_F²: smaller norms without the preference for few directions."""
+    title = {"spectral": "spectral norm", "frobenius": "Frobenius norm"}[penalty]
+    return Arm(penalty, f"{title}, c = {c:g}", "control", penalty=penalty, coefficient=c)
+
+
+def low_rank_arm(rank: int) -> Arm:
+    """Every matrix a product of this rank."""
+    return Arm("low_rank", f"low rank, r = {rank}", "control", rank=rank)
+
+
 def full_arms(controls: list[Arm]) -> list[Arm]:
     """(a) standard, (b) nuclear initialization, (c) the sweep, (d) both, (e) the tuned controls."""
-    return [STANDARD, NUCLEAR, *(trace_arm(c) for c in SWEEP), both_arm(MIDDLE), *controls]
+    both = Arm("both", f"both, c = {MIDDLE:g}", nuclear=True, penalty="trace", coefficient=MIDDLE)
+    return [STANDARD, NUCLEAR, *(trace_arm(c) for c in SWEEP), both, *controls]
 
 
 # --- the controls, tuned to the strongest trace norm -------------------------------------------------------

@@ -8,16 +8,18 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from spi_utils.errors import AnalysisError, EvaluationError, RunError
+from spi_utils.errors import AnalysisError, EvaluationError
 from spi_utils.formats import NF4_LEVELS
-from spi_utils.lab import arms, experiment, figures, numeric, summary, tables, verdicts
+from spi_utils.lab import experiment, figures, numeric, summary, tables, training
 from spi_utils.lab.experiment import Judge, rounded
-from spi_utils.lab.network import Network, Shape, initialize, load_corpus, matrices
-from spi_utils.lab.training import Recipe, train
+from spi_utils.lab.training import NUCLEAR, STANDARD, Arm, Recipe, Shape, load_corpus, make_network, train
 
 TINY = experiment.Setting(
     Recipe(levels=(4.2, 4.0), batch=4, warmup=5, every=5, limit=60), Shape(16, 1, 2, 16), 8, 8
 )
+
+
+FROBENIUS = Arm("frobenius", "Frobenius norm", "control", penalty="frobenius", coefficient=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def corpus():
 def results(tmp_path_factory):
     """Three seeds of four arms, and where they are kept."""
     folder = tmp_path_factory.mktemp("lab")
-    chosen = [arms.STANDARD, arms.NUCLEAR, arms.trace_arm(1e-3), arms.control_arm("frobenius", 1e-3)]
+    chosen = [STANDARD, NUCLEAR, training.trace_arm(1e-3), FROBENIUS]
     return experiment.run_all(chosen, range(3), TINY, folder, workers=1), folder, chosen
 
 
@@ -99,8 +101,7 @@ def test_nf4_is_the_nearest_level_of_each_block_also_at_odd_widths(shape):
 
 
 def test_kl_and_loss_are_those_of_the_definitions_and_weights_come_back(corpus):
-    network = Network(Shape(16, 1, 2, 16), corpus.symbols)
-    initialize(network, torch.Generator().manual_seed(0))
+    network = make_network(STANDARD, TINY.shape, corpus.symbols, torch.Generator().manual_seed(0))
     judge = Judge(network.requires_grad_(False), corpus.judge)
     before = {name: layer.weight.clone() for name, layer in judge.layers.items()}
     assert judge.damage(lambda weight: weight) == {"kl": 0.0, "dloss": 0.0}
@@ -109,7 +110,7 @@ def test_kl_and_loss_are_those_of_the_definitions_and_weights_come_back(corpus):
     assert all(torch.equal(layer.weight, before[name]) for name, layer in judge.layers.items())
     inputs, wanted = corpus.judge[:, :-1], corpus.judge[:, 1:]
     one = judge.network(inputs).double()
-    for _, layer in matrices(judge.network):
+    for layer in judge.layers.values():
         layer.weight.mul_(1.1)
     two = judge.network(inputs).double()
     p, q = torch.softmax(one, -1), torch.softmax(two, -1)
@@ -122,22 +123,25 @@ def test_kl_and_loss_are_those_of_the_definitions_and_weights_come_back(corpus):
 
 
 def test_levels_are_met_and_the_seed_decides(corpus):
-    one, again, other = (list(train(arms.STANDARD, s, TINY.recipe, TINY.shape, corpus)) for s in (0, 0, 1))
-    assert [snapshot.level for snapshot in one] == [None, 4.2, 4.0]
-    assert [snapshot.loss for snapshot in one[1:]] == pytest.approx([4.2, 4.0], abs=0.01)
-    states = [snapshots[-1].network.state_dict() for snapshots in (one, again, other)]
+    one, again, other = (list(train(STANDARD, s, TINY.recipe, TINY.shape, corpus)) for s in (0, 0, 1))
+    assert [level for level, _, _ in one] == [None, 4.2, 4.0]
+    losses = [float(training.token_losses(network, corpus.level)[1].mean()) for _, _, network in one[1:]]
+    assert losses == pytest.approx([4.2, 4.0], abs=0.01)
+    states = [met[-1][2].state_dict() for met in (one, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
     assert all(torch.equal(value, value.half().float()) for value in states[0].values())
 
 
 def test_arms_start_from_what_they_are_named_after(corpus):
-    nuclear = arms.make_network(arms.NUCLEAR, TINY.shape, corpus.symbols, torch.Generator().manual_seed(0))
-    for _, layer in matrices(nuclear):
+    nuclear = make_network(NUCLEAR, TINY.shape, corpus.symbols, torch.Generator().manual_seed(0))
+    for layer in nuclear.matrices().values():
         sigma = np.linalg.svd(layer.weight.detach().numpy(), compute_uv=False)
-        assert sigma[1] / sigma[0] == pytest.approx(math.exp(-arms.DECAY), rel=1e-3)
-    *_, final = train(arms.low_rank_arm(3), 0, Recipe(levels=(4.2,), batch=4), TINY.shape, corpus)
-    for _, layer in matrices(final.network):
+        assert sigma[1] / sigma[0] == pytest.approx(math.exp(-training.DECAY), rel=1e-3)
+    *_, (_, _, final) = train(
+        Arm("low_rank", "low rank", rank=3), 0, Recipe(levels=(4.2,), batch=4), TINY.shape, corpus
+    )
+    for layer in final.matrices().values():
         sigma = np.linalg.svd(layer.weight.numpy(), compute_uv=False)
         assert sigma[3] < 1e-2 * sigma[0]  # rounding to float16 leaves crumbs
 
@@ -148,25 +152,20 @@ def test_arms_start_from_what_they_are_named_after(corpus):
 )
 def test_penalties_are_the_norms_of_numpy(penalty, norm, corpus):
     generator = torch.Generator().manual_seed(0)
-    arm = arms.Arm("x", "x", penalty=penalty, coefficient=0.5)
-    network = arms.make_network(arm, TINY.shape, corpus.symbols, generator)
-    found = arms.make_penalty(arm, network, generator)
+    arm = Arm("x", "x", penalty=penalty, coefficient=0.5)
+    network = make_network(arm, TINY.shape, corpus.symbols, generator)
+    found = training.make_penalty(arm, network, generator)
     for _ in range(300):  # power iteration
         value = float(found().detach())
-    weights = [layer.weight.detach().numpy() for _, layer in matrices(network)]
+    weights = [layer.weight.detach().numpy() for layer in network.matrices().values()]
     assert value == pytest.approx(0.5 * sum(norm(np.linalg.svd(w)[1]) for w in weights), rel=1e-3)
 
 
-def test_bad_levels_ranks_and_texts_are_refused(corpus, monkeypatch):
+def test_bad_levels_and_texts_are_refused():
     with pytest.raises(AnalysisError, match="falling order"):
         Recipe(levels=(2.0, 2.1))
-    with pytest.raises(AnalysisError, match="above the width 16"):
-        arms.make_network(arms.low_rank_arm(17), TINY.shape, corpus.symbols, torch.Generator())
     with pytest.raises(EvaluationError, match="asked for"):
         load_corpus(64, 4000, 4000)
-    monkeypatch.setattr(tables, "FILE", "none.json")
-    with pytest.raises(RunError, match=r"benchmarks\.compactness"):
-        tables.full_grid()
 
 
 # --- runs, numbers, answers ------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_finished_runs_are_read_and_do_not_depend_on_the_company(results):
     whole = alone[0]["levels"][-1]["damage"]["int3"]["kl"]
     assert all(0 <= final["plans"][key] < whole for key in ("high", "low", "flat", "compact", "random"))
     missed = experiment.Setting(Recipe(levels=(4.2, 0.1), batch=2, warmup=1, limit=20), TINY.shape, 8, 8)
-    result = experiment.run_arm(arms.STANDARD, 0, missed)
+    result = experiment.run_arm(STANDARD, 0, missed)
     assert not result["reached"] and "final" not in result
 
 
@@ -193,8 +192,6 @@ def test_student_intervals_are_scipys():
     wanted = known.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
     assert found.p == pytest.approx(known.pvalue) and summary.t_estimate([1.0]).low == -math.inf
-    with pytest.raises(EvaluationError, match="finite"):
-        summary.t_estimate([1.0, math.nan])
 
 
 def test_the_summary_pairs_by_seed_and_becomes_tables_figures_and_answers(results):
@@ -216,7 +213,7 @@ def test_the_summary_pairs_by_seed_and_becomes_tables_figures_and_answers(result
     ):
         figure.canvas.draw()
         assert any(character.isdigit() for character in figure.get_suptitle())
-    table = verdicts.closing_table(found, numeric.mass_table(), numeric.quantizer_grid(), depth)
+    table = tables.closing_table(found, numeric.mass_table(), numeric.quantizer_grid(), depth)
     assert set(table["verdict"]) <= {"supported", "refuted", "not separable"} and len(table) == 8
     assert table["verdict"][0] == "supported" and "83 → 12" in table["reproduced"][0]
     assert "36 of 100 and 7 of 11" in table["reproduced"][1]
@@ -240,7 +237,7 @@ def estimate(low, high, **more):
     ],
 )
 def test_an_effect_counts_where_its_interval_says_so(one, wanted):
-    assert verdicts.sign(one) == wanted
+    assert tables.sign(one) == wanted
 
 
 @pytest.mark.parametrize(
@@ -262,7 +259,7 @@ def test_causes_needs_every_compact_arm_and_more_than_a_smaller_norm(damages, co
         for i, ends in enumerate(damages)
     ]  # fmt: skip
     matched = {"frobenius": {"compactness": estimate(*rank), "nf4": estimate(*control)}}
-    assert verdicts.causes({"arms": rows, "matched": matched})[0] == wanted
+    assert tables.causes({"arms": rows, "matched": matched})[1] == wanted
 
 
 @pytest.mark.parametrize(
@@ -271,4 +268,4 @@ def test_causes_needs_every_compact_arm_and_more_than_a_smaller_norm(damages, co
 )
 def test_alpha_predicts_through_training_only_with_one_sign(second, wanted):
     given = {"alpha_through_training": {"a": estimate(-0.9, -0.5), "b": estimate(*second)}}
-    assert verdicts.predicts_training(given)[0] == wanted
+    assert tables.predicts_training(given)[1] == wanted

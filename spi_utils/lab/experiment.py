@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from spi_utils.formats import dequantize, quantize
-from spi_utils.lab.arms import Arm
-from spi_utils.lab.network import Network, Shape, load_corpus, matrices, token_losses
-from spi_utils.lab.training import Recipe, train
+from spi_utils.lab.training import Arm, Network, Recipe, Shape, load_corpus, token_losses, train
 from spi_utils.progress import progress, spread
 from spi_utils.runs import fingerprint, read_json, write_json
 from spi_utils.spectra import analyze_matrix
@@ -66,7 +64,7 @@ class Judge:
 
     def __init__(self, network: Network, windows: Tensor) -> None:
         self.network, self.windows = network, windows
-        self.layers = dict(matrices(network))
+        self.layers = network.matrices()
         self.weights = {name: layer.weight.clone() for name, layer in self.layers.items()}
         self.logs, self.losses = token_losses(network, windows)
 
@@ -86,7 +84,7 @@ class Judge:
 def layer_statistics(network: Network) -> dict[str, dict[str, float]]:
     """For each matrix: the pipeline's spectral statistics, and NF4's relative error."""
     found: dict[str, dict[str, float]] = {}
-    for name, layer in matrices(network):
+    for name, layer in network.matrices().items():
         spectrum = analyze_matrix(layer.weight, farms=False, seed=0)
         error = (rounded(layer.weight, "nf4") - layer.weight).norm() / layer.weight.norm()
         found[name] = {key: spectrum.statistics[key] for key in STATISTICS}
@@ -143,21 +141,21 @@ def run_arm(arm: Arm, seed: int, setting: Setting) -> Result:
     """
     corpus = load_corpus(setting.shape.context, setting.level_windows, setting.judge_windows)
     found: Result = {"schema": SCHEMA, "arm": asdict(arm), "seed": seed, "reached": False, "levels": []}
-    for snapshot in train(arm, seed, setting.recipe, setting.shape, corpus):
-        judge = Judge(snapshot.network, corpus.judge)
-        statistics = layer_statistics(snapshot.network)
-        layers = {
-            name: {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in row.items()}
-            for name, row in statistics.items()
-        }
-        level = {
-            **{"level": snapshot.level, "step": snapshot.step, "loss": snapshot.loss},
+    for level, step, network in train(arm, seed, setting.recipe, setting.shape, corpus):
+        judge, statistics = Judge(network, corpus.judge), layer_statistics(network)
+        reached = {
+            "level": level,
+            "step": step,
+            "loss": float(token_losses(network, corpus.level)[1].mean()),
             "judge_loss": float(judge.losses.double().mean()),
             "damage": {fmt: judge.damage(fmt) for fmt in FORMATS},
-            "layers": layers,
+            "layers": {
+                name: {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in row.items()}
+                for name, row in statistics.items()
+            },
         }
-        found["levels"].append(level)
-        if snapshot.level == setting.recipe.levels[-1]:
+        found["levels"].append(reached)
+        if level == setting.recipe.levels[-1]:
             found["reached"] = True
             found["final"] = {
                 "layers": {

@@ -30,7 +30,7 @@ from spi_utils.figures import (
 )
 from spi_utils.lab.numeric import BASES, FLOOR, NORMALISATIONS, collapsed, spectra
 from spi_utils.lab.summary import COMPACTNESS
-from spi_utils.lab.verdicts import sign
+from spi_utils.lab.tables import sign
 
 Summary = Mapping[str, Any]
 DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))

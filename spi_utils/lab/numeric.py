@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import ortho_group
 
 from spi_utils.compactness import rank_of_mass
 
@@ -170,14 +172,13 @@ def collapsed(table: pd.DataFrame) -> tuple[int, int, int, int]:
 
 def layers(sigma: Floats, bases: str, seed: int) -> Iterator[Floats]:
     """Endless matrices of these singular values: one diagonal, one U diag(σ) Vᵀ, or a new pair each time."""
-    rng = np.random.default_rng(seed)
-    n = len(sigma)
-    fixed = np.diag(sigma) if bases == "diagonal" else _haar(n, rng) @ (sigma[:, None] * _haar(n, rng))
+    haar = partial(ortho_group.rvs, len(sigma), random_state=np.random.default_rng(seed))
+    fixed = np.diag(sigma) if bases == "diagonal" else haar() @ (sigma[:, None] * haar())
     while True:
         yield fixed
         if bases == "new orthogonal pairs":
             # In V's own basis each new layer is Q diag(σ) with Q = Vᵀ_next U Haar: one draw is enough.
-            fixed = _haar(n, rng) * sigma
+            fixed = haar() * sigma
 
 
 def product_logs(sigma: Floats, bases: str, depth: int, seed: int) -> Floats:
@@ -207,9 +208,3 @@ def float32_outcome(sigma: Floats, bases: str, depth: int, seed: int, exact: flo
             if np.abs(product).max() < FLOOR:
                 return f"floor at {t}"
     return "decays" if exact < -1 else "grows" if exact > 1 else "stays"
-
-
-def _haar(n: int, rng: np.random.Generator) -> Floats:
-    """A Haar-distributed orthogonal matrix (Mezzadri 2007)."""
-    q, r = np.linalg.qr(rng.standard_normal((n, n)))
-    return q * np.sign(np.diag(r))

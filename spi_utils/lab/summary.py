@@ -24,21 +24,14 @@ PREDICTORS = [*STATISTICS, "nf4_error"]
 
 
 def t_estimate(values: Iterable[float]) -> Estimate:
-    """Mean, standard error, 95 % Student interval and p of "the mean is 0" over seeds; unbounded below two.
-
-    Raises:
-        EvaluationError: no value, or one that isn't finite.
-    """
+    """Mean over seeds, standard error, 95 % Student interval, p of "it is 0"; unbounded below two seeds."""
     x = np.array(list(values), dtype=np.float64)
-    if not len(x) or not np.isfinite(x).all():
-        raise EvaluationError(f"{len(x)} seeds, all finite: expected at least one; got {x.tolist()}.")
-    mean, count = float(x.mean()), len(x)
-    if count < 2:
-        return Estimate(mean, math.inf, -math.inf, math.inf, 1.0, count)
-    se = float(x.std(ddof=1) / math.sqrt(count))
-    half = float(t.ppf(0.975, count - 1)) * se
-    p = float(2 * t.sf(abs(mean) / se, count - 1)) if se else float(mean == 0)
-    return Estimate(mean, se, mean - half, mean + half, p, count)
+    if len(x) < 2:
+        return Estimate(float(x.mean()), math.inf, -math.inf, math.inf, 1.0, len(x))
+    mean, se = float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
+    half = float(t.ppf(0.975, len(x) - 1)) * se
+    p = float(2 * t.sf(abs(mean) / se, len(x) - 1)) if se else float(mean == 0)
+    return Estimate(mean, se, mean - half, mean + half, p, len(x))
 
 
 def over_seeds(values: pd.Series) -> dict[str, Any] | None:
@@ -49,7 +42,7 @@ def over_seeds(values: pd.Series) -> dict[str, Any] | None:
 
 def log_ratio(one: pd.Series, base: pd.Series) -> Estimate | None:
     """Estimate of ln(one/base) over the seeds that both have, by which they are indexed; None without any."""
-    found = (one / base).map(math.log, na_action="ignore").dropna()
+    found = (one / base).map(np.log).dropna()
     return t_estimate(found) if len(found) else None
 
 
@@ -77,20 +70,20 @@ def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
     levels, layers = [], []
     for run in (run for run in results if run["reached"]):
         for level in run["levels"]:
+            final: dict[str, Any] = run["final"] if level is run["levels"][-1] else {}
             row = {"arm": run["arm"]["name"], "seed": run["seed"]}
             row["level"] = math.inf if level["level"] is None else level["level"]
             own = {key: level[key] for key in ("step", "loss", "judge_loss")}
-            final: dict[str, Any] = run["final"] if level is run["levels"][-1] else {}
             hurt = level["damage"].items()
             own |= {f"{key} {kind}": one[key] for kind, one in hurt for key in ("kl", "dloss")}
-            levels.append(row | own | (final["plans"] if final else {}))
+            levels.append(row | own | final.get("plans", {}))
             for name, statistics in level["layers"].items():
-                layer = row | {"type": name.split(".")[1]} | statistics
-                for kind in ALONE if final else ():
-                    cost = final["layers"][kind][name]
-                    weight = math.log(max(cost, 1e-12) / final["weights"][name])
-                    layer[f"cost {kind}"] = weight
-                layers.append(layer)
+                alone = final.get("layers", {}).items()
+                cost = {
+                    f"cost {kind}": math.log(max(kl[name], 1e-12) / final["weights"][name])
+                    for kind, kl in alone
+                }
+                layers.append(row | {"type": name.split(".")[1]} | statistics | cost)
     keys = ["arm", "seed", "level"]
     by_layer = pd.DataFrame(layers).astype(dict.fromkeys(PREDICTORS, float))
     means = by_layer.groupby(keys)[PREDICTORS].mean()
@@ -100,19 +93,22 @@ def tabled(results: Sequence[Result]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, Any]]:
     """A row an arm: training, spectra, damage, and all of it against the standard arm (with Holm's p)."""
-    held = {str(name): rows.droplevel("arm") for name, rows in last.groupby("arm", sort=False)}
     nothing = last.iloc[:0].droplevel("arm")
+    held = {str(name): rows.droplevel("arm") for name, rows in last.groupby("arm", sort=False)}
     base = held.get("standard", nothing)
     adjusted: dict[str, dict[str, Estimate]] = {}
     for kind in FORMATS:  # Holm's family is the arms
         found = {k: log_ratio(v[f"kl {kind}"], base[f"kl {kind}"]) for k, v in held.items()}
         adjusted[kind] = holm_family({k: one for k, one in found.items() if one and k != "standard"})
-    table = []
-    for name in dict.fromkeys(one["arm"]["name"] for one in results):
-        tried = [one["arm"] for one in results if one["arm"]["name"] == name]
-        row: dict[str, Any] = {key: tried[0][key] for key in ("name", "label", "kind")}
+    table: dict[str, Any] = {}
+    for result in results:
+        arm = result["arm"]
+        name = arm["name"]
+        if name in table:
+            table[name]["runs"] += 1
+            continue
         runs = held.get(name, nothing)
-        row |= {"runs": len(tried), "reached": len(runs)}
+        row = {key: arm[key] for key in ("name", "label", "kind")} | {"runs": 1, "reached": len(runs)}
         if len(runs):
             row |= {key: float(runs[key].mean()) for key in ("step", "loss", "judge_loss")}
             for key in ("alpha_hill", "effective_rank_rel", COMPACTNESS, "nf4_error"):
@@ -126,8 +122,8 @@ def arm_table(results: Sequence[Result], last: pd.DataFrame) -> list[dict[str, A
                 {"seed": seed, COMPACTNESS: one[COMPACTNESS], "kl": {k: one[f"kl {k}"] for k in FORMATS}}
                 for seed, one in runs.iterrows()
             ]
-        table.append(row)
-    return table
+        table[name] = row
+    return list(table.values())
 
 
 def correlations(levels: pd.DataFrame, last: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
@@ -135,19 +131,20 @@ def correlations(levels: pd.DataFrame, last: pd.DataFrame, layers: pd.DataFrame)
     a seed, the levels of a run, the matrices of a run, and these relative to their type."""
     views = {
         "across models": (last, ["seed"], "kl"),
-        "across training": (levels[np.isfinite(levels["level"])], ["arm", "seed"], "kl"),
+        "across training": (levels, ["arm", "seed"], "kl"),
         "within a model": (layers, ["arm", "seed"], "cost"),
         "within a type": (layers, ["arm", "seed"], "cost"),
     }
     found: dict[str, Any] = {}
     for view, (rows, by, what) in views.items():
-        groups = rows.groupby(level=by)
-        for key in PREDICTORS:
-            one = {
-                kind: groups.apply(rank_correlation, key, f"{what} {kind}", view == "within a type")
+        groups, same = rows.groupby(level=by), view == "within a type"
+        found[view] = {
+            key: {
+                kind: over_seeds(groups.apply(rank_correlation, key, f"{what} {kind}", same))
                 for kind in ALONE
             }
-            found.setdefault(view, {})[key] = {kind: over_seeds(values) for kind, values in one.items()}
+            for key in PREDICTORS
+        }
     return found
 
 
@@ -174,16 +171,16 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
         raise EvaluationError("No run reached the last level: raise it, or train longer.")
     levels, layers = tabled(results)
     last, own = levels.dropna(subset=["high"]), layers.dropna(subset=["cost nf4"])
-    controls = {one["arm"]["name"] for one in results if one["arm"]["kind"] == "control" and one["reached"]}
+    trained = levels[np.isfinite(levels["level"])]
     # ln(reference arm / control) of compactness and of each damage, paired by seed
     columns = {"compactness": COMPACTNESS, **{kind: f"kl {kind}" for kind in FORMATS}}
     matched: dict[str, Any] = {}
-    for name in sorted(controls):
+    for name in sorted({x["arm"]["name"] for x in results if x["arm"]["kind"] == "control" and x["reached"]}):
         ours, theirs = (last.xs(arm, level="arm") for arm in (reference, name))
         found = {key: log_ratio(ours[of], theirs[of]) for key, of in columns.items()}
         matched[name] = {key: one.as_dict() if one else None for key, one in found.items()}
-    trained = levels[np.isfinite(levels["level"])].groupby(level=["arm", "seed"], sort=False)
-    alpha = trained.apply(rank_correlation, "alpha_hill", "kl nf4").groupby(level="arm", sort=False)
+    alpha = trained.groupby(level=["arm", "seed"], sort=False).apply(rank_correlation, "alpha_hill", "kl nf4")
+    alpha_by_arm = alpha.groupby(level="arm", sort=False)
     summary = {
         "schema": 1,
         **notes,
@@ -191,8 +188,8 @@ def summarize(results: Sequence[Result], reference: str, **notes: Any) -> dict[s
         "seeds": sorted({result["seed"] for result in results}),
         "arms": arm_table(results, last),
         "matched": matched,
-        "correlations": correlations(levels, last, own),
-        "alpha_through_training": {name: over_seeds(values) for name, values in alpha},
+        "correlations": correlations(trained, last, own),
+        "alpha_through_training": {name: over_seeds(values) for name, values in alpha_by_arm},
         "plans": plan_table(last),
     }
     return _short(summary)
