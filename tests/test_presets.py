@@ -37,6 +37,8 @@ def test_what_is_given_wins_and_half_a_pair_brings_its_own_other_half():
     assert resolve("balanced", {"backend": None}) == {"backend": "compressed-tensors"}
     assert resolve("small", {"double_quant": None}) == {"double_quant": True}
     assert not resolve("small", GIVEN | {"backend": "compressed-tensors"})["double_quant"]
+    for other in ({"backend": "bitsandbytes"}, {"rule": "top_k"}, {"score": "alpha_hill"}):
+        assert resolve("balanced", GIVEN | other)["formats"] == []
     assert "value=4.6" in told("small", GIVEN) and "double_quant=True" in told("small", GIVEN)
     assert "double_quant" not in told("claim", GIVEN)
     with pytest.raises(ParameterError, match="top_k"):
@@ -49,7 +51,10 @@ def test_every_preset_passes_the_door_and_costs_about_the_bits_that_it_promises(
     chosen = resolve(preset, GIVEN)
     asked = {name: chosen[name] for name in ("score", "rule", "value", "double_quant")}
     adds_up = preset != "claim"
-    plan = make_plan(layer_table(), **asked, formats=TIERS[chosen["backend"]][adds_up])
+    layers = layer_table()
+    for kind in ("fisher", "predicted"):
+        layers[f"{kind}_int4_g32"] = 0.8 * layers[f"{kind}_int4_g64"]
+    plan = make_plan(layers, **asked, formats=chosen["formats"] or TIERS[chosen["backend"]][adds_up])
     assert not adds_up or chosen["value"] - 0.5 < plan.matrix_bits <= chosen["value"]
 
 
@@ -64,7 +69,10 @@ def test_only_formats_that_the_plan_may_use_are_costed():
     assert formats_to_cost({}) == formats_to_cost({"backend": "bitsandbytes"}) == pair
     assert formats_to_cost({"preset": "small", "cost_formats": None}) == [*pair, "nf4_dq"]
     assert formats_to_cost({"preset": "small", "double_quant": False}) == pair
-    assert formats_to_cost({"preset": "balanced"}) == formats_to_cost({"profile": "full"}) == mix
+    assert formats_to_cost({"preset": "near-lossless"}) == formats_to_cost({"profile": "full"}) == mix
+    assert formats_to_cost({"preset": "balanced"}) == [*pair, "int4_g32"]
+    assert formats_to_cost({"preset": "balanced", "score": "alpha_hill"}) == mix
+    assert formats_to_cost({"preset": "balanced", "profile": "full"}) == [*mix, "int4_g32"]
     assert formats_to_cost({"preset": "claim", "backend": "compressed-tensors"}) == mix
     assert formats_to_cost({"formats": ["int4_g32", "16bit"]}) == [*pair, "int4_g32"]
     assert formats_to_cost({"profile": "full", "cost_formats": ["int8"]}) == ["int8"]
