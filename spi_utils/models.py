@@ -9,7 +9,6 @@ repository's code never runs unless asked for.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import math
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spi_utils.errors import ModelError
+from spi_utils.errors import ModelError, RunError
 from spi_utils.runs import hash_files, read_json, sha256_file, slug, write_json
 from spi_utils.safe_linear import widen
 from spi_utils.tokens import hide_token, hub_token
@@ -197,10 +196,17 @@ def _bundled_file() -> Path:
     return Path(spec.submodule_search_locations[0], BUNDLED_FILE)
 
 
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        return read_json(path, what=what)
+    except RunError as error:
+        raise ModelError(f"{error} Fetch it again.") from error
+
+
 def _storage_dtype(directory: Path) -> str:
     """The 16-bit type that the configuration names, else the one of most of the bytes, else bfloat16: what
     was made in 32 bits may leave float16's range. Packed or 8-bit weights are refused."""
-    config = read_json(directory / "config.json", what="transformers configuration")
+    config = _read(directory / "config.json", "transformers configuration")
     sizes: dict[str, int] = defaultdict(int)
     for path in shard_paths(directory):
         for dtype, shape in read_header(path).values():
@@ -351,8 +357,12 @@ def convert_gguf(path: Path, sha256: str) -> Path:
         for pattern in (f"{path.parent.name}/LICENSE*", f"{path.parent.name}-*/**/LICENSE"):  # a package's
             for licence in path.parent.parent.glob(pattern):
                 shutil.copy(licence, work)
-        with contextlib.suppress(OSError):  # another process was first, and may be reading it: theirs stands
+        try:
             work.rename(directory)
+        except OSError:
+            # Another process was first, and may be reading it: theirs stands if it is whole.
+            if not (directory / "config.json").exists():
+                raise
     return directory
 
 
@@ -368,7 +378,7 @@ def shard_paths(directory: Path) -> list[Path]:
     index = directory / INDEX
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if index.exists():
-        mapped = read_json(index, what="index").get("weight_map")
+        mapped = _read(index, "index").get("weight_map")
         held = set(map(str, mapped.values())) if isinstance(mapped, dict) else {"(none)"}
         if missing := sorted(held - set(names)):
             raise ModelError(f"{directory}: no {missing[0]}, which its index names. Fetch the model again.")

@@ -126,7 +126,9 @@ def quantize(
             return run.model_dir
         made, report = make_checkpoint(run.partial / "quantize", source, saving, max_shard_size, overflow)
         st.record(**report)
-        shutil.rmtree(run.model_dir, ignore_errors=True)
+        if run.model_dir.exists():  # two renames, so that no mixture is ever there
+            shutil.rmtree(old := run.partial / "quantize" / "old", ignore_errors=True)
+            os.replace(run.model_dir, old)
         os.replace(made, run.model_dir)
     return run.model_dir
 

@@ -269,9 +269,8 @@ class Codes(Mapping[tuple[str, str], Packed]):
     def __init__(self, folder: Path) -> None:
         self.files: dict[tuple[str, str], tuple[Path, list[int], str]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with _opened(path) as file:
-                for name, fmt, shape, dtype in json.loads((file.metadata() or {})["made"])["packed"]:
-                    self.files[name, fmt] = (path, shape, dtype)
+            for name, fmt, shape, dtype in read_mark(path)[1]:
+                self.files[name, fmt] = (path, shape, dtype)
 
     def __getitem__(self, key: tuple[str, str]) -> Packed:
         path, (rows, cols), dtype = self.files[key]
@@ -294,8 +293,8 @@ def _held(fmt: str) -> int:
     return len(_PARTS) if fmt == NF4_DQ else 2
 
 
-def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed]) -> None:
-    """Write codes and scales by (layer, format), atomically."""
+def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed], mark: str) -> None:
+    """Write codes and scales by (layer, format), atomically; `mark` says what they were made from."""
     tensors: dict[str, torch.Tensor] = {}
     rows = []
     for (name, fmt), packed in chosen.items():
@@ -304,7 +303,18 @@ def write_codes(path: Path, chosen: Mapping[tuple[str, str], Packed]) -> None:
         tensors |= {f"{name}|{fmt}|{part}": one.cpu() for part, one in zip(_PARTS, held, strict=False)}
         rows.append([name, fmt, list(packed.shape), str(packed.dtype).removeprefix("torch.")])
     # one entry: safetensors writes several in an order that differs from process to process
-    write_tensors(path, tensors, made=json.dumps({"packed": rows}))
+    write_tensors(path, tensors, made=json.dumps({"mark": mark, "packed": rows}))
+
+
+def read_mark(path: Path) -> tuple[str, list[Any]]:
+    """What a file of codes was made from, and [layer, format, shape, dtype] of each matrix in it.
+
+    Raises:
+        RunError: cut or damaged.
+    """
+    with _opened(path) as file:
+        held = json.loads((file.metadata() or {})["made"])
+        return held["mark"], held["packed"]
 
 
 @contextmanager

@@ -29,14 +29,17 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -55,8 +58,8 @@ from spi_utils.models import (
     resolve_dtype,
 )
 from spi_utils.progress import progress
-from spi_utils.rounding import Codes, guidable, guided, write_codes
-from spi_utils.runs import Run, fingerprint, read_json, write_json, write_tensors, write_text
+from spi_utils.rounding import Codes, guidable, guided, read_mark, write_codes
+from spi_utils.runs import Run, fingerprint, read_json, write_json, write_tensors
 from spi_utils.scoring import (
     Head,
     Reference,
@@ -175,7 +178,7 @@ def make_codes(
 
 
 class Work:
-    """One computation of the columns; what is finished lies on disk and is not done again."""
+    """One computation of the columns; what is finished lies on disk under a mark and is not done again."""
 
     def __init__(
         self,
@@ -189,10 +192,11 @@ class Work:
     ) -> None:
         device = resolve_device(settings["device"])
         kind = resolve_dtype(settings["dtype"], device)
-        self.settings, self.text, formats = settings, text, settings["formats"]
+        sha = text.sha256 if text else None
+        made_from = [ENGINE, source.identity(), settings, names, sha, str(device), str(kind)]
+        self.mark, self.settings, self.text = fingerprint(made_from), settings, text
         self.model = load_model(source, device=device, dtype=kind)
         self.switch = Switch(self.model, weights, names)
-        self.able = {fmt: [name for name in names if self.switch.able(name, fmt)] for fmt in formats}
         self.tokenizer = load_tokenizer(source)
         self.start = start_token(self.tokenizer, self.model.config)
         check_windows(settings["windows"], settings["length"], self.start, self.model.config)
@@ -200,30 +204,33 @@ class Work:
         if text:
             self.notes["text"] = {"name": text.name, "source": text.source, "sha256": text.sha256}
         widths = {self.switch.live(name).shape[1] for name in names}
-        guides = any(guidable(fmt, width) for fmt in formats for width in widths)
+        guides = any(guidable(fmt, width) for fmt in settings["formats"] for width in widths)
         # how many windows are for rounding
         self.guiding = settings["windows"] if guides and settings["rounding"] == "guided" else 0
+        self.rounded, self.folder = run.rounded, run.partial / "analyze" / "sensitivity"
         self.measures: dict[str, tuple[torch.Tensor, Reference]] = {}
         self.kl: dict[str, float] = {}  # measured, by a text, a format and a layer
-        self.rounded, self.folder = run.rounded, run.partial / "analyze" / "sensitivity"
-        sha = text.sha256 if text else None
-        mark = fingerprint([ENGINE, source.identity(), settings, names, sha, str(device), str(kind)])
-        owner, kl = self.folder / "fingerprint", self.folder / "kl.json"
-        resumed = not force and owner.exists() and owner.read_text() == mark
-        try:
-            for path in self.folder.glob("*.safetensors") if resumed else ():
-                load_file(path)
-            Codes(self.rounded)
-            self.kl = read_json(kl) if resumed and kl.exists() else {}
-        except (RunError, SafetensorError) as error:
-            print(f"sensitivity: unfinished work is damaged ({error}) and made again.", flush=True)
-            resumed = False
-        if not resumed:
+        if force or not self._resumes():
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.rounded, ignore_errors=True)
-            write_text(owner, mark)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "fingerprint").write_text(self.mark)
         if settings["rounding"] == "guided":
             self.rounded.mkdir(exist_ok=True)
+
+    def _resumes(self) -> bool:
+        """Whether what an earlier process left is of these settings, and whole: its KL are read."""
+        owner, kl = self.folder / "fingerprint", self.folder / "kl.json"
+        if not owner.exists() or owner.read_text() != self.mark:
+            return False
+        try:
+            for path in self.folder.glob("*.safetensors"):
+                load_file(path)
+            self.kl = read_json(kl) if kl.exists() else {}
+            return all(read_mark(path)[0] == self.mark for path in self.rounded.glob("*.safetensors"))
+        except (RunError, SafetensorError) as error:
+            print(f"sensitivity: unfinished work is damaged ({error}) and made again.", flush=True)
+            return False
 
     def columns(self, layers: pd.DataFrame) -> dict[str, Floats]:
         """Every column, in the order of the layer table."""
@@ -232,25 +239,60 @@ class Work:
         slopes = self.slopes()
         for fmt in self.settings["formats"]:
             if self.settings["sensitivity"] == "measured":
-                able = self.able[fmt]
-                kl = {n: self.measure("text", fmt, [n]) for n in progress(able, len(able), f"ΔKL, {fmt}")}
-                best[fmt] = columns[f"measured_{fmt}"] = np.array([kl.get(n, np.nan) for n in layers.index])
-            else:
-                best[fmt], error = per_block(slopes[fmt])
-                columns |= {f"fisher_{fmt}": best[fmt], f"fisher_{fmt}_se": error}
+                best[fmt] = columns[f"measured_{fmt}"] = self.measured(fmt)
+                continue
+            best[fmt], error = per_block(slopes[fmt])
+            columns |= {f"fisher_{fmt}": best[fmt], f"fisher_{fmt}_se": error}
         for fmt in self.settings["formats"] if self.settings["refine_at"] else ():
             refined = self.refined(fmt, layers, best[fmt], columns[f"fisher_{fmt}_se"])
             best[fmt] = columns[f"refined_{fmt}"] = refined
         total = self.notes["kl_all_layers"] = {}
         half = self.notes["kl_cheap_half"] = {}
         for fmt, values in best.items():
-            extra = (layers["bytes_16bit"] - layers[f"bytes_{fmt}"]).to_numpy(float)
-            cheap = np.isfinite(values) & (extra > 0)  # those that half of the bytes for 16-bit would leave
-            cheap[cheap] = ~lifted(values[cheap], extra[cheap], extra[cheap].sum() / 2)
-            total[fmt] = self.measure("text", fmt, self.able[fmt])
+            cheap = self._cheap(fmt, values, layers)
+            total[fmt] = self.measure("text", fmt, self.able(fmt))
             half[fmt] = self.measure("text", fmt, list(layers.index[cheap]))
             columns[f"predicted_{fmt}"] = scaled(values, cheap, total[fmt], half[fmt])
         return columns
+
+    def _cheap(self, fmt: str, values: Floats, layers: pd.DataFrame) -> NDArray[np.bool_]:
+        """The layers that half of the bytes for 16-bit would leave in `fmt`."""
+        extra = (layers["bytes_16bit"] - layers[f"bytes_{fmt}"]).to_numpy(float)
+        able = np.isfinite(values) & (extra > 0)
+        able[able] = ~lifted(values[able], extra[able], extra[able].sum() / 2)
+        return able
+
+    # --- the text ---------------------------------------------------------------------------------------
+
+    def windows(self) -> torch.Tensor:
+        """The text that gradients are taken on, (W, T), made once and kept: for rounding, then for slopes."""
+        path, count = self.folder / "windows.safetensors", self.settings["windows"]
+        if not path.exists():
+            held_out = max(2, count // HELD_OUT) if self.guiding else 0
+            write_tensors(path, {"ids": self._make_windows(count + held_out)})
+        return load_file(path)["ids"]
+
+    def _make_windows(self, count: int) -> torch.Tensor:
+        kind, length, seed = (self.settings[name] for name in ("sensitivity", "length", "seed"))
+        if kind not in (*OWN, "measured"):
+            return self._cut(count)
+        if kind != "random":
+            own = sample_windows(self.model, count, length, self.start, seed)
+            shares = (own[:, 1:] == own[:, 1:].mode(dim=1).values[:, None]).float().mean(dim=1)
+            if length < 8 or shares.median() <= COLLAPSED:
+                return own
+            print(
+                "sensitivity: this model's own text collapses (in most windows one token makes up more than "
+                f"{COLLAPSED:.0%}); random tokens are used instead",
+                flush=True,
+            )
+        self.notes["own_text"] = "random tokens" + ("" if kind == "random" else ": its own text collapses")
+        return random_windows(self.model, count, length, self.start, seed)
+
+    def _cut(self, count: int) -> torch.Tensor:
+        assert self.text is not None
+        length, config = self.settings["length"], self.model.config
+        return make_windows(self.text, self.tokenizer, count, length, self.start, config=config)
 
     # --- gradients --------------------------------------------------------------------------------------
 
@@ -260,48 +302,26 @@ class Work:
         if oracle and not self.guiding:
             return {}
         windows = self.windows()
-        batch = max(1, BATCH_TOKENS // windows.shape[1])
-        while batch:
+        formats = () if oracle else self.settings["formats"]
+
+        def backwards(batch: int) -> Slopes:
             shape = f"{len(windows)} windows of {windows.shape[1]} tokens, {batch} at a time"
             print(f"sensitivity: {shape} on {self.switch.device}", flush=True)
-            try:
-                return self._backwards(windows, () if oracle else self.settings["formats"], batch)
-            except torch.OutOfMemoryError:
-                batch //= 2
-        raise AnalysisError(
-            "Out of memory with a single window. Use shorter windows (`length`), a device with more memory, "
-            "or sensitivity='none'."
-        )
+            return self._backwards(windows, formats, batch)
 
-    def windows(self) -> torch.Tensor:
-        """The text that gradients are taken on, (W, T), made once and kept: for rounding, then for slopes."""
-        path = self.folder / "windows.safetensors"
-        if path.exists():
-            return load_file(path)["ids"]
-        kind, length, seed = (self.settings[name] for name in ("sensitivity", "length", "seed"))
-        count = self.settings["windows"]
-        count += max(2, count // HELD_OUT) if self.guiding else 0
-        if kind not in (*OWN, "measured"):
-            ids = self._cut(count)
-        elif kind == "random":
-            ids, self.notes["own_text"] = self._random(count), "random tokens"
-        else:
-            ids = sample_windows(self.model, count, length, self.start, seed)
-            shares = (ids[:, 1:] == ids[:, 1:].mode(dim=1).values[:, None]).float().mean(dim=1)
-            if length >= 8 and shares.median() > COLLAPSED:
-                ids, self.notes["own_text"] = self._random(count), "random tokens: its own text collapses"
-                print(f"sensitivity: in most windows one token makes up more than {COLLAPSED:.0%}:", end=" ")
-                print("this model's own text collapses; random tokens are used instead", flush=True)
-        write_tensors(path, {"ids": ids})
-        return ids
-
-    def _random(self, count: int) -> torch.Tensor:
-        return random_windows(self.model, count, self.settings["length"], self.start, self.settings["seed"])
-
-    def _cut(self, count: int) -> torch.Tensor:
-        assert self.text is not None
-        length, config = self.settings["length"], self.model.config
-        return make_windows(self.text, self.tokenizer, count, length, self.start, config=config)
+        try:
+            most = max(1, BATCH_TOKENS // windows.shape[1])
+            found = find_executable_batch_size(backwards, starting_batch_size=most)()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise AnalysisError(
+                "Out of memory with a single window. Use shorter windows (`length`), a device with more "
+                "memory, or sensitivity='none'."
+            ) from error
+        if self.guiding:
+            self.switch.codes = Codes(self.rounded)
+        return found
 
     def _backwards(self, windows: torch.Tensor, formats: Sequence[str], batch: int) -> Slopes:
         """The pass, from the last block to the first; what an earlier process finished is read."""
@@ -312,9 +332,10 @@ class Work:
         state = self.folder / "state.safetensors"
         if state.exists():
             with safe_open(state, "pt") as file:
-                left, of = map(int, file.metadata()["reached"].split(","))
-            if of == batch:
-                found, reached = load_file(state), left
+                left, of = file.metadata()["reached"].split(",")
+            kept = range(int(left), blocks) if self.guiding else ()
+            if of == str(batch) and all(self._codes(block).exists() for block in kept):
+                found, reached = load_file(state), int(left)
                 passing.gradients = [found.pop(str(k), None) for k in range(len(passing.gradients))]
         todo = range(reached - 1, -1, -1)
         for block in progress(todo, blocks, "sensitivity by gradients", done=blocks - reached):
@@ -324,10 +345,13 @@ class Work:
             passing.descend(block)
             gradients = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
             write_tensors(state, found | gradients, reached=f"{block},{batch}")
-        if self.guiding:
-            self.switch.codes = Codes(self.rounded)
-        names = self.switch.layers
-        return {fmt: torch.stack([found[f"{fmt}|{name}"] for name in names]).numpy() for fmt in formats}
+        return {
+            fmt: torch.stack([found[f"{fmt}|{name}"] for name in self.switch.layers]).numpy()
+            for fmt in formats
+        }
+
+    def _codes(self, block: int) -> Path:
+        return self.rounded / f"block-{block:03d}.safetensors"
 
     def _round(self, passing: BlockPass, block: int) -> dict[tuple[str, str], Packed]:
         """Guided codes of a block's layers, by layer and format, on disk when this returns."""
@@ -337,22 +361,34 @@ class Work:
         for name in passing.layers[block]:
             if name not in moments:
                 raise AnalysisError(UNLIKE.format(name))
-            weight, parts, moment = self.switch.original(name), passing.parts[name], moments.pop(name)
+            weight = self.switch.original(name)
             for fmt in self.settings["formats"]:
                 if guidable(fmt, weight.shape[1]):
-                    chosen[name, fmt], damping = guided(weight, moment, fmt, parts=parts)
+                    parts = passing.parts[name]
+                    chosen[name, fmt], damping = guided(weight, moments[name], fmt, parts=parts)
                     key = "nearest levels" if damping is None else f"damping {damping:g}"
                     kinds[key] = kinds.get(key, 0) + 1
-        write_codes(self.rounded / f"block-{block:03d}.safetensors", chosen)
+            del moments[name]
+        write_codes(self._codes(block), chosen, self.mark)
         return chosen
 
     # --- measurements -----------------------------------------------------------------------------------
 
+    def able(self, fmt: str) -> list[str]:
+        """The layers that a format can hold."""
+        return [name for name in self.switch.layers if self.switch.able(name, fmt)]
+
+    def measured(self, fmt: str) -> Floats:
+        """The oracle: every layer measured alone on the text; NaN where the format can't hold it."""
+        able = self.able(fmt)
+        found = {name: self.measure("text", fmt, [name]) for name in progress(able, len(able), f"ΔKL, {fmt}")}
+        return np.array([found.get(name, np.nan) for name in self.switch.layers])
+
     def refined(self, fmt: str, layers: pd.DataFrame, values: Floats, errors: Floats) -> Floats:
         """Fisher's estimate, measured on Fisher's own text where the budgets' cuts need it; NaN where the
         format can't hold the layer."""
-        names = self.able[fmt]
-        able = layers.index.isin(names)
+        names = self.able(fmt)
+        able = np.isin(self.switch.layers, names)
         held = layers[able]
         extra = (held["bytes_16bit"] - held[f"bytes_{fmt}"]).to_numpy(float)
         low = held[f"bytes_{fmt}"].sum() + layers.loc[~able, "bytes_16bit"].sum()
@@ -361,14 +397,19 @@ class Work:
         if not budgets:
             return values.copy()
         limit = max(AT_ONCE, math.floor(SHARE * len(names)))
+        bar = progress(range(limit), limit, f"ΔKL near the cut, {fmt} (at most)")
 
         def measure(index: int) -> float:
+            next(bar, None)
             return self.measure("own", fmt, [names[index]])
 
         whole = values.copy()
         whole[able], done, settled = refine(values[able], errors[able], extra, budgets, measure, limit)
-        notes = {"matrix_bits": self.settings["refine_at"], "evaluations": int(done.sum())}
-        self.notes[f"refined_{fmt}"] = notes | {"settled": settled}
+        self.notes[f"refined_{fmt}"] = {
+            "matrix_bits": self.settings["refine_at"],
+            "evaluations": int(done.sum()),
+            "settled": settled,
+        }
         return whole
 
     def measure(self, where: str, fmt: str, names: Sequence[str]) -> float:
@@ -409,6 +450,9 @@ class BlockPass:
             batch: windows at a time.
             seed: of the labels, one draw a window and position.
             split: the first so many windows are for `moments`, the others for `slopes`.
+
+        Raises:
+            AnalysisError: the blocks' inputs don't fit into memory.
         """
         self.switch, self.model, self.head = switch, switch.model, Head(switch.model)
         self.half = next(self.model.parameters()).dtype == torch.float16
@@ -435,23 +479,25 @@ class BlockPass:
     def _forward(self) -> bool:
         """Keep every block's input, and the gradients at the last one's output; False where a block, run
         alone, gives something else than it did in the model."""
-        self.inputs: list[list[torch.Tensor]] = [[] for _ in self.blocks]
-        self.calls: list[list[Any]] = [[] for _ in self.blocks]
+        self._check_memory()
+        self.inputs: list[dict[int, torch.Tensor]] = [{} for _ in self.blocks]
+        self.calls: list[dict[int, Any]] = [{} for _ in self.blocks]
 
-        def keep(block: int, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def keep(block: int, k: int, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             rest = {key: value for key, value in options.items() if key != "hidden_states"}
-            self.inputs[block].append((args[0] if args else options["hidden_states"]).cpu())
-            self.calls[block].append((args[1:], rest))
+            self.inputs[block][k] = (args[0] if args else options["hidden_states"]).cpu()
+            self.calls[block][k] = (args[1:], rest)
 
         gradients: list[torch.Tensor | None] = []
-        with contextlib.ExitStack() as hooks:
-            for index, block in enumerate(self.blocks):
-                hook = block.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
-                hooks.enter_context(hook)
-            for k in range(len(self.ids)):
-                gradients.append(self._pull(partial(self._run_from, self.blocks[-1], k), (), k)[0].cpu())
-        if any(len(kept) != len(self.ids) for kept in self.inputs):
-            return False
+        for k in range(len(self.ids)):
+            handles = [
+                block.register_forward_pre_hook(partial(keep, index, k), with_kwargs=True)
+                for index, block in enumerate(self.blocks)
+            ]
+            with _removed(handles):
+                gradients.append(self._pull(partial(self._run_from, self.blocks[-1], k, ()), k)[0].cpu())
+            if not all(k in kept for kept in self.inputs):
+                return False
         for index in range(len(self.blocks) - 1):
             with torch.no_grad():
                 made = self._call(index, 0, self.inputs[index][0].to(self.switch.device))
@@ -497,7 +543,7 @@ class BlockPass:
             for (name, x, g), fmt in product(visits, formats):
                 slope = torch.full(ids.shape, torch.nan)
                 if (name, fmt) in deltas:
-                    moved = F.linear(x, deltas[name, fmt].to(x.dtype)).float()  # ΔW x, (B, T, out)
+                    moved = _product(x, deltas[name, fmt]).float()  # ΔW x, (B, T, out)
                     slope = torch.linalg.vecdot(moved, g).view(ids.shape).cpu()
                 parts[name, fmt].append(slope)
         return {key: torch.cat(rows) for key, rows in parts.items()}
@@ -510,66 +556,81 @@ class BlockPass:
 
     def _visit(self, block: int, k: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """One block forward and backward on one batch: (name, x, g) of each of its layers."""
-        run = partial(self._run_from, self.model.get_input_embeddings(), k)
-        if self.blocks:
-            run = partial(self._run, block, k)
-        gradient, seen = self._pull(run, self.layers[block], k)
+        if not self.blocks:
+            start = self.model.get_input_embeddings()
+            return self._pull(partial(self._run_from, start, k, self.layers[0]), k)[1]
+        gradient, seen = self._pull(partial(self._run, block, k), k)
         self._below[k] = gradient.cpu()
         return seen
 
-    def _pull(
-        self, run: Callable[[], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str], k: int
-    ) -> tuple[torch.Tensor, list[Any]]:
+    def _pull(self, run: Callable[[], Any], k: int) -> tuple[torch.Tensor, list[Any]]:
         """The gradient at the input of what `run` computes, and (name, x, g) of its layers, all float32.
 
         In float16 at a scale at which nothing overflows, divided out again.
         """
-        seen: list[Any] = []
-
-        def look(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda g: seen.append((name, x, g)))
-
         for scale in SCALES if self.half else (1.0,):
-            seen.clear()
-            with contextlib.ExitStack() as hooks, torch.enable_grad():
-                for name in names:
-                    layer = self.model.get_submodule(name)
-                    hooks.enter_context(layer.register_forward_hook(partial(look, name)))
-                leaf, output = run()
+            leaf, output, seen = run()
             gradient = self.gradients[k]
             if gradient is None:
                 hidden = output.detach().flatten(0, 1)
                 gradient = label_gradient(self.head, hidden, self.labels[k]).view_as(output)
             output.backward((gradient.to(output.device) * scale).to(output.dtype))
-            assert leaf.grad is not None
             if all(bool(part.isfinite().all()) for part in (leaf.grad, *(g for _, _, g in seen))):
                 return leaf.grad.float() / scale, [(name, x, g.float() / scale) for name, x, g in seen]
         raise AnalysisError(
-            f"The gradients of {type(self.model).__name__} overflow at any scale or are not numbers; use "
-            "dtype='bfloat16' or 'float32', or sensitivity='none'."
+            f"The gradients of {type(self.model).__name__} are not numbers in float16, at any scale; "
+            "use dtype='bfloat16' or 'float32', or sensitivity='none'."
+            if self.half
+            else f"The gradients of {type(self.model).__name__} are not numbers; use sensitivity='none'."
         )
 
-    def _run(self, block: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A block on a batch, with a graph: its input and its output."""
-        leaf = self.inputs[block][k].to(self.switch.device, copy=True).requires_grad_(True)
-        return leaf, self._call(block, k, leaf)
+    def _run(self, block: int, k: int) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """A block on a batch, with a graph: its input, its output, what its layers see on the way back."""
+        seen: list[Any] = []
+        with _removed(self._look(self.layers[block], seen)), torch.enable_grad():
+            leaf = self.inputs[block][k].to(self.switch.device, copy=True).requires_grad_(True)
+            return leaf, self._call(block, k, leaf), seen
 
-    def _run_from(self, start: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_from(self, start: Any, k: int, names: Sequence[str]) -> tuple[torch.Tensor, Any, list[Any]]:
         """The whole model on a batch, with a graph from the output of the module `start` on."""
+        seen: list[Any] = []
         leaves: list[torch.Tensor] = []
 
         def begin(module: Any, inputs: Any, output: Any) -> Any:
             leaves.append(_first(output).detach().requires_grad_(True))
             return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
 
-        with start.register_forward_hook(begin):
+        handles = [*self._look(names, seen), start.register_forward_hook(begin)]
+        with _removed(handles), torch.enable_grad():
             output = final_hidden(self.model, self.ids[k].to(self.switch.device))
-        return leaves[0], output
+        return leaves[0], output, seen
+
+    def _look(self, names: Sequence[str], seen: list[Any]) -> list[Any]:
+        """Hooks that note (name, x, g) of the layers on the way back."""
+
+        def look(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda g: seen.append((name, x, g)))
+
+        return [self.model.get_submodule(n).register_forward_hook(partial(look, n)) for n in names]
 
     def _call(self, block: int, k: int, hidden: torch.Tensor) -> torch.Tensor:
         args, options = self.calls[block][k]
         return _first(self.blocks[block](hidden, *args, **options))
+
+    def _check_memory(self) -> None:
+        hidden = self.model.get_input_embeddings().weight
+        tokens = sum(ids.numel() for ids in self.ids)
+        largest = max(self.switch.live(name).shape[1] for name in self.switch.layers)
+        need = tokens * hidden.shape[1] * hidden.element_size() * (len(self.blocks) + 2)
+        need += 4 * 8 * largest**2 if self.switch.device.type == "cpu" else 0
+        free = psutil.virtual_memory().available
+        if need > free:
+            raise AnalysisError(
+                f"Sensitivities need about {need / 1e9:.1f} GB beside the model; {free / 1e9:.1f} are free. "
+                f"Use shorter windows (length={self.ids[0].shape[1] // 2}), a machine with more memory, or "
+                "sensitivity='none'."
+            )
 
 
 def all_slopes(
@@ -614,8 +675,26 @@ def fused_parts(name: str, rows: int, config: Any) -> list[int]:
     return sizes if sound else [rows]
 
 
+@contextlib.contextmanager
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
+    """While entered, hooks are in place."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _product(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """ΔW x, in the weight's dtype where a wider x fits into it."""
+    moved = F.linear(x.to(delta.dtype), delta)
+    if x.dtype == delta.dtype or bool(moved.isfinite().all()):
+        return moved
+    return F.linear(x, delta.to(x.dtype))
 
 
 @torch.no_grad()
@@ -627,15 +706,20 @@ def label_gradient(head: Head, hidden: torch.Tensor, uniform: torch.Tensor) -> t
         rows = slice(first, first + head.chunk)
         raw = head.raw(hidden[rows], "variant")  # (rows, V), overwritten by its gradient
         for part, u in zip(raw.split(head.rows), uniform[rows].split(head.rows), strict=True):
-            with torch.enable_grad():
-                leaf = part.float().detach().requires_grad_(True)
-                logits = head.finish(leaf)  # scaled and capped, where the model does so
-            p = torch.softmax(logits.detach(), dim=-1)
-            labels = pick(p, u)
-            gradient = p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))  # e_y - p
-            part.copy_(torch.autograd.grad(logits, leaf, gradient)[0])
+            part.copy_(_logit_gradient(head, part, u))
         torch.mm(raw.to(head.weight.dtype), head.weight, out=result[rows])
     return result
+
+
+def _logit_gradient(head: Head, raw: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """e_y - p with y ~ p, taken back through the scaling and capping of logits where there is any."""
+    with torch.set_grad_enabled(bool(head.adjust)):
+        leaf = raw.float().detach().requires_grad_(bool(head.adjust))
+        logits = head.finish(leaf)
+    p = torch.softmax(logits.detach(), dim=-1)
+    labels = pick(p, uniform)
+    gradient = p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))
+    return torch.autograd.grad(logits, leaf, gradient)[0] if head.adjust else gradient
 
 
 # --- the text ---------------------------------------------------------------------------------------------

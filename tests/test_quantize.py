@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
@@ -278,7 +279,7 @@ def test_what_float16_cannot_hold_keeps_the_checkpoint_in_bfloat16_or_is_refused
 
 
 @pytest.fixture
-def refused(tiny, tmp_path):
+def assert_refused(tiny, tmp_path):
     run, source, plan = prepare(tiny("llama"), tmp_path)
 
     def refuse(error, match, *, plan=plan, **options):
@@ -302,15 +303,15 @@ def refused(tiny, tmp_path):
         ({}, {"backend": "gguf"}, "gguf.*bitsandbytes"),
     ],
 )
-def test_wrong_parameters_and_plans_that_do_not_fit_are_refused(refused, changes, options, match):
-    changes = {name: {**getattr(refused.plan, name), **change} for name, change in changes.items()}
-    plan = dataclasses.replace(refused.plan, **changes)
-    refused((PlanError, CheckpointError), match, plan=plan, **options)
-    assert not refused.run.partial.exists()
+def test_wrong_parameters_and_plans_that_do_not_fit_are_refused(assert_refused, changes, options, match):
+    changes = {name: {**getattr(assert_refused.plan, name), **change} for name, change in changes.items()}
+    plan = dataclasses.replace(assert_refused.plan, **changes)
+    assert_refused((PlanError, CheckpointError), match, plan=plan, **options)
+    assert not assert_refused.run.partial.exists()
 
 
 def test_a_broken_package_a_full_disk_and_no_device_are_refused_with_nothing_written(
-    refused, monkeypatch, tmp_path
+    assert_refused, monkeypatch, tmp_path
 ):
     broken = tmp_path / "broken" / "bitsandbytes"
     broken.mkdir(parents=True)
@@ -318,22 +319,22 @@ def test_a_broken_package_a_full_disk_and_no_device_are_refused_with_nothing_wri
     with monkeypatch.context() as patch:
         patch.syspath_prepend(broken.parent)
         patch.delitem(sys.modules, "bitsandbytes")
-        refused(CheckpointError, r"CUDA Setup failed.*pip install bitsandbytes")
+        assert_refused(CheckpointError, r"CUDA Setup failed.*pip install bitsandbytes")
     with monkeypatch.context() as patch:
         patch.setattr(q.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-        refused(CheckpointError, "of disk are needed, 0.00 GB are free")
+        assert_refused(CheckpointError, "of disk are needed, 0.00 GB are free")
     if not torch.cuda.is_available():
-        refused(ModelError, "no CUDA", device="cuda:0")
-    assert not refused.run.model_dir.exists()
+        assert_refused(ModelError, "no CUDA", device="cuda:0")
+    assert not assert_refused.run.model_dir.exists()
 
 
-def test_foreign_files_in_the_target_are_left_alone_and_its_own_output_is_no_source(refused, llama):
-    folder = refused.run.model_dir
+def test_foreign_files_in_the_target_are_left_alone_and_its_own_output_is_no_source(assert_refused, llama):
+    folder = assert_refused.run.model_dir
     folder.mkdir()
     (folder / "thesis.txt").write_text("irreplaceable")
-    refused(CheckpointError, "did not write")
+    assert_refused(CheckpointError, "did not write")
     (folder / "plan.json").write_text(json.dumps({"model": {"id": "a/b", "sha256": "1" * 64}}))
-    refused(CheckpointError, "a/b")
+    assert_refused(CheckpointError, "a/b")
     assert (folder / "thesis.txt").read_text() == "irreplaceable"
     with pytest.raises(ModelError, match="already quantized"):
         resolve(str(llama))
@@ -369,10 +370,10 @@ def test_tensors_that_are_other_too_few_or_too_many_are_found(llama, tmp_path, c
         q.check_bits(folder, written)
 
 
-def test_a_size_modules_or_logits_that_differ_are_found(refused):
-    plan = refused.plan
+def test_a_size_modules_or_logits_that_differ_are_found(assert_refused):
+    plan = assert_refused.plan
     small = dataclasses.replace(plan, bytes={**plan.bytes, "total": plan.bytes["total"] // 2})
-    refused(CheckpointError, r"predicted.*\+\d+", plan=small)
+    assert_refused(CheckpointError, r"predicted.*\+\d+", plan=small)
     answer = {"transformers": "5", "logit_spread": 2.0, "first_nonfinite": None, "spi_utils": False}
     answer |= {"finite": True, "max_logit_difference": 0.019, "generation": {"text": "a", "tokens": 1}}
     assert q.check_use(answer, "float16")["finite"]
@@ -502,36 +503,53 @@ SMALL = {"device": "cpu", "windows": 6, "length": 24, "text": "pydoc", "formats"
 
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
-    """A run after notebook 01; tests get copies."""
-    place = tmp_path_factory.mktemp("analysed")
-    model = make_tiny("llama", place / "model", initializer_range=0.1, num_hidden_layers=2)
-    run, source = begin_run(str(place / "run"), str(model))
-    analyze(run, source, **SMALL)
-    return lambda folder: (Run(shutil.copytree(run.path, folder / "run")), source)
+    """Runs after notebook 01 by architecture; each is made once, tests get copies."""
+
+    @cache
+    def make(arch):
+        place = tmp_path_factory.mktemp(arch)
+        size = {"n_layer" if arch == "gpt2" else "num_hidden_layers": 2}
+        model = make_tiny(arch, place / "model", initializer_range=0.1, **size)
+        run, source = begin_run(str(place / "run"), str(model))
+        analyze(run, source, **SMALL)
+        return run, source
+
+    return lambda folder, arch="llama": (
+        Run(shutil.copytree(make(arch)[0].path, folder / "run")),
+        make(arch)[1],
+    )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"), [("float16", "nf4"), pytest.param("bfloat16", "nf4_dq", marks=pytest.mark.slow)]
+    ("arch", "dtype", "stored"),
+    [
+        ("llama", "float16", "nf4"),
+        pytest.param("llama", "bfloat16", "nf4_dq", marks=pytest.mark.slow),
+        pytest.param("gpt2", "float16", "nf4", marks=pytest.mark.slow),
+    ],
 )
-def test_the_codes_that_were_chosen_are_in_the_file_in_any_dtype(analysed, tmp_path, dtype, stored):
-    run, source = analysed(tmp_path)
+def test_the_codes_that_were_chosen_are_in_the_file_in_any_dtype(analysed, tmp_path, arch, dtype, stored):
+    run, source = analysed(tmp_path, arch)
     plan = decide(run, double_quant=stored == "nf4_dq", force=True)
     assert plan.rounding == "guided" == read_plan(run).rounding
     q.quantize(run, source, plan, device="cpu", storage_dtype=dtype)
     codes, loaded = Codes(run.rounded), AutoModelForCausalLM.from_pretrained(run.model_dir)
+    source_model = AutoModelForCausalLM.from_pretrained(source.directory)
     tensors = load_file(run.model_dir / "model.safetensors")
     stock, seen = dict(loaded.dequantize().named_parameters()), 0
-    for name, fmt, value in read_saved(run.model_dir, loaded):
+    for name, fmt, value in read_saved(run.model_dir, source_model):
         if fmt == "nf4":
             meant = codes[name.removesuffix(".weight"), stored]
-            assert torch.equal(tensors[name], meant.codes)
-            assert torch.equal(value, dequantize(meant, value.dtype)) and value.dtype == getattr(torch, dtype)
-            assert dtype == "bfloat16" or torch.equal(stock[name], value), name
+            values = dequantize(meant, value.dtype)
+            assert value.dtype == getattr(torch, dtype)
+            assert torch.equal(value.T if arch == "gpt2" else value, values)  # Conv1D is (in, out)
+            assert dtype == "bfloat16" or torch.equal(stock[name], values), name
+            assert arch == "gpt2" or torch.equal(tensors[name], meant.codes)  # GPT-2's files lack a prefix
             seen += 1
     assert seen == plan.count("nf4") > 0
 
 
-def test_values_that_the_backends_package_reads_otherwise_are_refused(refused, monkeypatch):
+def test_values_that_the_backends_package_reads_otherwise_are_refused(assert_refused, monkeypatch):
     parts_of, *others = BACKENDS["bitsandbytes"]
 
     def flipped(packed):
@@ -539,7 +557,7 @@ def test_values_that_the_backends_package_reads_otherwise_are_refused(refused, m
         return parts | {"weight": parts["weight"] ^ 1}
 
     monkeypatch.setitem(BACKENDS, "bitsandbytes", (flipped, *others))
-    refused(CheckpointError, "bitsandbytes reads nf4 as other values than were meant")
+    assert_refused(CheckpointError, "bitsandbytes reads nf4 as other values than were meant")
 
 
 @pytest.mark.slow

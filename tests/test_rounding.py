@@ -141,7 +141,7 @@ def test_a_file_of_codes_is_the_same_bytes_in_every_process(tmp_path):
         "import sys, torch; from pathlib import Path; from spi_utils.formats import quantize; "
         "from spi_utils.rounding import write_codes; torch.manual_seed(0); "
         "made = {(name, 'nf4'): quantize(torch.randn(64, 64), 'nf4') for name in 'ab'}; "
-        "write_codes(Path(sys.argv[1]), made)"
+        "write_codes(Path(sys.argv[1]), made, 'mark')"
     )
     for number in range(2):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
