@@ -510,6 +510,11 @@ def _threshold(p: Problem, rule: str, value: float) -> Decision:
     sign = "≥" if p.direction == "high" else "≤"
     layers = int(p.count[taken].sum())
     said = f"The {layers} of {len(p.names)} layers with {p.score} {sign} {value:g} stay in {p.top}."
+    if not taken.any() or taken[p.free].all():
+        known = p.raw[~np.isnan(p.raw)]
+        span = f"{p.score} lies between {known.min():.4g} and {known.max():.4g}" if len(known) else ""
+        amount = "all of them" if taken.any() else "none"
+        said += f" That is {amount}: {span or 'no layer has one'}."
     return p.lift(taken), said, {}
 
 

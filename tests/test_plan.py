@@ -158,8 +158,9 @@ def test_top_k_and_threshold_agree(direction):
 
 
 def test_ends_ties_infinite_and_missing_scores():
-    for value, count in ((99, 0), (-1, 21)):
-        assert len(make_plan(layer_table(21), rule="threshold", value=value).protected) == count
+    for value, count, said in ((99, 0, "That is none"), (-1, 21, "That is all of them")):
+        plan = make_plan(layer_table(21), rule="threshold", value=value)
+        assert len(plan.protected) == count and said in plan.reason
     first = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
     tied = make_plan(small(alpha=(2.0, 2.0, 2.0)), rule="top_k", value=2)
     assert tied.protected == tuple(first[:2])  # equal scores keep the model's order
