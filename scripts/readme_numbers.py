@@ -227,6 +227,23 @@ def rounding(held: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def rounding_short(held: dict[str, Any]) -> str:
+    """The first model's rows of `rounding`, a column a number of own windows: README's table."""
+    model = held["rounding"][0]["model"]
+    own = [one for one in held["rounding"] if one["model"] == model]
+    found = {(one["format"], one["rounding"], one["tokens"] // one["length"]): one for one in own}
+    counts = sorted({windows for _, how, windows in found if how == "guided"})
+    heads = ["4-bit everywhere", "matrix bits", "nearest", *(f"guided, {n} own windows" for n in counts)]
+    rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for fmt, name in FORMATS.items():
+        cells = [kl_cell(found[fmt, how, n]) for how, n in (("nearest", 0), *(("guided", n) for n in counts))]
+        rows.append(f"| {name} | {found[fmt, 'nearest', 0]['matrix_bits']:.2f} | {' | '.join(cells)} |")
+    first = own[0]
+    shape = f"{first['windows']} windows × {first['length']} tokens"
+    said = f"KL on {shape} of {first['text']}, {model.split('/')[-1]}"
+    return "\n".join([*rows, "", f"({said}, 95 % intervals over windows, `benchmarks/rounding.py`.)"])
+
+
 def parts(held: dict[str, Any]) -> str:
     """What guided rounding is without one of its parts, beside itself."""
     lacking = {one["format"] for one in held["rounding"] if one["rounding"].startswith("guided, ")}
@@ -487,6 +504,7 @@ BLOCKS = {
     "presets": presets,
     "run": run_table,
     "rounding": rounding,
+    "rounding_short": rounding_short,
     "parts": parts,
     "tried": tried,
     "formats": formats,

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "guided",
     },
     "small": _COST | {"value": 4.6, "backend": "bitsandbytes", "double_quant": True},
-    # groups of 32: at 5.5 bits a fifth less damage than groups of 64, docs/results.md
+    # groups of 32: at 5.5 bits a sixth less KL than groups of 64, docs/results.md
     "balanced": _COST
     | {"value": 5.5, "backend": "compressed-tensors", "formats": ["int4_g32", "int8", "16bit"]},
     "near-lossless": _COST | {"value": 8.1, "backend": "compressed-tensors"},
