@@ -693,5 +693,5 @@ def predicted_and_real(evaluation: Evaluation) -> Figure | None:
     finding = f"Predicted KL is off by {np.median(off):.0%} (median of {len(off)} variants)"
     if "plan" in pairs:
         finding += "; the plan's is {:.3g}, and {:.3g} in truth".format(*pairs["plan"]) + f" ({WHOSE})"
-    reading = "The prediction is a sum over layers, scaled once a format by all layers in that format."
+    reading = "The prediction is a sum over layers, scaled a format by all of them and by their cheaper half."
     return finished(axes, finding, f"{reading} {_windows(evaluation)}")
