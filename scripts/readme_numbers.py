@@ -235,13 +235,14 @@ def rounding_short(held: dict[str, Any]) -> str:
     counts = sorted({windows for _, how, windows in found if how == "guided"})
     heads = ["4-bit everywhere", "matrix bits", "nearest", *(f"guided, {n} own windows" for n in counts)]
     rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for fmt, name in FORMATS.items():
+    for fmt in ("nf4", "int4_g64"):
         cells = [kl_cell(found[fmt, how, n]) for how, n in (("nearest", 0), *(("guided", n) for n in counts))]
-        rows.append(f"| {name} | {found[fmt, 'nearest', 0]['matrix_bits']:.2f} | {' | '.join(cells)} |")
+        bits = found[fmt, "nearest", 0]["matrix_bits"]
+        rows.append(f"| {FORMATS[fmt]} | {bits:.2f} | {' | '.join(cells)} |")
     first = own[0]
     shape = f"{first['windows']} windows × {first['length']} tokens"
     said = f"KL on {shape} of {first['text']}, {model.split('/')[-1]}"
-    return "\n".join([*rows, "", f"({said}, 95 % intervals over windows, `benchmarks/rounding.py`.)"])
+    return "\n".join([*rows, "", f"({said}, `benchmarks/rounding.py`.)"])
 
 
 def parts(held: dict[str, Any]) -> str:
