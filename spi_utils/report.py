@@ -105,7 +105,7 @@ def write_report(run: runs.Run) -> Path:
         RunError: the run has no evaluation; says which notebook to run.
     """
     evaluation, pieces = Evaluation.read(run.evaluation_json), _pieces()
-    stages = {"quantize": {}, "evaluate": {}} | runs.run_info(run)["stages"]
+    stages = {"analyze": {}, "quantize": {}, "evaluate": {}} | runs.run_info(run)["stages"]
     drawn = figures(run) | {name: run.figures / f"{name}.png" for name in LAYERS}
     files = {name: base64.b64encode(p.read_bytes()).decode() for name, p in drawn.items() if p.exists()}
     with runs.believing(run.info_json, "record of its stages", "03_quantize, then 04_evaluate"):
@@ -117,6 +117,7 @@ def write_report(run: runs.Run) -> Path:
             "said": pieces.answer(proven) if proven else "",
             "timing": pieces.timed(speed) if speed else "",
             "machine": pieces.machine(found) if found else "",
+            "rounding": stages["analyze"].get("sensitivity", {}).get("rounding_exceptions", ""),
         }
     with _believing(run):
         parts |= {"headline": claims.headline_of(evaluation), "claims": claims.audit(evaluation, speed)}

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -46,7 +47,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from spi_utils.errors import AnalysisError, RunError
-from spi_utils.formats import Packed
+from spi_utils.formats import BLOCK, NF4_DQ, Packed
 from spi_utils.models import (
     ModelSource,
     Weights,
@@ -58,7 +59,7 @@ from spi_utils.models import (
     resolve_dtype,
 )
 from spi_utils.progress import progress
-from spi_utils.rounding import Codes, guidable, guided, read_mark, write_codes
+from spi_utils.rounding import DAMPING, Codes, guidable, guided, read_mark, write_codes
 from spi_utils.runs import Run, fingerprint, read_json, write_json, write_tensors
 from spi_utils.scoring import (
     Head,
@@ -321,21 +322,38 @@ class Work:
             ) from error
         if self.guiding:
             self.switch.codes = Codes(self.rounded)
+        if self.settings["rounding"] == "guided":
+            self._tell_rounding()
         return found
+
+    def _tell_rounding(self) -> None:
+        """Say, and note, which matrices guided rounding treated otherwise than the rest."""
+        kinds = {k: n for k, n in self.notes.get("guided", {}).items() if k != f"damping {DAMPING:g}"}
+        for fmt in {"nf4", NF4_DQ}.intersection(self.settings["formats"]):
+            narrow = sum(not guidable(fmt, self.switch.live(n).shape[1]) for n in self.switch.layers)
+            if narrow:
+                kinds[f"nearest levels of {fmt}, as {BLOCK} doesn't divide their columns"] = narrow
+        if kinds:
+            told = "; ".join(f"{count} with {kind}" for kind, count in sorted(kinds.items()))
+            self.notes["rounding_exceptions"] = f"Guided rounding, the exceptions: {told}."
+            print(f"sensitivity: {self.notes['rounding_exceptions']}", flush=True)
 
     def _backwards(self, windows: torch.Tensor, formats: Sequence[str], batch: int) -> Slopes:
         """The pass, from the last block to the first; what an earlier process finished is read."""
         passing = BlockPass(self.switch, windows, batch, self.settings["seed"], split=self.guiding)
         reached = blocks = len(passing.layers)
         found: dict[str, torch.Tensor] = {}
+        self.notes["guided"] = {}  # anew: a smaller batch begins again
         # what `passing` holds between two blocks, under the lowest one that is finished
         state = self.folder / "state.safetensors"
         if state.exists():
             with safe_open(state, "pt") as file:
-                left, of = file.metadata()["reached"].split(",")
+                made = file.metadata()
+                left, of = made["reached"].split(",")
             kept = range(int(left), blocks) if self.guiding else ()
             if of == str(batch) and all(self._codes(block).exists() for block in kept):
                 found, reached = load_file(state), int(left)
+                self.notes["guided"] = json.loads(made["guided"])
                 passing.gradients = [found.pop(str(k), None) for k in range(len(passing.gradients))]
         todo = range(reached - 1, -1, -1)
         for block in progress(todo, blocks, "sensitivity by gradients", done=blocks - reached):
@@ -344,7 +362,8 @@ class Work:
             found |= {f"{fmt}|{name}": s for (name, fmt), s in passing.slopes(block, formats).items()}
             passing.descend(block)
             gradients = {str(k): g for k, g in enumerate(passing.gradients) if g is not None}
-            write_tensors(state, found | gradients, reached=f"{block},{batch}")
+            kinds = json.dumps(self.notes["guided"])
+            write_tensors(state, found | gradients, reached=f"{block},{batch}", guided=kinds)
         return {
             fmt: torch.stack([found[f"{fmt}|{name}"] for name in self.switch.layers]).numpy()
             for fmt in formats
@@ -357,7 +376,7 @@ class Work:
         """Guided codes of a block's layers, by layer and format, on disk when this returns."""
         chosen: dict[tuple[str, str], Packed] = {}
         moments = passing.moments(block)
-        kinds = self.notes.setdefault("guided", {})
+        kinds = self.notes["guided"]
         for name in passing.layers[block]:
             if name not in moments:
                 raise AnalysisError(UNLIKE.format(name))
@@ -366,7 +385,7 @@ class Work:
                 if guidable(fmt, weight.shape[1]):
                     parts = passing.parts[name]
                     chosen[name, fmt], damping = guided(weight, moments[name], fmt, parts=parts)
-                    key = "nearest levels" if damping is None else f"damping {damping:g}"
+                    key = "nearest levels, no usable moments" if damping is None else f"damping {damping:g}"
                     kinds[key] = kinds.get(key, 0) + 1
             del moments[name]
         write_codes(self._codes(block), chosen, self.mark)

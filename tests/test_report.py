@@ -161,6 +161,8 @@ def test_the_first_table_is_about_the_file_that_is_handed_over(run, evaluation):
     assert "not proven: run notebook 03_quantize" in unknown and "not measured: this evaluation is" in unknown
     with runs.stage(run, "quantize", {}, []) as stage:
         stage.record(proof=PROOF)
+    with runs.stage(run, "analyze", {}, []) as stage:
+        stage.record(sensitivity={"rounding_exceptions": "the exceptions: 2 with damping 0.5"})
     make_evaluation(stock=STOCK).write(run.evaluation_json)
     known = first_table()
     for words in (
@@ -171,6 +173,7 @@ def test_the_first_table_is_about_the_file_that_is_handed_over(run, evaluation):
         assert words in known
     make_evaluation(stock={"agrees": None, "reason": "no GPU"}).write(run.evaluation_json)
     assert "not measured: no GPU" in first_table()
+    assert "the exceptions: 2 with damping 0.5" in run.report.read_text(encoding="utf-8")
 
 
 DELETED = object()

@@ -434,6 +434,18 @@ def test_own_text_that_collapses_is_replaced_and_said(table, monkeypatch, capsys
     pd.testing.assert_frame_equal(found, table("random", sensitivity="random"), check_exact=True)
 
 
+def test_what_guided_rounding_treats_otherwise_is_said(tmp_path, capsys):
+    model = make_tiny("llama", tmp_path / "m", **SMALL | {"hidden_size": 96})
+    source = resolve(str(model))
+    run = open_run(tmp_path / "run", source.identity())
+    notes = sensitivities(run, source, make_frame(source), **OPTIONS).attrs["sensitivity"]
+    frame = [x for x in list_layers(source) if x.quantizable]
+    narrow = sum(x.cols % 64 != 0 for x in frame)
+    assert 0 < narrow < len(frame) and sum(notes["guided"].values()) == len(frame) - narrow
+    said = f"{narrow} with nearest levels of nf4, as 64 doesn't divide their columns"
+    assert said in notes["rounding_exceptions"] and said in capsys.readouterr().out
+
+
 def test_a_users_own_text_is_used_throughout(table, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "start_token", lambda *_: None)  # nor does it need a start token
     file = tmp_path / "mine.txt"
